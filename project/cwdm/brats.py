@@ -1,0 +1,435 @@
+"""BraTS case folders and the NIfTI files in them; no other module knows file names or NIfTI.
+
+A case is a folder, and its name is the folder's. Files are recognised by their endings, as in
+`BraTS-GLI-00001-000-t1n.nii.gz`, `BraTS20_Training_001_flair.nii` or plain `t2.nii.gz`.
+
+Input files are not trusted. The header is read alone and checked first; then exactly the voxels that it
+promises are read, slice by slice, so that no file can cost more memory than the largest volume allowed.
+"""
+
+import gzip
+import itertools
+import math
+import re
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, BinaryIO, cast
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from nibabel.spatialimages import HeaderDataError
+
+from cwdm import __version__
+from cwdm.errors import CaseError, InputError
+from cwdm.files import write_atomically
+
+Volume = npt.NDArray[np.float32]
+Affine = npt.NDArray[np.float64]
+
+MODALITIES = ("t1n", "t1c", "t2w", "t2f")
+"""In the order in which the networks take them."""
+
+NEAREST = {"t1n": "t1c", "t1c": "t1n", "t2w": "t2f", "t2f": "t2w"}
+"""The contrast that looks most like each."""
+
+_ALIASES = {"t1": "t1n", "t1ce": "t1c", "t1gd": "t1c", "t2": "t2w", "flair": "t2f"}
+_ENDINGS = "|".join((*MODALITIES, *_ALIASES))
+_FILE_NAME = re.compile(rf"(?:.*[-_.])?({_ENDINGS})\.nii(?:\.gz)?", re.IGNORECASE | re.DOTALL)
+
+_MAX_AXIS = 1024
+_MAX_VOXELS = 512**3
+_MAX_OFFSET = 1 << 20  # bytes before the first voxel, extensions included; BraTS files have up to 3 KiB
+
+_USUAL_SHAPE = (240, 240, 155)
+
+
+@dataclass(frozen=True)
+class CaseFolder:
+    """A folder that holds files of one case, not read yet.
+
+    Args:
+        name: the folder's name.
+        folder: where it is.
+        files: modality -> file; segmentations and everything else are left out.
+        problem: why the case cannot be used, found while looking; `read_case` reports it.
+    """
+
+    name: str
+    folder: Path
+    files: dict[str, Path]
+    problem: str | None = None
+
+    @property
+    def missing(self) -> tuple[str, ...]:
+        """The modalities without a file, in the order of MODALITIES."""
+        return tuple(modality for modality in MODALITIES if modality not in self.files)
+
+
+@dataclass(frozen=True)
+class Case:
+    """Three contrasts of one head, and the name of the fourth.
+
+    Args:
+        name: the case's name.
+        target: the missing modality.
+        volumes: modality -> (X, Y, Z) float32 in the units and the voxel order of the file,
+            in the order of MODALITIES.
+        affine: (4, 4), voxel indices to mm.
+        headers: modality -> header as NIfTI-1, of the volume's shape.
+        warnings: what is unusual about the case, in plain words.
+    """
+
+    name: str
+    target: str
+    volumes: dict[str, Volume]
+    affine: Affine
+    headers: dict[str, nib.Nifti1Header]
+    warnings: tuple[str, ...]
+
+
+class _FileError(Exception):
+    """A file cannot be used; the message says what was expected and found."""
+
+
+def find_cases(data_path: Path) -> list[CaseFolder]:
+    """Find the case folders directly inside `data_path`, sorted by name; no file is opened.
+
+    A folder that cannot be used does not hide the others: its fault waits in `CaseFolder.problem`.
+
+    Raises:
+        InputError: `data_path` is missing, not readable, or holds no case.
+    """
+    try:
+        entries = sorted(data_path.iterdir(), key=lambda entry: entry.name)
+    except FileNotFoundError as error:
+        raise InputError(f"the input folder {data_path} does not exist; check the path") from error
+    except NotADirectoryError as error:
+        raise InputError(f"the input {data_path} is not a folder; give the folder of cases") from error
+    except OSError as error:
+        raise InputError(f"the input folder {data_path} cannot be read: {error.strerror}") from error
+    cases = [case for entry in entries if (case := _look_into(entry))]
+    if not cases:
+        raise InputError(_no_case(data_path, entries))
+    return cases
+
+
+def read_case(folder: CaseFolder) -> Case:
+    """Read and check the three contrasts of a case.
+
+    Raises:
+        CaseError: other than exactly one modality is missing, or a file is damaged, is not one 3D volume
+            of finite real numbers with some contrast, or does not share the others' voxel grid.
+    """
+    target = _target(folder)
+    nearest = NEAREST[target]
+    volumes: dict[str, Volume] = {}
+    headers: dict[str, nib.Nifti1Header] = {}
+    affines: dict[str, Affine] = {}
+    for modality in (modality for modality in MODALITIES if modality != target):
+        path = folder.files[modality]
+        try:
+            volumes[modality], headers[modality] = _read_volume(path)
+            affines[modality] = _affine(headers[modality])
+            _check_content(volumes[modality])
+        except _FileError as error:
+            raise CaseError(folder.name, f"{path.name}: {error}") from error
+    _check_same_grid(folder.name, nearest, volumes, affines)
+    warnings = (*_grid_warnings(volumes[nearest].shape, affines[nearest]), *_background_warnings(volumes))
+    return Case(folder.name, target, volumes, affines[nearest], headers, warnings)
+
+
+def output_name(case: str, modality: str) -> str:
+    """Name of the file for a synthesised volume."""
+    return f"{case}-{modality}.nii.gz"
+
+
+def write_volume(path: Path, volume: npt.ArrayLike, like: Case, native: bool = True) -> None:
+    """Write a synthesised volume as .nii.gz with the geometry of its case; same input, same bytes.
+
+    Args:
+        path: the file; appears whole or not at all.
+        volume: (X, Y, Z) real numbers in the voxel order of the case.
+        like: the case; the contrast nearest to its target gives the header.
+        native: the intensities are the scanner's: rounded to the integer type that the nearest contrast
+            is stored in, if it is. Otherwise, and for [0, 1], float32 is written.
+
+    Raises:
+        CaseError: the volume has values that are not finite.
+        OutputError: the file cannot be written.
+    """
+    values = np.asarray(volume, np.float32)
+    header = like.headers[NEAREST[like.target]].copy()
+    assert values.shape == header.get_data_shape(), (values.shape, header.get_data_shape())
+    if bad := values.size - np.count_nonzero(np.isfinite(values)):
+        raise CaseError(
+            like.name, f"the synthesised {like.target} has {bad} voxels that are not finite numbers"
+        )
+    voxels = _to_stored_type(values, header) if native else values
+    _mark_as_synthesised(header, like.target, voxels.dtype)
+    contents = header.binaryblock + bytes(4) + voxels.tobytes(order="F")  # four zeros: no extensions
+
+    def write(file: BinaryIO) -> None:
+        # Neither time nor name inside, so that equal volumes make equal files.
+        with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as stream:
+            stream.write(contents)
+
+    write_atomically(path, write)
+
+
+# Folders
+
+
+def _look_into(entry: Path) -> CaseFolder | None:
+    """The case in a folder, or None for what is no case folder."""
+    if entry.name.startswith("."):
+        return None
+    try:
+        paths = sorted(entry.iterdir(), key=lambda path: path.name)
+    except NotADirectoryError:
+        return None
+    except OSError as error:
+        problem = f"the folder {entry} cannot be read ({error.strerror}); check its permissions"
+        return CaseFolder(entry.name, entry, {}, problem)
+    files: dict[str, Path] = {}
+    problem = None
+    for path in paths:
+        if (modality := _modality(path.name)) is None:
+            continue
+        first = files.setdefault(modality, path)
+        if first != path:
+            problem = f"expected one file for {modality}, found {first.name} and {path.name}; remove one"
+    return CaseFolder(entry.name, entry, files, problem) if files else None
+
+
+def _modality(file_name: str) -> str | None:
+    match = _FILE_NAME.fullmatch(file_name)
+    if match is None or file_name.startswith("."):  # macOS keeps attributes in ._<name>
+        return None
+    ending = match[1].lower()
+    return _ALIASES.get(ending, ending)
+
+
+def _no_case(data_path: Path, entries: Iterable[Path]) -> str:
+    if any(_modality(entry.name) for entry in entries):
+        return (
+            f"{data_path} holds the files of a case itself; "
+            f"give the folder above it ({data_path.resolve().parent}), where each case has a folder of its own"
+        )
+    return (
+        f"no case found in {data_path}; expected folders with files like "
+        f"<case>/<case>-t1n.nii.gz (one of {', '.join(MODALITIES)}, .nii or .nii.gz)"
+    )
+
+
+def _target(folder: CaseFolder) -> str:
+    """The one modality that is missing."""
+    if folder.problem is not None:
+        raise CaseError(folder.name, folder.problem)
+    if len(folder.missing) == 1:
+        return folder.missing[0]
+    there = ", ".join(modality for modality in MODALITIES if modality in folder.files) or "none"
+    missing = ", ".join(folder.missing) or "nothing"
+    advice = "add the others" if folder.missing else "take the one to be synthesised away"
+    raise CaseError(
+        folder.name,
+        f"expected exactly one missing modality, found {there} with {missing} missing; {advice}",
+    )
+
+
+# Reading one file
+
+
+def _read_volume(path: Path) -> tuple[Volume, nib.Nifti1Header]:
+    if path.is_dir():
+        raise _FileError("is a folder, expected a file")
+    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        raise _FileError("is not a regular file")
+    try:
+        with _open(path) as stream:
+            header = _read_header(stream)
+            volume = _read_voxels(stream, header)
+            # Reading on to the end makes gzip compare its checksum.
+            if len(stream.read(_MAX_OFFSET)) == _MAX_OFFSET:
+                raise _FileError("holds far more than the volume that its header describes; write it again")
+    except EOFError as error:
+        raise _FileError("the compressed data end too early; copy or download the file again") from error
+    except (gzip.BadGzipFile, zlib.error) as error:
+        raise _FileError(f"is not a sound gzip file ({error}); copy or download it again") from error
+    except OSError as error:
+        raise _FileError(f"cannot be read: {error.strerror}") from error
+    return volume, _as_nifti1(header, volume.shape)
+
+
+def _open(path: Path) -> IO[bytes]:
+    if path.name.lower().endswith(".gz"):
+        return cast(IO[bytes], gzip.open(path, "rb"))
+    return path.open("rb")
+
+
+def _read_header(stream: IO[bytes]) -> nib.Nifti1Header | nib.Nifti2Header:
+    """Read the header and check whatever decides how much will be read."""
+    header = _parse_header(stream)
+    shape = _shape(header)
+    if len(shape) < 3 or any(length != 1 for length in shape[3:]):
+        raise _FileError(
+            f"expected one 3D volume, found {_by(shape)} voxels; store each contrast as a 3D volume"
+        )
+    if min(shape) < 1 or max(shape) > _MAX_AXIS or math.prod(shape) > _MAX_VOXELS:
+        raise _FileError(
+            f"expected 1 to {_MAX_AXIS} voxels along each axis and at most {_MAX_VOXELS} in all, "
+            f"found {_by(shape)}; the header is damaged, or the volume should be resampled"
+        )
+    try:
+        dtype = header.get_data_dtype()
+        header.get_slope_inter()
+    except HeaderDataError as error:
+        raise _FileError(f"the header is damaged ({error})") from error
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise _FileError(f"expected one real number a voxel, found {header.get_value_label('datatype')}")
+    offset = float(header["vox_offset"])
+    if not header.sizeof_hdr + 4 <= offset <= _MAX_OFFSET:
+        raise _FileError(f"the header is damaged: voxels should begin within 1 MiB, found byte {offset:g}")
+    stream.read(int(offset) - header.sizeof_hdr)
+    return header
+
+
+def _parse_header(stream: IO[bytes]) -> nib.Nifti1Header | nib.Nifti2Header:
+    size = stream.read(4)
+    for kind, magic in ((nib.Nifti1Header, b"n+1\0"), (nib.Nifti2Header, b"n+2\0\r\n\x1a\n")):
+        for order, byte_order in (("<", "little"), (">", "big")):
+            if size != kind.sizeof_hdr.to_bytes(4, byte_order):  # type: ignore[arg-type]
+                continue
+            block = size + stream.read(kind.sizeof_hdr - 4)
+            if len(block) == kind.sizeof_hdr and magic in block:
+                return kind(block, endianness=order, check=False)
+    raise _FileError("is not a NIfTI file (.nii) or ends within its header; convert or copy it again")
+
+
+def _shape(header: nib.Nifti1Header | nib.Nifti2Header) -> tuple[int, ...]:
+    rank, *lengths = (int(length) for length in header["dim"])
+    if not 1 <= rank <= 7:
+        raise _FileError(f"the header is damaged: expected 3 axes, found {rank}")
+    return tuple(lengths[:rank])
+
+
+def _read_voxels(stream: IO[bytes], header: nib.Nifti1Header | nib.Nifti2Header) -> Volume:
+    """Read the volume slice by slice, so that no other copy of it is ever in memory."""
+    dtype = header.get_data_dtype()
+    slope, inter = header.get_slope_inter()
+    shape = _shape(header)[:3]
+    slice_bytes = shape[0] * shape[1] * dtype.itemsize
+    volume = np.empty(shape, np.float32, order="F")
+    for z in range(shape[2]):
+        data = stream.read(slice_bytes)
+        if len(data) < slice_bytes:
+            raise _FileError(f"expected {_by(shape)} voxels, the file ends in slice {z + 1}; copy it again")
+        values = np.frombuffer(data, dtype).reshape(shape[:2], order="F")
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found among the infinities
+            volume[:, :, z] = values if slope is None else values * np.float64(slope) + np.float64(inter)
+    return volume
+
+
+def _as_nifti1(header: nib.Nifti1Header | nib.Nifti2Header, shape: tuple[int, ...]) -> nib.Nifti1Header:
+    """The same header as little-endian NIfTI-1 of a 3D volume."""
+    nifti1 = nib.Nifti1Header(endianness="<")
+    own = {"sizeof_hdr", "magic", "vox_offset"}
+    for field in set(nifti1.keys()) & set(header.keys()) - own:
+        nifti1[field] = header[field]
+    nifti1.set_data_shape(shape)
+    return nifti1
+
+
+def _affine(header: nib.Nifti1Header) -> Affine:
+    try:
+        affine = np.asarray(header.get_best_affine(), np.float64)
+    except (HeaderDataError, ValueError) as error:
+        raise _FileError(f"the orientation in the header is damaged ({error})") from error
+    lengths = np.linalg.norm(affine[:3, :3], axis=0)
+    # Below 1e-3 of a box's volume the axes nearly lie in a plane.
+    if not (np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-3 * lengths.prod() > 0):
+        raise _FileError(f"the affine in the header is not invertible: {affine.tolist()}; repair the header")
+    return affine
+
+
+# Checking content
+
+
+def _check_content(volume: Volume) -> None:
+    finite = np.isfinite(volume)
+    if not finite.all():
+        bad = volume.size - np.count_nonzero(finite)
+        raise _FileError(f"{bad} voxels are NaN or infinite; replace them, with 0 outside the brain")
+    low, high = float(volume.min()), float(volume.max())
+    if low == high:
+        raise _FileError(f"every voxel is {low:g}; the image is empty, export it again")
+
+
+def _check_same_grid(
+    case: str, nearest: str, volumes: Mapping[str, Volume], affines: Mapping[str, Affine]
+) -> None:
+    if len({volume.shape for volume in volumes.values()}) > 1:
+        found = ", ".join(f"{modality} {_by(volume.shape)}" for modality, volume in volumes.items())
+        raise CaseError(case, f"expected volumes of one shape, found {found}; resample them to one grid")
+    # Half a voxel: less, and every voxel still lies nearest to its partner; rounding in headers moves corners
+    # by micrometres, a wrong grid by voxels.
+    corners = [(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in volumes[nearest].shape))]
+    tolerance_mm = 0.5 * _spacing_mm(affines[nearest]).min()
+    for modality, affine in affines.items():
+        shift_mm = np.linalg.norm((affine - affines[nearest]) @ np.transpose(corners), axis=0).max()
+        if shift_mm > tolerance_mm:
+            raise CaseError(
+                case,
+                f"expected volumes on one grid, found corners of {modality} and {nearest} {shift_mm:.3g} mm "
+                "apart (affines differ); register or resample them to one grid",
+            )
+
+
+def _grid_warnings(shape: tuple[int, ...], affine: Affine) -> Iterable[str]:
+    if sorted(shape) != sorted(_USUAL_SHAPE):
+        yield f"{_by(shape)} voxels instead of the {_by(_USUAL_SHAPE)} that the weights were trained on"
+    spacing_mm = _spacing_mm(affine)
+    if np.abs(spacing_mm - 1).max() > 0.01:
+        found = _by(f"{length:.3g}" for length in spacing_mm)
+        yield f"voxels of {found} mm instead of the 1 mm that the weights were trained on"
+
+
+def _background_warnings(volumes: Mapping[str, Volume]) -> Iterable[str]:
+    # A brain fills about a sixth of the usual volume and half of the tightest box around it.
+    share = {name: np.count_nonzero(volume == 0) / volume.size for name, volume in volumes.items()}
+    if full := [name for name, zeros in share.items() if zeros < 0.2]:
+        yield f"{', '.join(full)}: hardly any voxel is 0; the skull should be removed and the background be 0"
+
+
+def _spacing_mm(affine: Affine) -> npt.NDArray[np.float64]:
+    return cast(npt.NDArray[np.float64], np.linalg.norm(affine[:3, :3], axis=0))
+
+
+def _by(lengths: Iterable[object]) -> str:
+    return "×".join(map(str, lengths))
+
+
+# Writing
+
+
+def _to_stored_type(values: Volume, header: nib.Nifti1Header) -> npt.NDArray[np.generic]:
+    dtype = header.get_data_dtype()
+    if dtype.kind not in "iu" or header.get_slope_inter() not in ((None, None), (1.0, 0.0)):
+        return values
+    # In float32 the ends of wide integer types round outwards: then the next number inside is the limit.
+    low, high = np.float32(np.iinfo(dtype).min), np.float32(np.iinfo(dtype).max)
+    if int(high) > np.iinfo(dtype).max:
+        high = np.nextafter(high, np.float32(0))
+    return np.clip(np.rint(values), low, high).astype(dtype)
+
+
+def _mark_as_synthesised(header: nib.Nifti1Header, modality: str, dtype: np.dtype[np.generic]) -> None:
+    header.set_data_dtype(dtype)
+    header.set_slope_inter(1, 0)
+    header.set_data_offset(header.single_vox_offset)
+    header["magic"] = header.single_magic
+    header["descrip"] = f"synthesised by cwdm {__version__} ({modality})"
+    for leftover in ("cal_min", "cal_max", "glmin", "glmax", "intent_code", "aux_file", "intent_name"):
+        header[leftover] = 0 if header[leftover].dtype.kind in "iuf" else b""

@@ -1,0 +1,204 @@
+"""Weights on disk: the published `.pt` files and our safetensors, both checked before any of them is trusted.
+
+Our files carry everything needed to use them in their header: the network's configuration, the modality, the
+wavelet, the recommended sampler and the training record. The published files carry nothing, so the architecture
+is read off the names and shapes of their tensors (`cwdm.published`).
+"""
+
+import hashlib
+import json
+import pickle
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors
+import safetensors.torch
+import torch
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from torch import Tensor
+
+from cwdm.errors import WeightsError
+from cwdm.files import write_atomically
+from cwdm.published import published_config, published_names
+from cwdm.unet import UNet, UNetConfig
+
+HEADER_KEY = "cwdm"
+
+
+class Record(BaseModel):
+    """What a network is for and how it came about; the header of our safetensors.
+
+    Attributes:
+        modality: contrast that a conditional network synthesises; None where the file does not say.
+        value_range: range that the predicted volume is clamped to at every step.
+        sampler, steps: what the makers of the weights recommend.
+        notice: what every user of the outputs must know, such as "trained on phantoms, not for clinical use".
+        training: free-form record of the training run.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    modality: str | None = None
+    wavelet: str = "haar"
+    value_range: tuple[float, float] = (0.0, 1.0)
+    sampler: str = "ddpm"
+    steps: int = Field(default=1000, ge=1, le=1000)
+    notice: str = ""
+    training: dict[str, Any] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A network in evaluation mode with its record and where it came from."""
+
+    model: UNet
+    record: Record
+    path: Path | None = None
+    sha256: str = ""
+
+
+def load_published(state_dict: Mapping[str, Tensor]) -> UNet:
+    """Network with the weights of a published state dict, its configuration read off names and shapes.
+
+    Raises:
+        WeightsError: tensors are missing, left over or of the wrong shape; the message lists them.
+    """
+    bad = [str(name) for name, value in state_dict.items() if not isinstance(value, Tensor)]
+    if bad:
+        raise WeightsError(f"expected a plain state dict of tensors, found other objects under {_some(bad)}")
+    config = published_config({name: tuple(tensor.shape) for name, tensor in state_dict.items()})
+    model = _empty(config)
+    names = published_names(model)
+    _check_tensors(
+        expected={name: tuple(model.get_parameter(ours).shape) for name, ours in names.items()},
+        found={name: tuple(tensor.shape) for name, tensor in state_dict.items()},
+    )
+    return _fill(model, {ours: state_dict[name] for name, ours in names.items()})
+
+
+def _empty(config: UNetConfig) -> UNet:
+    """The network without memory for its weights, so that a crafted file can't make us allocate any."""
+    with torch.device("meta"):
+        return UNet(config)
+
+
+def _fill(model: UNet, tensors: Mapping[str, Tensor]) -> UNet:
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise WeightsError(f"NaN or infinity in {_some(broken)}; the file is damaged or its training diverged")
+    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def _check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]) -> None:
+    missing = [name for name in expected if name not in found]
+    left_over = [name for name in found if name not in expected]
+    wrong = [
+        f"{name} {found[name]} instead of {shape}"
+        for name, shape in expected.items()
+        if name in found and found[name] != shape
+    ]
+    faults = {"missing": missing, "left over": left_over, "of the wrong shape": wrong}
+    if any(faults.values()):
+        raise WeightsError("; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names))
+
+
+def _some(names: list[str], most: int = 8) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{len(names)} tensors ({', '.join(names[:most])}{more})"
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint, `.safetensors` or published `.pt`.
+
+    Raises:
+        WeightsError: not readable, damaged, of another architecture, or a pickle that holds more than tensors.
+    """
+    if not path.is_file():
+        raise WeightsError(f"{path}: no such weights file")
+    try:
+        model, record = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    except WeightsError as error:
+        raise WeightsError(f"{path}: {error}") from error
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from error
+    return Checkpoint(model, record, path, sha256(path))
+
+
+def save(path: Path, model: UNet, record: Record, dtype: torch.dtype = torch.float32) -> None:
+    """Write our safetensors, whole or not at all; `dtype` may be float16 or bfloat16 to halve the size."""
+    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
+    header = {"config": asdict(model.config), "record": record.model_dump(mode="json")}
+    data = safetensors.torch.save(tensors, metadata={"format": "pt", HEADER_KEY: json.dumps(header)})
+
+    def write(file: BinaryIO) -> None:
+        file.write(data)
+
+    write_atomically(path, write)
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _load_safetensors(path: Path) -> tuple[UNet, Record]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            config, record = _parse_header((file.metadata() or {}).get(HEADER_KEY))
+            model = _empty(config)
+            expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+            _check_tensors(expected, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
+            return _fill(model, {name: file.get_tensor(name) for name in expected}), record
+    except safetensors.SafetensorError as error:
+        raise WeightsError(f"not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def _parse_header(text: str | None) -> tuple[UNetConfig, Record]:
+    if text is None:
+        raise WeightsError(
+            f"the header has no '{HEADER_KEY}' entry, so the architecture is unknown; "
+            "make such files with 'cwdm weights convert' or 'cwdm train'"
+        )
+    try:
+        header = json.loads(text)
+        return _config_type.validate_python(header["config"]), Record.model_validate(header["record"])
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise WeightsError(f"the header of the file cannot be understood: {error}") from error
+
+
+def _load_pickle(path: Path) -> tuple[UNet, Record]:
+    tensors = _read_pickle(path)
+    if not isinstance(tensors, Mapping):
+        raise WeightsError(f"expected a state dict, found a {type(tensors).__name__}")
+    claimed = sum(value.nbytes for value in tensors.values() if isinstance(value, Tensor))
+    if claimed > 2 * path.stat().st_size:  # a block under two names is stored once and counted twice
+        raise WeightsError(f"its tensors claim {claimed:,} bytes, more than the file holds; refused")
+    model = load_published(tensors)
+    unconditional = model.config.in_channels == model.config.out_channels
+    return model, Record(value_range=(-1.0, 1.0) if unconditional else (0.0, 1.0))
+
+
+def _read_pickle(path: Path) -> Any:
+    """A `torch.save` file, tensors only: `weights_only` runs no code from the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise WeightsError("compressed entries, which PyTorch never writes; refused")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            "the file asks to run code or holds more than tensors, so it was refused; "
+            f"save the plain state dict, best as safetensors ({str(error).splitlines()[0]})"
+        ) from error
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise WeightsError(
+            f"not a whole PyTorch weights file ({str(error).splitlines()[0]}); copy or download it again"
+        ) from error
+
+
+_config_type = TypeAdapter(UNetConfig)

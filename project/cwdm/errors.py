@@ -1,0 +1,38 @@
+"""Errors meant for the person at the keyboard: what was wrong, where, and what to do about it."""
+
+
+class CwdmError(Exception):
+    """Base of every error that the command line turns into a message instead of a traceback."""
+
+
+class CaseError(CwdmError):
+    """One case cannot be used; the others go on.
+
+    Args:
+        case: name of the case.
+        reason: what was expected and what was found, then what to do.
+    """
+
+    def __init__(self, case: str, reason: str) -> None:
+        super().__init__(f"{case}: {reason}")
+        self.case = case
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type["CaseError"], tuple[str, str]]:
+        return type(self), (self.case, self.reason)
+
+
+class InputError(CwdmError):
+    """The input folder as a whole cannot be used."""
+
+
+class OutputError(CwdmError):
+    """The output folder cannot take the result (not writable, full); no point in going on."""
+
+
+class WeightsError(CwdmError):
+    """Weights are missing, damaged, of the wrong architecture, or hold code."""
+
+
+class SettingsError(CwdmError):
+    """A setting has an unknown name, a wrong type or an impossible value."""

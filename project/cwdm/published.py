@@ -1,0 +1,129 @@
+"""The published checkpoints' names: the one place that knows them.
+
+The published files carry tensors and nothing else, so the architecture is read off names and shapes.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from torch import nn
+
+from cwdm.errors import WeightsError
+from cwdm.unet import ResBlock, SkipBody, UNet, UNetConfig, WaveletBody
+
+
+def published_names(model: UNet) -> dict[str, str]:
+    """Published tensor name -> name of the same tensor in `model`.
+
+    A block that the WavU-Net runs twice stands under two published names; both map to the one tensor, and the
+    later of the two comes later in the dictionary.
+    """
+    return {
+        f"{published}.{suffix}": f"{ours}.{suffix}"
+        for published, ours in _published_modules(model)
+        for suffix in ("weight", "bias")
+    }
+
+
+def _published_modules(model: UNet) -> Iterator[tuple[str, str]]:
+    yield from (("time_embed.0", "time_embed.0"), ("time_embed.2", "time_embed.1"))
+    yield "input_blocks.0.0", "stem"
+    body = model.body
+    blocks = _wavelet_blocks(body) if isinstance(body, WaveletBody) else _skip_blocks(cast(SkipBody, body))
+    for published, ours in blocks:
+        module = model.get_submodule(ours)
+        yield from _res_block(published, ours, module) if isinstance(module, ResBlock) else [(published, ours)]
+    yield from (("out.0", "head.norm"), ("out.2", "head.conv"))
+
+
+def _res_block(published: str, ours: str, block: ResBlock) -> Iterator[tuple[str, str]]:
+    yield f"{published}.in_layers.0", f"{ours}.first.norm"
+    yield f"{published}.in_layers.2", f"{ours}.first.conv"
+    yield f"{published}.emb_layers.1", f"{ours}.shift"
+    yield f"{published}.out_layers.0", f"{ours}.second.norm"
+    yield f"{published}.out_layers.3", f"{ours}.second.conv"
+    if isinstance(block.shortcut, nn.Conv3d):
+        yield f"{published}.skip_connection", f"{ours}.shortcut"
+
+
+def _skip_blocks(body: SkipBody) -> Iterator[tuple[str, str]]:
+    for i in range(len(body.encoder)):
+        yield f"input_blocks.{i + 1}.0", f"body.encoder.{i}"
+    yield from ((f"middle_block.{i}", f"body.middle.{i}") for i in range(len(body.middle)))
+    entry = 0
+    for level, blocks in enumerate(body.decoder):
+        for i, block in enumerate(cast(nn.ModuleList, blocks)):
+            if block.resample == "up":
+                # In the published list the block that doubles the size shares an entry with the one before it.
+                yield f"output_blocks.{entry - 1}.1", f"body.decoder.{level}.{i}"
+            else:
+                yield f"output_blocks.{entry}.0", f"body.decoder.{level}.{i}"
+                entry += 1
+
+
+def _wavelet_blocks(body: WaveletBody) -> Iterator[tuple[str, str]]:
+    entry = 1
+    for level, encoder in enumerate(body.encoder):
+        ours = f"body.encoder.{level}"
+        names = [f"{ours}.blocks.{i}" for i in range(len(cast(nn.ModuleList, encoder.blocks)))] + [f"{ours}.down"]
+        for i, name in enumerate(names):
+            yield f"input_blocks.{entry + i}.0", name
+        yield f"input_blocks.{entry + len(names)}.0.conv", f"{ours}.pyramid"
+        entry += len(names) + 1
+    yield from ((f"middle_block.{i}", f"body.middle.{i}") for i in range(len(body.middle)))
+    entry = 0
+    for level, decoder in enumerate(body.decoder):
+        ours = f"body.decoder.{level}"
+        names = [f"{ours}.blocks.{i}" for i in range(len(cast(nn.ModuleList, decoder.blocks)))]
+        for name in [*names, names[-1]]:
+            yield f"output_blocks.{entry}.0", name
+            entry += 1
+        yield f"output_blocks.{entry - 1}.1", f"{ours}.up"
+    yield from ((f"out_res.{i}.0", f"body.refine.{i}") for i in range(len(body.refine)))
+
+
+def published_config(shapes: Mapping[str, tuple[int, ...]]) -> UNetConfig:
+    """Architecture of a published network, read off the names and shapes of its tensors.
+
+    Raises:
+        WeightsError: these are not the tensors of a (c)WDM network.
+    """
+    try:
+        return _read_config(shapes)
+    except (KeyError, IndexError, ValueError, ZeroDivisionError) as error:
+        raise WeightsError(
+            "these are not the weights of a WDM or cWDM network: the tensors that tell the architecture "
+            f"(input_blocks, output_blocks, out) are missing or have other shapes ({error!r})"
+        ) from error
+
+
+def _read_config(shapes: Mapping[str, tuple[int, ...]]) -> UNetConfig:
+    width, in_channels = shapes["input_blocks.0.0.weight"][:2]
+    wavelet = any(name.startswith("out_res.") for name in shapes)
+    block_widths = []  # of the residual blocks of the encoder, in order
+    entry = 1
+    while f"input_blocks.{entry}.0.in_layers.2.weight" in shapes:
+        block_widths.append(shapes[f"input_blocks.{entry}.0.in_layers.2.weight"][0])
+        entry += 1
+        if f"input_blocks.{entry}.0.conv.weight" in shapes:
+            entry += 1
+    decoder = {int(name.split(".")[1]) for name in shapes if name.startswith("output_blocks.")}
+    ups = sum(
+        name.startswith("output_blocks.") and name.endswith(".1.in_layers.0.weight") for name in shapes
+    )
+    levels = ups if wavelet else ups + 1
+    num_res_blocks = len(decoder) // levels - 1
+    if len(block_widths) < levels * (num_res_blocks + 1) - (not wavelet):
+        raise ValueError(f"{len(block_widths)} encoder blocks for {levels} levels")
+    first_decoder_input = shapes["output_blocks.0.0.in_layers.2.weight"][1]
+    deepest = block_widths[-1]
+    skips = "wavelet" if wavelet else "concat" if first_decoder_input > deepest else "additive"
+    per_level = block_widths[:: num_res_blocks + 1]
+    return UNetConfig(
+        in_channels=in_channels,
+        out_channels=shapes["out.2.weight"][0],
+        model_channels=width,
+        channel_mult=tuple(level_width // width for level_width in per_level),
+        num_res_blocks=num_res_blocks,
+        skips=cast(Any, skips),
+    )

@@ -1,0 +1,114 @@
+"""From noise to clean coefficients: DDPM, DDIM and DPM-Solver++(2M).
+
+Every sampler takes `denoise(x, t)`, which returns the predicted clean x0 for x at integer timestep t of the
+1000-step schedule, the starting noise (B, C, X, Y, Z) and a falling list of timesteps, and returns the final x.
+To write another one, write another such loop.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from cwdm.diffusion import TIMESTEPS, alpha_bars
+
+Denoise = Callable[[Tensor, int], Tensor]
+Sampler = Callable[..., Tensor]
+
+
+def spaced_timesteps(steps: int) -> list[int]:
+    """`steps` timesteps from 999 down to 0, evenly spaced (Nichol and Dhariwal, 2021); a single step is 999."""
+    if not 1 <= steps <= TIMESTEPS:
+        raise ValueError(f"steps must be 1 to {TIMESTEPS}, got {steps}")
+    if steps == 1:
+        return [TIMESTEPS - 1]
+    return [round(i * (TIMESTEPS - 1) / (steps - 1)) for i in reversed(range(steps))]
+
+
+def ddpm(
+    denoise: Denoise, noise: Tensor, timesteps: Sequence[int], generator: torch.Generator | None = None
+) -> Tensor:
+    """Ancestral sampling with the large variance β_t, over the full schedule or a shortened one.
+
+    Ho et al. (2020), eq. 7 for the posterior mean; for a shortened schedule β is recomputed from the kept ᾱ
+    (Nichol and Dhariwal, 2021, eq. 19). The last step returns its x0.
+    """
+    x = noise
+    for t, alpha_bar, next_alpha_bar in _steps(timesteps):
+        x0 = denoise(x, t)
+        alpha = alpha_bar / next_alpha_bar
+        beta = 1 - alpha
+        mean = next_alpha_bar**0.5 * beta / (1 - alpha_bar) * x0
+        mean += alpha**0.5 * (1 - next_alpha_bar) / (1 - alpha_bar) * x
+        # Drawn at the last step too, as published, so that the stream of random numbers is the same.
+        z = _randn_like(x, generator)
+        x = mean.add_(z, alpha=beta**0.5) if next_alpha_bar < 1 else mean
+    return x
+
+
+def ddim(
+    denoise: Denoise,
+    noise: Tensor,
+    timesteps: Sequence[int],
+    generator: torch.Generator | None = None,
+    eta: float = 0.0,
+) -> Tensor:
+    """DDIM (Song et al., 2021, eq. 12 and 16): deterministic for eta 0, ancestral with the small variance for eta 1."""
+    x = noise
+    for t, alpha_bar, next_alpha_bar in _steps(timesteps):
+        x0 = denoise(x, t)
+        eps = (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
+        sigma = eta * ((1 - next_alpha_bar) / (1 - alpha_bar) * (1 - alpha_bar / next_alpha_bar)) ** 0.5
+        x = next_alpha_bar**0.5 * x0 + max(1 - next_alpha_bar - sigma**2, 0.0) ** 0.5 * eps
+        if sigma > 0:
+            x = x + sigma * _randn_like(x, generator)
+    return x
+
+
+def dpmpp(
+    denoise: Denoise, noise: Tensor, timesteps: Sequence[int], generator: torch.Generator | None = None
+) -> Tensor:
+    """DPM-Solver++(2M) in data prediction (Lu et al., 2022, algorithm 2); first order at the first and last step.
+
+    Deterministic; `generator` is taken so that samplers are interchangeable, and left alone.
+    """
+    x = noise
+    previous: tuple[Tensor, float] | None = None  # x0 of the step before, and its log signal-to-noise ratio step
+    for t, alpha_bar, next_alpha_bar in _steps(timesteps):
+        x0 = denoise(x, t)
+        if next_alpha_bar == 1:
+            return x0
+        h = _half_log_snr(next_alpha_bar) - _half_log_snr(alpha_bar)
+        estimate = x0
+        if previous is not None:
+            last_x0, last_h = previous
+            estimate = x0 + h / (2 * last_h) * (x0 - last_x0)
+        sigma_ratio = ((1 - next_alpha_bar) / (1 - alpha_bar)) ** 0.5
+        x = sigma_ratio * x - next_alpha_bar**0.5 * math.expm1(-h) * estimate
+        previous = x0, h
+    return x
+
+
+SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}
+
+
+def _steps(timesteps: Sequence[int]) -> Iterator[tuple[int, float, float]]:
+    """(t, ᾱ_t, ᾱ of the next timestep), the last ᾱ being 1: no noise left."""
+    timesteps = [int(t) for t in timesteps]
+    falling = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+    if not timesteps or not falling or not 0 <= timesteps[-1] <= timesteps[0] < TIMESTEPS:
+        raise ValueError(f"timesteps must fall from at most {TIMESTEPS - 1} to at least 0, got {timesteps}")
+    schedule = [float(alpha_bars()[t]) for t in timesteps] + [1.0]
+    yield from zip(timesteps, schedule, schedule[1:], strict=False)
+
+
+def _half_log_snr(alpha_bar: float) -> float:
+    """λ = log(α/σ) = ½ log(ᾱ / (1 − ᾱ))."""
+    return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
+
+
+def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Normal noise on the generator's device, moved to x's: a CPU generator gives the same stream for any device."""
+    device = generator.device if generator is not None else x.device
+    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)

@@ -1,0 +1,278 @@
+"""The denoising networks of WDM and cWDM: a 3D U-Net on wavelet coefficients, with three kinds of skip connection.
+
+`concat` is cWDM's (Friedrich et al., "cWDM: Conditional Wavelet Diffusion Models for Cross-Modality 3D Medical
+Image Synthesis", 2024), `additive` and `wavelet` are WDM's U-Net and WavU-Net (Friedrich et al., 2024). All
+descend from the ablated diffusion U-Net (Dhariwal and Nichol, 2021) without attention.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cwdm.wavelet import LLL_DIVISOR, haar, inverse_haar
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    """Shape of a network.
+
+    Attributes:
+        in_channels: 8 noisy coefficients, and 8 for each condition.
+        model_channels: width of the first level.
+        channel_mult: width of each level as a multiple of `model_channels`.
+        num_res_blocks: residual blocks a level (the decoder of `concat` and `additive` has one more).
+        groups: groups of every GroupNorm.
+    """
+
+    in_channels: int
+    out_channels: int = 8
+    model_channels: int = 64
+    channel_mult: tuple[int, ...] = (1, 2, 2, 4, 4)
+    num_res_blocks: int = 2
+    groups: int = 32
+    skips: Literal["concat", "additive", "wavelet"] = "concat"
+
+    def __post_init__(self) -> None:
+        # Bounds, because a configuration may come from a file that someone else made.
+        sizes = (self.in_channels, self.out_channels, self.num_res_blocks, self.groups, self.model_channels)
+        if not 1 <= len(self.channel_mult) <= 8 or self.num_res_blocks > 16 or min(*sizes, *self.channel_mult) < 1:
+            raise ValueError(f"not a usable network: {self}")
+        if max(*self.widths, self.in_channels, self.out_channels) > 8192:
+            raise ValueError(f"a network wider than 8192 channels: {self}")
+        if self.model_channels % 2 or any(width % self.groups for width in self.widths):
+            raise ValueError(f"widths {self.widths} must be even and multiples of {self.groups} groups")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level, finest first."""
+        return tuple(self.model_channels * mult for mult in self.channel_mult)
+
+    @property
+    def embedding(self) -> int:
+        """Channels of the timestep embedding."""
+        return 4 * self.model_channels
+
+    @property
+    def size_multiple(self) -> int:
+        """Spatial sizes of the coefficients must be multiples of this."""
+        halvings = len(self.channel_mult) - (self.skips != "wavelet")
+        return int(2**halvings)
+
+
+class UNet(nn.Module):
+    """Predicts clean wavelet coefficients from noisy ones.
+
+    `UNet(config)(x, t)`: x (B, in_channels, X, Y, Z), t (B,) integer timesteps -> (B, out_channels, X, Y, Z).
+    X, Y and Z must be multiples of `config.size_multiple`.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.model_channels
+        self.time_embed = nn.ModuleList(
+            [nn.Linear(width, config.embedding), nn.Linear(config.embedding, config.embedding)]
+        )
+        self.stem = conv3(config.in_channels, width)
+        self.body = WaveletBody(config) if config.skips == "wavelet" else SkipBody(config)
+        self.head = NormSiLUConv(width, config.out_channels, config.groups, zero=True)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        multiple = self.config.size_multiple
+        if x.ndim != 5 or x.shape[1] != self.config.in_channels or any(n % multiple for n in x.shape[2:]):
+            raise ValueError(
+                f"expected (B, {self.config.in_channels}, X, Y, Z) with X, Y, Z multiples of {multiple}, "
+                f"got {tuple(x.shape)}"
+            )
+        emb = timestep_embedding(t, self.config.model_channels).to(x.dtype)
+        first, second = self.time_embed
+        emb = second(F.silu(first(emb)))
+        output: Tensor = self.head(self.body(self.stem(x), x, emb))
+        return output
+
+
+def timestep_embedding(t: Tensor, channels: int) -> Tensor:
+    """Sinusoids of the timestep, cosines first (Vaswani et al., 2017): (B,) -> (B, channels), float32."""
+    half = channels // 2
+    frequencies = torch.exp(-math.log(10000) / half * torch.arange(half, device=t.device, dtype=torch.float32))
+    angles = t[:, None].float() * frequencies
+    return torch.cat((angles.cos(), angles.sin()), dim=1)
+
+
+def conv3(in_channels: int, out_channels: int) -> nn.Conv3d:
+    """3×3×3 convolution that keeps the size."""
+    return nn.Conv3d(in_channels, out_channels, 3, padding=1)
+
+
+class NormSiLUConv(nn.Module):
+    """GroupNorm, SiLU, an optional change of size, 3×3×3 convolution: what every block of the network is made of."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, zero: bool = False) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(groups, in_channels)
+        self.conv = conv3(in_channels, out_channels)
+        if zero:
+            nn.init.zeros_(self.conv.weight)
+            nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]  # conv3 always has a bias
+
+    def forward(self, x: Tensor, resample: "Resample" = None) -> Tensor:
+        h: Tensor = self.conv(resize(F.silu(self.norm(x)), resample))
+        return h
+
+
+Resample = Literal["down", "up"] | None
+
+
+def resize(x: Tensor, resample: Resample) -> Tensor:
+    """Halve by averaging or double by nearest neighbour, each spatial axis."""
+    if resample == "down":
+        return F.avg_pool3d(x, 2)
+    if resample == "up":
+        return F.interpolate(x, scale_factor=2.0, mode="nearest")
+    return x
+
+
+class ResBlock(nn.Module):
+    """Residual block with the timestep added between its two convolutions; may halve or double the size."""
+
+    def __init__(
+        self, in_channels: int, out_channels: int, config: UNetConfig, resample: Resample = None
+    ) -> None:
+        super().__init__()
+        self.resample = resample
+        self.first = NormSiLUConv(in_channels, out_channels, config.groups)
+        self.shift = nn.Linear(config.embedding, out_channels)
+        self.second = NormSiLUConv(out_channels, out_channels, config.groups, zero=True)
+        self.shortcut = (
+            nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
+        )
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        return self.join(resize(x, self.resample), self.first(x, self.resample), emb)
+
+    def join(self, x: Tensor, h: Tensor, emb: Tensor) -> Tensor:
+        """Second half of the block: shortcut (B, in, X, Y, Z) and main branch (B, out, X, Y, Z)."""
+        h = h + self.shift(F.silu(emb))[:, :, None, None, None]
+        output: Tensor = self.shortcut(x) + self.second(h)
+        return output
+
+
+class SkipBody(nn.Module):
+    """Encoder and decoder whose every encoder output is used once by the decoder, concatenated or averaged."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.concat = config.skips == "concat"
+        width, widths = config.model_channels, config.widths
+        skips = [width]
+        self.encoder = nn.ModuleList()
+        for level, level_width in enumerate(widths):
+            for _ in range(config.num_res_blocks):
+                self.encoder.append(ResBlock(width, level_width, config))
+                width = level_width
+                skips.append(width)
+            if level < len(widths) - 1:
+                self.encoder.append(ResBlock(width, width, config, "down"))
+                skips.append(width)
+        self.middle = nn.ModuleList([ResBlock(width, width, config) for _ in range(2)])
+        self.decoder = nn.ModuleList()
+        for level, level_width in reversed(list(enumerate(widths))):
+            blocks = nn.ModuleList()
+            for _ in range(config.num_res_blocks + 1):
+                skip = skips.pop()
+                out = level_width if self.concat else (skips[-1] if skips else config.model_channels)
+                blocks.append(ResBlock(width + skip if self.concat else width, out, config))
+                width = out
+            if level > 0:
+                blocks.append(ResBlock(width, width, config, "up"))
+            self.decoder.append(blocks)
+
+    def forward(self, h: Tensor, x: Tensor, emb: Tensor) -> Tensor:
+        skips = [h]
+        for block in self.encoder:
+            h = block(h, emb)
+            skips.append(h)
+        for block in self.middle:
+            h = block(h, emb)
+        for blocks in self.decoder:
+            for block in blocks:
+                if block.resample is None:
+                    h = self.merge(h, skips.pop())
+                h = block(h, emb)
+        return h
+
+    def merge(self, h: Tensor, skip: Tensor) -> Tensor:
+        return torch.cat((h, skip), dim=1) if self.concat else (h + skip) / 2
+
+
+class WaveletBody(nn.Module):
+    """WavU-Net: sizes change by Haar transforms, high bands are the skips, and a pyramid of the input feeds each level."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width, pyramid = config.model_channels, config.in_channels
+        self.encoder = nn.ModuleList()
+        for level_width in config.widths:
+            self.encoder.append(WaveletEncoderLevel(width, level_width, pyramid, config))
+            width = pyramid = level_width
+        self.middle = nn.ModuleList([ResBlock(width, width, config) for _ in range(2)])
+        self.decoder = nn.ModuleList()
+        for level_width in reversed(config.widths):
+            self.decoder.append(WaveletDecoderLevel(width, level_width, config))
+            width = level_width
+        self.refine = nn.ModuleList([ResBlock(width, width, config) for _ in range(config.num_res_blocks)])
+
+    def forward(self, h: Tensor, x: Tensor, emb: Tensor) -> Tensor:
+        skips = []
+        pyramid = x
+        for level in self.encoder:
+            h, high = level(h, pyramid, emb)
+            pyramid = h
+            skips.append(high)
+        for block in self.middle:
+            h = block(h, emb)
+        for level in self.decoder:
+            h = level(h, skips.pop(), emb)
+        for block in self.refine:
+            h = block(h, emb)
+        return h
+
+
+class WaveletEncoderLevel(nn.Module):
+    """Residual blocks, then half the size: low band onward, high bands aside, the input's own bands added."""
+
+    def __init__(self, in_channels: int, out_channels: int, pyramid_channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * config.num_res_blocks
+        self.blocks = nn.ModuleList(ResBlock(a, b, config) for a, b in zip(widths, widths[1:], strict=False))
+        self.down = ResBlock(out_channels, out_channels, config)
+        self.pyramid = conv3(8 * pyramid_channels, out_channels)
+
+    def forward(self, h: Tensor, pyramid: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        for block in self.blocks:
+            h = block(h, emb)
+        low, *high = haar(self.down.first(h))
+        h = self.down.join(haar(h)[0] / LLL_DIVISOR, low / LLL_DIVISOR, emb)
+        return h + self.pyramid(torch.cat(haar(pyramid), dim=1) / LLL_DIVISOR), high
+
+
+class WaveletDecoderLevel(nn.Module):
+    """Residual blocks, then double the size with the encoder's high bands in both branches."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig) -> None:
+        super().__init__()
+        widths = [in_channels] + [out_channels] * config.num_res_blocks
+        self.blocks = nn.ModuleList(ResBlock(a, b, config) for a, b in zip(widths, widths[1:], strict=False))
+        self.up = ResBlock(out_channels, out_channels, config)
+
+    def forward(self, h: Tensor, high: list[Tensor], emb: Tensor) -> Tensor:
+        # The published network runs the last block of a level twice, with the same weights.
+        for block in [*self.blocks, self.blocks[-1]]:
+            h = block(h, emb)
+        main = inverse_haar([self.up.first(h) * LLL_DIVISOR, *high])
+        output: Tensor = self.up.join(inverse_haar([h * LLL_DIVISOR, *high]), main, emb)
+        return output

@@ -1,0 +1,297 @@
+"""Atomic files: what a reader finds after errors, kills and full disks."""
+
+import fcntl
+import os
+import shutil
+import signal
+import stat
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import pytest
+
+from cwdm.errors import OutputError
+from cwdm.files import (
+    _open_hidden,
+    _open_unnamed,
+    _write_under_hidden_name,
+    remove_stale,
+    write_atomically,
+)
+
+Writer = Callable[[Path, Callable[[BinaryIO], None]], None]
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+both_ways = pytest.mark.parametrize("writer", [write_atomically, _write_under_hidden_name])
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def put(contents: bytes) -> Callable[[BinaryIO], None]:
+    def write(file: BinaryIO) -> None:
+        file.write(contents)
+
+    return write
+
+
+@both_ways
+@pytest.mark.parametrize("before", [None, b"old and longer than the new"])
+def test_writes_and_replaces(tmp_path: Path, writer: Writer, before: bytes | None) -> None:
+    path = tmp_path / "a.bin"
+    if before is not None:
+        path.write_bytes(before)
+    writer(path, put(b"new"))
+    assert path.read_bytes() == b"new"
+    assert names(tmp_path) == ["a.bin"]
+
+
+def run_python(code: str, path: Path, prefix: Sequence[str] = ()) -> "subprocess.CompletedProcess[str]":
+    command = [*prefix, sys.executable, "-c", code, str(path)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, check=True)
+
+
+@both_ways
+def test_permissions_follow_the_umask(tmp_path: Path, writer: Writer) -> None:
+    before = os.umask(0o027)
+    try:
+        writer(tmp_path / "a", put(b""))
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == 0o640
+
+
+@both_ways
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_an_error_while_writing_leaves_the_old_file(
+    tmp_path: Path, writer: Writer, error: type[BaseException]
+) -> None:
+    path = tmp_path / "a"
+    path.write_bytes(b"old")
+
+    def write(file: BinaryIO) -> None:
+        file.write(b"half")
+        raise error
+
+    with pytest.raises(error):
+        writer(path, write)
+    assert path.read_bytes() == b"old"
+    assert names(tmp_path) == ["a"]
+
+
+@both_ways
+def test_the_longest_name_works(tmp_path: Path, writer: Writer) -> None:
+    path = tmp_path / ("n" * 255)
+    writer(path, put(b"x"))
+    assert path.read_bytes() == b"x"
+
+
+def test_a_link_is_replaced_and_its_target_kept(tmp_path: Path) -> None:
+    (tmp_path / "target").write_bytes(b"kept")
+    (tmp_path / "link").symlink_to("target")
+    write_atomically(tmp_path / "link", put(b"new"))
+    assert (tmp_path / "target").read_bytes() == b"kept"
+    assert not (tmp_path / "link").is_symlink()
+
+
+def test_a_reader_never_sees_a_part(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    versions = [bytes([number]) * 200_000 for number in range(30)]
+    write_atomically(path, put(versions[0]))
+    seen: set[bytes] = set()
+    done = threading.Event()
+
+    def read() -> None:
+        while not done.is_set():
+            seen.add(path.read_bytes())
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for version in versions:
+        write_atomically(path, put(version))
+    done.set()
+    reader.join()
+    assert seen
+    assert seen <= set(versions)
+
+
+KILLED = textwrap.dedent("""
+    import sys, time
+    from pathlib import Path
+    from cwdm.files import write_atomically, _write_under_hidden_name
+
+    def write(file):
+        file.write(b"half" * 100_000)
+        file.flush()
+        print("writing", flush=True)
+        time.sleep(60)
+
+    globals()[sys.argv[1]](Path(sys.argv[2]), write)
+""")
+
+
+def start_writer(writer: Writer, path: Path) -> "subprocess.Popen[bytes]":
+    command = [sys.executable, "-c", KILLED, writer.__name__, str(path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, env=ENVIRONMENT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"writing\n"
+    return process
+
+
+def end(process: "subprocess.Popen[bytes]") -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_killed_writer_leaves_nothing(tmp_path: Path) -> None:
+    if _open_unnamed(tmp_path) is None:
+        pytest.skip("this file system has no unnamed files (O_TMPFILE)")
+    (tmp_path / "a").write_bytes(b"old")
+    end(start_writer(write_atomically, tmp_path / "a"))
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"old"
+
+
+def test_the_remains_of_a_killed_writer_are_removed_and_only_those(tmp_path: Path) -> None:
+    keep = [".cwdm-notes.txt", ".hidden", ".cwdm-0123.tmp", "cwdm-0123456789abcdef.tmp"]
+    for name in keep:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / ".cwdm-0123456789abcdef.tmp").mkdir()
+    (tmp_path / ".cwdm-fedcba9876543210.tmp").symlink_to(".hidden")
+    keep += [".cwdm-0123456789abcdef.tmp", ".cwdm-fedcba9876543210.tmp"]
+
+    process = start_writer(_write_under_hidden_name, tmp_path / "a")
+    try:
+        remove_stale(tmp_path)
+        assert len(names(tmp_path)) == len(keep) + 1, "a live writer's file must stay"
+    finally:
+        end(process)
+    assert len(names(tmp_path)) == len(keep) + 1
+    remove_stale(tmp_path)
+    assert names(tmp_path) == sorted(keep)
+
+
+def test_hidden_files_are_locked_while_open(tmp_path: Path) -> None:
+    hidden, file = _open_hidden(tmp_path)
+    with file, hidden.open("rb") as other, pytest.raises(BlockingIOError):
+        fcntl.flock(other, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except FileNotFoundError:
+        mounted = False
+    if not mounted:
+        pytest.skip("mounting a small file system needs root")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(small_disk: Path) -> None:
+    write_atomically(small_disk / "a", put(b"old"))
+    with pytest.raises(OutputError, match=r"disk.*full.*free some space") as caught:
+        write_atomically(small_disk / "a", put(bytes(3 << 20)))
+    assert str(small_disk) in str(caught.value)
+    assert (small_disk / "a").read_bytes() == b"old"
+    assert names(small_disk) == ["a"]
+    write_atomically(small_disk / "b", put(bytes(500_000)))  # the failed file's space was given back
+
+
+def test_a_full_disk_under_a_hidden_name(small_disk: Path) -> None:
+    with pytest.raises(OSError, match="No space left"):
+        _write_under_hidden_name(small_disk / "a", put(bytes(3 << 20)))
+    assert names(small_disk) == []
+
+
+def test_a_read_only_disk(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(OutputError, match="mounted read-only"):
+        write_atomically(small_disk / "a", put(b"x"))
+
+
+AS_NOBODY = textwrap.dedent("""
+    import os, sys
+    from pathlib import Path
+    from cwdm.files import write_atomically
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    try:
+        write_atomically(Path(sys.argv[1]), lambda file: None)
+    except Exception as error:
+        print(type(error).__name__, error)
+""")
+
+
+def test_a_folder_without_permission() -> None:
+    # Not tmp_path: pytest keeps other users out of the folders above it.
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o555)
+        output = run_python(AS_NOBODY, Path(folder) / "a").stdout
+    assert output.startswith("OutputError")
+    assert "no permission" in output
+    assert folder in output
+
+
+FILE_SIZE_LIMIT = textwrap.dedent("""
+    import resource, sys
+    from pathlib import Path
+    from cwdm.files import write_atomically
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+    try:
+        write_atomically(Path(sys.argv[1]), lambda file: file.write(bytes(100_000)))
+    except Exception as error:
+        print(type(error).__name__, error)
+""")
+
+
+def test_a_file_size_limit(tmp_path: Path) -> None:
+    output = run_python(FILE_SIZE_LIMIT, tmp_path / "a").stdout
+    assert output.startswith("OutputError")
+    assert names(tmp_path) == []
+
+
+WRITE = textwrap.dedent("""
+    import sys
+    from pathlib import Path
+    from cwdm.files import write_atomically
+    write_atomically(Path(sys.argv[1]), lambda file: file.write(b"x"))
+""")
+
+
+def test_without_proc(tmp_path: Path) -> None:
+    """The unnamed file cannot be given its name; its contents are copied instead."""
+    in_private_mounts = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run([*in_private_mounts, "true"], check=False).returncode
+    ):
+        pytest.skip("hiding /proc needs root")
+    for _ in range(2):
+        run_python(WRITE, tmp_path / "a", prefix=in_private_mounts)
+        assert (tmp_path / "a").read_bytes() == b"x"
+        assert names(tmp_path) == ["a"]
+
+
+def test_a_missing_folder(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="no such folder"):
+        write_atomically(tmp_path / "none" / "a", put(b""))
+    with pytest.raises(OutputError, match="no such folder"):
+        remove_stale(tmp_path / "none")
+
+
+def test_a_folder_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    with pytest.raises(OutputError):
+        write_atomically(tmp_path / "a", put(b"x"))
+    assert names(tmp_path) == ["a"]
