@@ -1,3 +1,27 @@
-"""3D wavelet diffusion for medical images: WDM and cWDM."""
+"""3D wavelet diffusion for medical images: WDM and cWDM.
+
+>>> from cwdm import Synthesizer, Settings
+>>> Synthesizer("weights/")("input/BraTS-GLI-00001-000").volume     # doctest: +SKIP
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+__all__ = ["Settings", "Synthesizer", "__version__"]
+
+if TYPE_CHECKING:
+    from cwdm.config import Settings
+    from cwdm.synthesis import Synthesizer
+
+
+def __getattr__(name: str) -> Any:
+    # Imported on first use: `cwdm --help` should not wait for PyTorch.
+    if name == "Synthesizer":
+        from cwdm.synthesis import Synthesizer
+
+        return Synthesizer
+    if name == "Settings":
+        from cwdm.config import Settings
+
+        return Settings
+    raise AttributeError(f"module 'cwdm' has no attribute '{name}'")

@@ -11,6 +11,7 @@ import gzip
 import itertools
 import math
 import re
+import struct
 import zlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -42,6 +43,8 @@ _FILE_NAME = re.compile(rf"(?:.*[-_.])?({_ENDINGS})\.nii(?:\.gz)?", re.IGNORECAS
 _MAX_AXIS = 1024
 _MAX_VOXELS = 512**3
 _MAX_OFFSET = 1 << 20  # bytes before the first voxel, extensions included; BraTS files have up to 3 KiB
+
+_REAL_TYPES = {2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280}  # NIfTI codes of integers and floats up to 64 bits
 
 _USUAL_SHAPE = (240, 240, 155)
 
@@ -110,10 +113,26 @@ def find_cases(data_path: Path) -> list[CaseFolder]:
         raise InputError(f"the input {data_path} is not a folder; give the folder of cases") from error
     except OSError as error:
         raise InputError(f"the input folder {data_path} cannot be read: {error.strerror}") from error
-    cases = [case for entry in entries if (case := _look_into(entry))]
+    shown = (entry for entry in entries if not entry.name.startswith("."))
+    cases = [case for entry in shown if (case := _look_into(entry))]
     if not cases:
         raise InputError(_no_case(data_path, entries))
     return cases
+
+
+def case_folder(folder: Path) -> CaseFolder:
+    """The case in one folder, whose faults wait in `CaseFolder.problem`.
+
+    Raises:
+        InputError: the folder holds no file of any modality, or is none.
+    """
+    case = _look_into(folder.absolute())  # "." has no name
+    if case is None:
+        raise InputError(
+            f"no case found in {folder}; expected a folder with files like <case>-t1n.nii.gz "
+            f"(one of {', '.join(MODALITIES)}, .nii or .nii.gz)"
+        )
+    return case
 
 
 def read_case(folder: CaseFolder) -> Case:
@@ -137,7 +156,7 @@ def read_case(folder: CaseFolder) -> Case:
         except _FileError as error:
             raise CaseError(folder.name, f"{path.name}: {error}") from error
     _check_same_grid(folder.name, nearest, volumes, affines)
-    warnings = (*_grid_warnings(volumes[nearest].shape, affines[nearest]), *_background_warnings(volumes))
+    warnings = (*_grid_warnings(headers[nearest], affines[nearest]), *_background_warnings(volumes))
     return Case(folder.name, target, volumes, affines[nearest], headers, warnings)
 
 
@@ -164,9 +183,7 @@ def write_volume(path: Path, volume: npt.ArrayLike, like: Case, native: bool = T
     header = like.headers[NEAREST[like.target]].copy()
     assert values.shape == header.get_data_shape(), (values.shape, header.get_data_shape())
     if bad := values.size - np.count_nonzero(np.isfinite(values)):
-        raise CaseError(
-            like.name, f"the synthesised {like.target} has {bad} voxels that are not finite numbers"
-        )
+        raise CaseError(like.name, f"the synthesised {like.target} has {bad} voxels that are not finite numbers")
     voxels = _to_stored_type(values, header) if native else values
     _mark_as_synthesised(header, like.target, voxels.dtype)
     contents = header.binaryblock + bytes(4) + voxels.tobytes(order="F")  # four zeros: no extensions
@@ -184,8 +201,6 @@ def write_volume(path: Path, volume: npt.ArrayLike, like: Case, native: bool = T
 
 def _look_into(entry: Path) -> CaseFolder | None:
     """The case in a folder, or None for what is no case folder."""
-    if entry.name.startswith("."):
-        return None
     try:
         paths = sorted(entry.iterdir(), key=lambda path: path.name)
     except NotADirectoryError:
@@ -194,14 +209,14 @@ def _look_into(entry: Path) -> CaseFolder | None:
         problem = f"the folder {entry} cannot be read ({error.strerror}); check its permissions"
         return CaseFolder(entry.name, entry, {}, problem)
     files: dict[str, Path] = {}
-    problem = None
+    twice = None
     for path in paths:
         if (modality := _modality(path.name)) is None:
             continue
         first = files.setdefault(modality, path)
         if first != path:
-            problem = f"expected one file for {modality}, found {first.name} and {path.name}; remove one"
-    return CaseFolder(entry.name, entry, files, problem) if files else None
+            twice = f"expected one file for {modality}, found {first.name} and {path.name}; remove one"
+    return CaseFolder(entry.name, entry, files, twice) if files else None
 
 
 def _modality(file_name: str) -> str | None:
@@ -215,8 +230,8 @@ def _modality(file_name: str) -> str | None:
 def _no_case(data_path: Path, entries: Iterable[Path]) -> str:
     if any(_modality(entry.name) for entry in entries):
         return (
-            f"{data_path} holds the files of a case itself; "
-            f"give the folder above it ({data_path.resolve().parent}), where each case has a folder of its own"
+            f"{data_path} holds the files of a case itself; give the folder above it "
+            f"({data_path.resolve().parent}), where each case has a folder of its own"
         )
     return (
         f"no case found in {data_path}; expected folders with files like "
@@ -274,21 +289,20 @@ def _read_header(stream: IO[bytes]) -> nib.Nifti1Header | nib.Nifti2Header:
     header = _parse_header(stream)
     shape = _shape(header)
     if len(shape) < 3 or any(length != 1 for length in shape[3:]):
-        raise _FileError(
-            f"expected one 3D volume, found {_by(shape)} voxels; store each contrast as a 3D volume"
-        )
+        raise _FileError(f"expected one 3D volume, found {_by(shape)} voxels; store each contrast as a 3D volume")
     if min(shape) < 1 or max(shape) > _MAX_AXIS or math.prod(shape) > _MAX_VOXELS:
         raise _FileError(
             f"expected 1 to {_MAX_AXIS} voxels along each axis and at most {_MAX_VOXELS} in all, "
             f"found {_by(shape)}; the header is damaged, or the volume should be resampled"
         )
+    if int(header["datatype"]) not in _REAL_TYPES:
+        raise _FileError(
+            f"expected one real number a voxel, found {header.get_value_label('datatype')}; store plain intensities"
+        )
     try:
-        dtype = header.get_data_dtype()
         header.get_slope_inter()
     except HeaderDataError as error:
         raise _FileError(f"the header is damaged ({error})") from error
-    if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise _FileError(f"expected one real number a voxel, found {header.get_value_label('datatype')}")
     offset = float(header["vox_offset"])
     if not header.sizeof_hdr + 4 <= offset <= _MAX_OFFSET:
         raise _FileError(f"the header is damaged: voxels should begin within 1 MiB, found byte {offset:g}")
@@ -299,8 +313,8 @@ def _read_header(stream: IO[bytes]) -> nib.Nifti1Header | nib.Nifti2Header:
 def _parse_header(stream: IO[bytes]) -> nib.Nifti1Header | nib.Nifti2Header:
     size = stream.read(4)
     for kind, magic in ((nib.Nifti1Header, b"n+1\0"), (nib.Nifti2Header, b"n+2\0\r\n\x1a\n")):
-        for order, byte_order in (("<", "little"), (">", "big")):
-            if size != kind.sizeof_hdr.to_bytes(4, byte_order):  # type: ignore[arg-type]
+        for order in "<>":
+            if size != struct.pack(f"{order}i", kind.sizeof_hdr):
                 continue
             block = size + stream.read(kind.sizeof_hdr - 4)
             if len(block) == kind.sizeof_hdr and magic in block:
@@ -367,9 +381,7 @@ def _check_content(volume: Volume) -> None:
         raise _FileError(f"every voxel is {low:g}; the image is empty, export it again")
 
 
-def _check_same_grid(
-    case: str, nearest: str, volumes: Mapping[str, Volume], affines: Mapping[str, Affine]
-) -> None:
+def _check_same_grid(case: str, nearest: str, volumes: Mapping[str, Volume], affines: Mapping[str, Affine]) -> None:
     if len({volume.shape for volume in volumes.values()}) > 1:
         found = ", ".join(f"{modality} {_by(volume.shape)}" for modality, volume in volumes.items())
         raise CaseError(case, f"expected volumes of one shape, found {found}; resample them to one grid")
@@ -387,13 +399,16 @@ def _check_same_grid(
             )
 
 
-def _grid_warnings(shape: tuple[int, ...], affine: Affine) -> Iterable[str]:
+def _grid_warnings(header: nib.Nifti1Header, affine: Affine) -> Iterable[str]:
+    shape = _shape(header)
     if sorted(shape) != sorted(_USUAL_SHAPE):
         yield f"{_by(shape)} voxels instead of the {_by(_USUAL_SHAPE)} that the weights were trained on"
     spacing_mm = _spacing_mm(affine)
     if np.abs(spacing_mm - 1).max() > 0.01:
         found = _by(f"{length:.3g}" for length in spacing_mm)
         yield f"voxels of {found} mm instead of the 1 mm that the weights were trained on"
+    if not (header["qform_code"] or header["sform_code"]):
+        yield "the header does not say how the head lies (no qform, no sform); check the orientation"
 
 
 def _background_warnings(volumes: Mapping[str, Volume]) -> Iterable[str]:

@@ -12,12 +12,13 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
+import pywt
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from torch import Tensor
 
 from cwdm.errors import WeightsError
@@ -41,23 +42,31 @@ class Record(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    modality: str | None = None
+    modality: str | None = Field(default=None, max_length=64)
     wavelet: str = "haar"
     value_range: tuple[float, float] = (0.0, 1.0)
-    sampler: str = "ddpm"
+    sampler: Literal["ddpm", "ddim", "dpmpp"] = "ddpm"
     steps: int = Field(default=1000, ge=1, le=1000)
-    notice: str = ""
+    notice: str = Field(default="", max_length=500)
     training: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("wavelet")
+    @classmethod
+    def _orthogonal(cls, name: str) -> str:
+        if name not in pywt.wavelist(kind="discrete") or not pywt.Wavelet(name).orthogonal:
+            raise ValueError(f"'{name}' is no orthogonal wavelet of PyWavelets")
+        return name
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network in evaluation mode with its record and where it came from."""
+    """A network in evaluation mode with its record, where it came from, and what its users must be told."""
 
     model: UNet
     record: Record
     path: Path | None = None
     sha256: str = ""
+    warnings: tuple[str, ...] = ()
 
 
 def load_published(state_dict: Mapping[str, Tensor]) -> UNet:

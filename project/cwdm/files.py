@@ -7,6 +7,7 @@ import re
 import secrets
 import shutil
 import stat
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,6 +25,7 @@ _ADVICE = {
     errno.EACCES: "no permission to write there; change its permissions or owner, or choose another folder",
     errno.EPERM: "no permission to write there; change its permissions or owner, or choose another folder",
     errno.ENOENT: "there is no such folder; create it first",
+    errno.EEXIST: "that is a file; choose another folder",
     errno.ENOTDIR: "that is not a folder; choose another one",
 }
 
@@ -65,6 +67,19 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
                 # No /proc, or a file system that opens such files and then cannot name them.
                 unnamed.seek(0)
                 _write_under_hidden_name(path, lambda named: shutil.copyfileobj(unnamed, named))
+
+
+def check_writable(folder: Path) -> None:
+    """Make the folder if there is none, and prove that a file can be written into it, leaving nothing there.
+
+    Raises:
+        OutputError: it cannot.
+    """
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"0")
+            file.flush()
 
 
 def remove_stale(folder: Path) -> None:

@@ -29,7 +29,7 @@ def _published_modules(model: UNet) -> Iterator[tuple[str, str]]:
     yield from (("time_embed.0", "time_embed.0"), ("time_embed.2", "time_embed.1"))
     yield "input_blocks.0.0", "stem"
     body = model.body
-    blocks = _wavelet_blocks(body) if isinstance(body, WaveletBody) else _skip_blocks(cast(SkipBody, body))
+    blocks = _wavelet_blocks(body) if isinstance(body, WaveletBody) else _skip_blocks(body)
     for published, ours in blocks:
         module = model.get_submodule(ours)
         yield from _res_block(published, ours, module) if isinstance(module, ResBlock) else [(published, ours)]
@@ -108,9 +108,7 @@ def _read_config(shapes: Mapping[str, tuple[int, ...]]) -> UNetConfig:
         if f"input_blocks.{entry}.0.conv.weight" in shapes:
             entry += 1
     decoder = {int(name.split(".")[1]) for name in shapes if name.startswith("output_blocks.")}
-    ups = sum(
-        name.startswith("output_blocks.") and name.endswith(".1.in_layers.0.weight") for name in shapes
-    )
+    ups = sum(name.startswith("output_blocks.") and name.endswith(".1.in_layers.0.weight") for name in shapes)
     levels = ups if wavelet else ups + 1
     num_res_blocks = len(decoder) // levels - 1
     if len(block_widths) < levels * (num_res_blocks + 1) - (not wavelet):

@@ -7,6 +7,7 @@ To write another one, write another such loop.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -26,9 +27,7 @@ def spaced_timesteps(steps: int) -> list[int]:
     return [round(i * (TIMESTEPS - 1) / (steps - 1)) for i in reversed(range(steps))]
 
 
-def ddpm(
-    denoise: Denoise, noise: Tensor, timesteps: Sequence[int], generator: torch.Generator | None = None
-) -> Tensor:
+def ddpm(denoise: Denoise, noise: Tensor, timesteps: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
     """Ancestral sampling with the large variance β_t, over the full schedule or a shortened one.
 
     Ho et al. (2020), eq. 7 for the posterior mean; for a shortened schedule β is recomputed from the kept ᾱ
@@ -96,7 +95,7 @@ SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}
 def _steps(timesteps: Sequence[int]) -> Iterator[tuple[int, float, float]]:
     """(t, ᾱ_t, ᾱ of the next timestep), the last ᾱ being 1: no noise left."""
     timesteps = [int(t) for t in timesteps]
-    falling = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+    falling = all(a > b for a, b in pairwise(timesteps))
     if not timesteps or not falling or not 0 <= timesteps[-1] <= timesteps[0] < TIMESTEPS:
         raise ValueError(f"timesteps must fall from at most {TIMESTEPS - 1} to at least 0, got {timesteps}")
     schedule = [float(alpha_bars()[t]) for t in timesteps] + [1.0]

@@ -1,4 +1,4 @@
-"""What several tests need: the golden outputs of the published systems and weights made by their recipe."""
+"""What several tests need: golden outputs of the published systems and weights made by their recipe."""
 
 import json
 import zlib
@@ -8,14 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
+from cwdm.checkpoint import load_published
+from cwdm.published import published_names
+from cwdm.unet import UNet, UNetConfig
+
+# Examples take as long as the machine is busy; time is no law that a property test should check.
+settings.register_profile("cwdm", deadline=None, print_blob=True)
+settings.load_profile("cwdm")
+
+GOLDEN = Path(__file__).parent / "golden"
 SHARED = Path(__file__).resolve().parents[3] / "shared"
-GOLDEN = SHARED / "golden"
 CASES = SHARED / "cases"
 
-needs_golden = pytest.mark.skipif(
-    not GOLDEN.is_dir(), reason="golden outputs stand beside the repository in development and CI only"
-)
 needs_cases = pytest.mark.skipif(
     not CASES.is_dir(), reason="real cases stand beside the repository in development and CI only"
 )
@@ -36,3 +42,25 @@ def recipe(name: str, shape: tuple[int, ...]) -> torch.Tensor:
     else:
         z = 0.1 * z
     return torch.from_numpy(z.astype(np.float32))
+
+
+def config_of(settings: dict[str, Any]) -> UNetConfig:
+    """Network configuration of a golden run."""
+    known = {key: value for key, value in settings.items() if key in UNetConfig.__dataclass_fields__}
+    return UNetConfig(**{**known, "channel_mult": tuple(known["channel_mult"])})
+
+
+def published_state(config: UNetConfig) -> dict[str, torch.Tensor]:
+    """State dict with the published names, made by the golden recipe."""
+    with torch.device("meta"):
+        model = UNet(config)
+    return {name: recipe(name, tuple(model.get_parameter(ours).shape)) for name, ours in published_names(model).items()}
+
+
+def golden_model(settings: dict[str, Any]) -> UNet:
+    """The network of a golden run."""
+    return load_published(published_state(config_of(settings)))
+
+
+TINY = UNetConfig(in_channels=32, model_channels=32, channel_mult=(1, 2))
+"""A conditional network small enough for tests."""

@@ -21,6 +21,7 @@ from cwdm.files import (
     _open_hidden,
     _open_unnamed,
     _write_under_hidden_name,
+    check_writable,
     remove_stale,
     write_atomically,
 )
@@ -69,9 +70,7 @@ def test_permissions_follow_the_umask(tmp_path: Path, writer: Writer) -> None:
 
 @both_ways
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_while_writing_leaves_the_old_file(
-    tmp_path: Path, writer: Writer, error: type[BaseException]
-) -> None:
+def test_an_error_while_writing_leaves_the_old_file(tmp_path: Path, writer: Writer, error: type[BaseException]) -> None:
     path = tmp_path / "a"
     path.write_bytes(b"old")
 
@@ -272,10 +271,7 @@ WRITE = textwrap.dedent("""
 def test_without_proc(tmp_path: Path) -> None:
     """The unnamed file cannot be given its name; its contents are copied instead."""
     in_private_mounts = ["unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh"]
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run([*in_private_mounts, "true"], check=False).returncode
-    ):
+    if shutil.which("unshare") is None or subprocess.run([*in_private_mounts, "true"], check=False).returncode:
         pytest.skip("hiding /proc needs root")
     for _ in range(2):
         run_python(WRITE, tmp_path / "a", prefix=in_private_mounts)
@@ -295,3 +291,17 @@ def test_a_folder_in_the_way(tmp_path: Path) -> None:
     with pytest.raises(OutputError):
         write_atomically(tmp_path / "a", put(b"x"))
     assert names(tmp_path) == ["a"]
+
+
+def test_check_writable_makes_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
+    check_writable(tmp_path / "a" / "b")
+    assert names(tmp_path / "a" / "b") == []
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="that is a file"):
+        check_writable(tmp_path / "file")
+
+
+def test_check_writable_on_a_read_only_disk(small_disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(OutputError, match="mounted read-only"):
+        check_writable(small_disk)

@@ -1,0 +1,250 @@
+"""The command line: the only place that turns errors into messages and exit codes.
+
+Exit codes: 0 everything done; 1 some cases failed, the others are written; 2 nothing could be done, or the
+output could not be written; 130 and 143 stopped from outside, run again to go on.
+"""
+
+import signal
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from cwdm import __version__
+from cwdm.errors import CwdmError
+
+app = typer.Typer(
+    name="cwdm",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="3D wavelet diffusion for medical images: synthesise the missing one of four MR contrasts.",
+)
+weights_app = typer.Typer(no_args_is_help=True, help="Download, list, convert and verify weights.")
+app.add_typer(weights_app, name="weights")
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class StoredType(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Modality(StrEnum):
+    t1n = "t1n"
+    t1c = "t1c"
+    t2w = "t2w"
+    t2f = "t2f"
+
+
+def main() -> None:
+    """Entry point of the `cwdm` command."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        app()
+    except CwdmError as error:
+        _fail(str(error), 2)
+    except KeyboardInterrupt:
+        _fail("stopped; finished cases are kept, run the same command again to go on", 130)
+
+
+def _terminated(*_: object) -> NoReturn:
+    _stderr().print("terminated; finished cases are kept, run the same command again to go on", markup=False)
+    sys.exit(128 + signal.SIGTERM)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    _stderr().print(f"error: {message}", markup=False, soft_wrap=True)
+    sys.exit(code)
+
+
+def _stderr() -> Console:
+    return Console(stderr=True, highlight=False)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"cwdm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def infer(
+    data_path: Annotated[
+        Path, typer.Option("--data_path", "--data-path", help="Folder with one folder a case; only read.")
+    ],
+    output_path: Annotated[
+        Path,
+        typer.Option("--output_path", "--output-path", help="Folder for <case>-<missing modality>.nii.gz, flat."),
+    ],
+    weights: Annotated[
+        Path | None,
+        typer.Option(help="Folder or file of weights. Default: $CWDM_WEIGHTS, or what 'weights download' fetched."),
+    ] = None,
+    parameters_file: Annotated[
+        Path | None,
+        typer.Option("--parameters_file", "--parameters-file", help="YAML with settings; may be empty."),
+    ] = None,
+    device: Annotated[Device, typer.Option(help="'cuda' fails without a GPU, 'auto' falls back.")] = Device.auto,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo cases whose output is there.")] = False,
+    report_path: Annotated[
+        Path | None,
+        typer.Option("--report_path", "--report-path", help="Folder for JSON records: settings, weights, times."),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file, as sampler.steps=10."),
+    ] = None,
+) -> None:
+    """Synthesise the missing modality of every case.
+
+    Each case is a folder with three of <case>-t1n, -t1c, -t2w, -t2f (.nii.gz or .nii). Cases that are done already
+    are skipped, so a stopped run goes on where it was.
+    """
+    from cwdm.brats import find_cases
+    from cwdm.cohort import check_apart, synthesise_cohort
+    from cwdm.config import load_settings
+    from cwdm.progress import CohortProgress
+    from cwdm.synthesis import Synthesizer
+
+    loaded = load_settings(parameters_file, settings or ())
+    folders = find_cases(data_path)
+    for written in filter(None, (output_path, report_path)):
+        check_apart(data_path, written)
+    synthesizer = Synthesizer(weights, loaded, device.value)
+    progress = CohortProgress(len(folders))
+    outcomes = synthesise_cohort(
+        folders, synthesizer, output_path, overwrite=overwrite, report=report_path, progress=progress
+    )
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    done = len(outcomes) - len(failed)
+    progress.log(
+        f"{done} of {len(outcomes)} cases are in {output_path}" + (f", {len(failed)} FAILED" if failed else "")
+    )
+    for outcome in failed:
+        progress.log(f"  {outcome.case}: {outcome.reason}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def drop(
+    data_path: Annotated[Path, typer.Argument(metavar="IN", help="Folder of complete cases; only read.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the cases with one modality less.")],
+    seed: Annotated[int, typer.Option(help="123456 gives the published script's choice.")] = 123456,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the files instead of linking to them.")] = False,
+) -> None:
+    """Take one modality away from every complete case, to test against the truth."""
+    from cwdm.drop import drop_modalities
+
+    for case, modality in drop_modalities(data_path, out, seed, copy):
+        print(f"{case}: {modality} taken away")
+
+
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the case folders.")],
+    cases: Annotated[int, typer.Option(min=1, help="How many synthetic patients.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Same seed, same patients.")] = 0,
+) -> None:
+    """Make synthetic patients: four contrasts and a segmentation each, in the BraTS layout."""
+    from cwdm.phantom import write_phantoms
+
+    write_phantoms(out, cases, seed, on_case=print)
+
+
+@weights_app.command()
+def download(
+    folder: Annotated[Path | None, typer.Argument(help="Where to put them. Default: where infer looks.")] = None,
+    repo: Annotated[str, typer.Option(help="Hugging Face repository.")] = "pfriedri/cwdm",
+    revision: Annotated[str, typer.Option(help="Branch, tag or commit.")] = "main",
+    file: Annotated[
+        list[str] | None, typer.Option(help="File in the repository; repeat for several. Default: the four of cWDM.")
+    ] = None,
+) -> None:
+    """Fetch the published weights (4 × 326 MB) and record their checksums."""
+    from cwdm.weights import PUBLISHED_FILES, default_folder
+    from cwdm.weights import download as fetch
+
+    for path in fetch(folder or default_folder(), repo, revision, tuple(file or PUBLISHED_FILES.values())):
+        print(path)
+
+
+@weights_app.command("list")
+def list_weights(
+    weights: Annotated[Path | None, typer.Argument(help="Folder or file. Default: where infer looks.")] = None,
+) -> None:
+    """Show what is in a folder of weights."""
+    _show_weights(weights)
+
+
+@weights_app.command()
+def verify(
+    weights: Annotated[Path | None, typer.Argument(help="Folder or file. Default: where infer looks.")] = None,
+) -> None:
+    """Load every file strictly and compare its recorded checksum; exit code 1 if one is not as it should be."""
+    if not _show_weights(weights):
+        raise typer.Exit(1)
+
+
+@weights_app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Published .pt or our .safetensors.")],
+    target: Annotated[Path, typer.Argument(help="File to write, such as weights/t2f.safetensors.")],
+    modality: Annotated[Modality | None, typer.Option(help="What it synthesises, if the name does not tell.")] = None,
+    dtype: Annotated[StoredType, typer.Option(help="float16 halves the file.")] = StoredType.float32,
+) -> None:
+    """Write a checkpoint as safetensors, with configuration, modality and recommended sampler in its header."""
+    import torch
+
+    from cwdm.weights import convert as write
+
+    print(write(source, target, modality and modality.value, getattr(torch, dtype.value)))
+
+
+def _show_weights(weights: Path | None) -> bool:
+    """Print a table of weights files; whether all of them are sound."""
+    from cwdm.weights import default_folder, inspect, modality_of
+
+    weights = weights or default_folder()
+    marks: dict[bool | None, str] = {True: "as recorded", False: "DIFFERS", None: "none recorded"}
+    table = Table("file", "synthesises", "network", "parameters", "checksum", title=str(weights))
+    faults = []
+    for listed in inspect(weights):
+        if listed.fault:
+            faults.append(listed.fault)
+        if listed.loaded is None:
+            table.add_row(listed.path.name, "", "NOT USABLE", "", marks[listed.verified])
+            continue
+        config, entry = listed.loaded.model.config, listed.loaded.record
+        kind = f"{config.skips} {config.model_channels}×{','.join(map(str, config.channel_mult))}"
+        parameters = sum(tensor.numel() for tensor in listed.loaded.model.parameters())
+        unconditional = config.in_channels == config.out_channels
+        target = "volumes" if unconditional else entry.modality or modality_of(listed.path) or "not said"
+        table.add_row(listed.path.name, target, kind, f"{parameters:,}", marks[listed.verified])
+    if not table.rows:
+        faults.append(f"{weights}: no weights files (.pt, .safetensors)")
+    Console().print(table)
+    for fault in faults:
+        _stderr().print(f"error: {fault}", markup=False, soft_wrap=True)
+    return not faults

@@ -1,0 +1,154 @@
+"""Settings of a run, read from a `parameters.yaml` and `key=value` overrides, every key checked by name and type."""
+
+import difflib
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from cwdm.errors import SettingsError
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class SamplerSettings(_Settings):
+    """How noise becomes an image; None leaves it to what the checkpoint recommends.
+
+    Attributes:
+        name: ddpm (published), ddim or dpmpp.
+        steps: network evaluations, spread evenly over the schedule.
+        timesteps: an explicit falling list within 999 to 0, overrides `steps`.
+    """
+
+    name: Literal["ddpm", "ddim", "dpmpp"] | None = None
+    steps: int | None = Field(default=None, ge=1, le=1000)
+    timesteps: list[int] | None = None
+
+    @field_validator("timesteps")
+    @classmethod
+    def _falling(cls, timesteps: list[int] | None) -> list[int] | None:
+        if timesteps is None:
+            return None
+        falling = all(a > b for a, b in pairwise(timesteps))
+        if not timesteps or not falling or timesteps[0] > 999 or timesteps[-1] < 0:
+            raise ValueError("must be a falling list of whole numbers within 999 to 0, such as [3, 2, 1, 0]")
+        return timesteps
+
+
+class OutputSettings(_Settings):
+    """What is written.
+
+    Attributes:
+        intensity: "native" maps the result onto the nearest contrast's clipping range; "unit" leaves [0, 1].
+        background: "mask" zeroes what is outside the brain of the conditions, "threshold" what is at or below
+            `threshold` (of the unit range), "none" nothing.
+        orient: bring cases stored in another orientation to the one the weights know, and back.
+    """
+
+    intensity: Literal["native", "unit"] = "native"
+    background: Literal["mask", "threshold", "none"] = "mask"
+    threshold: float = Field(default=0.04, ge=0, le=1)
+    orient: bool = True
+
+
+class Settings(_Settings):
+    """Everything that decides what a case's output looks like.
+
+    Attributes:
+        seed: of the one generator that each case gets, so results depend on neither order nor sharding.
+        precision: auto is bf16 where the hardware has it and float32 elsewhere.
+        samples: more than one writes their mean; the spread goes to the report folder.
+    """
+
+    seed: int = Field(default=42, ge=0, lt=2**63)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    samples: int = Field(default=1, ge=1, le=1000)
+    sampler: SamplerSettings = SamplerSettings()
+    output: OutputSettings = OutputSettings()
+
+
+_MOST_BYTES = 1 << 20
+
+
+def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Settings:
+    """Settings from a YAML file (may be empty, every key optional), then overrides such as `sampler.steps=10`.
+
+    Raises:
+        SettingsError: not readable, not YAML, an unknown key, or a value of the wrong type or range.
+    """
+    values = _read_yaml(path) if path else {}
+    source = str(path) if path else "settings"
+    for override in overrides:
+        _set(values, override)
+    try:
+        return Settings.model_validate(_without_nulls(values))
+    except ValidationError as error:
+        raise SettingsError("\n".join(f"{source}: {_explain(fault)}" for fault in error.errors())) from error
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(_MOST_BYTES + 1)
+        if len(text) > _MOST_BYTES:
+            raise SettingsError(f"{path}: larger than 1 MiB, which no settings file is")
+        if "&" in text and "*" in text:  # aliases, with which a few lines can expand to gigabytes
+            _refuse_aliases(path, text)
+        values = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path}: the settings cannot be read ({error})") from error
+    except (yaml.YAMLError, RecursionError) as error:
+        raise SettingsError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise SettingsError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}")
+    return values
+
+
+def _refuse_aliases(path: Path, text: str) -> None:
+    if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text, Loader=yaml.SafeLoader)):
+        raise SettingsError(f"{path}: YAML aliases (*name) are not supported")
+
+
+def _set(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise SettingsError(f"'{override}': expected key=value, such as sampler.steps=10")
+    *groups, name = key.split(".")
+    for group in groups:
+        values = values.setdefault(group, {})
+        if not isinstance(values, dict):
+            raise SettingsError(f"'{override}': {group} holds a value, not further keys")
+    try:
+        values[name] = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"'{override}': the value is not valid YAML") from error
+
+
+def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
+    """A key without a value means its default, so a file may keep its keys and comment their values out."""
+    return {
+        key: _without_nulls(value) if isinstance(value, dict) else value
+        for key, value in values.items()
+        if value is not None
+    }
+
+
+def _explain(fault: Any) -> str:
+    keys = [str(key) for key in fault["loc"]]
+    where = ".".join(keys)
+    if fault["type"] != "extra_forbidden":
+        return f"{where}: {fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}"
+    model = Settings
+    for key in keys[:-1]:
+        model = Settings.model_fields[key].annotation  # type: ignore[assignment]  # groups are one level deep
+    known = list(model.model_fields)
+    guess = difflib.get_close_matches(keys[-1], known, n=1)
+    hint = f"did you mean '{guess[0]}'?" if guess else f"known here: {', '.join(known)}"
+    return f"unknown key '{where}'; {hint}"

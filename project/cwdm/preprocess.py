@@ -1,0 +1,244 @@
+"""Intensity and geometry between files and network, each with its inverse; tensors and numbers only."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import reduce
+from types import EllipsisType
+from typing import Literal, NamedTuple, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from nibabel import orientations
+
+Volume = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+Rule = Literal["mask", "threshold", "none"]
+AnyType = TypeVar("AnyType", bound=np.generic)
+
+CLIP_QUANTILES = (0.001, 0.999)
+"""Of the whole volume, background included, as published."""
+
+PUBLISHED_WINDOW = (224, 224, 160)
+"""Voxels that the published weights see of the 240×240×155 of a BraTS volume."""
+
+
+class ClipRange(NamedTuple):
+    """The intensities that became 0 and 1; both are float32 numbers."""
+
+    low: float
+    high: float
+
+
+# Intensity
+
+
+def normalise(volume: Volume) -> tuple[Volume, ClipRange]:
+    """Clip a volume to its 0.1 and 99.9 percentiles and map them to 0 and 1, as published.
+
+    Args:
+        volume: of any shape, finite, float32.
+
+    Returns:
+        The volume in [0, 1], where both ends occur, and the intensities that they stand for.
+
+    Raises:
+        ValueError: the percentiles are equal.
+    """
+    low, high = (np.float32(value) for value in _quantiles(volume, CLIP_QUANTILES))
+    span = high - low
+    if not span > 0:
+        raise ValueError(
+            f"99.8 % of the voxels have the same intensity ({low:g}), so there is nothing to scale; "
+            "check that the image is complete"
+        )
+    unit = np.clip(volume, low, high)
+    unit -= low
+    unit /= span
+    return unit, ClipRange(float(low), float(high))
+
+
+def denormalise(unit: Volume, clip_range: ClipRange) -> Volume:
+    """Map 0 and 1 back to the intensities they stood for; values outside go beyond them."""
+    low, high = clip_range
+    return unit * np.float32(high - low) + np.float32(low)
+
+
+def brain_mask(volumes: Iterable[npt.NDArray[np.generic]]) -> Mask:
+    """Union of the nonzero voxels of skull-stripped volumes (X, Y, Z), before they are normalised.
+
+    Interpolation leaves negative values inside brains, so anything but zero counts.
+    """
+    return reduce(np.logical_or, (volume != 0 for volume in volumes))
+
+
+def foreground(unit: Volume, rule: Rule, brain_mask: Mask, threshold: float) -> Mask:
+    """Which voxels are kept: those of the mask, those above the threshold (in [0, 1] units), or all."""
+    if rule == "mask":
+        return brain_mask
+    if rule == "threshold":
+        return unit > np.float32(threshold)
+    return np.ones(unit.shape, np.bool_)
+
+
+def apply_background(unit: Volume, rule: Rule, brain_mask: Mask, threshold: float) -> Volume:
+    """Set the background, found by `foreground`, to zero."""
+    return np.where(foreground(unit, rule, brain_mask, threshold), unit, np.float32(0))
+
+
+def _quantiles(volume: Volume, quantiles: tuple[float, ...]) -> list[float]:
+    """What np.quantile(volume, quantiles) gives in float64, without sorting the background.
+
+    Most of a skull-stripped volume is 0. The sorted volume is the negative values, the zeros, the positive
+    values; only those parts that hold a wanted rank are partitioned. Several times as fast as np.quantile.
+    """
+    values = volume.ravel(order="K")
+    negative, positive = values[values < 0], values[values > 0]
+    first_positive = values.size - positive.size
+
+    def at(rank: int) -> float:
+        if rank < negative.size:
+            negative.partition(rank)
+            return float(negative[rank])
+        if rank < first_positive:
+            return 0.0
+        positive.partition(rank - first_positive)
+        return float(positive[rank - first_positive])
+
+    def between(quantile: float) -> float:
+        position = quantile * (values.size - 1)
+        rank = int(position)
+        neighbours = at(rank), at(min(rank + 1, values.size - 1))
+        return float(np.quantile(neighbours, position - rank))
+
+    return [between(quantile) for quantile in quantiles]
+
+
+# Window
+
+
+@dataclass(frozen=True)
+class Window:
+    """A box of voxels; where it reaches beyond the end of the volume there are zeros.
+
+    Args:
+        start: first voxel along each axis, >= 0.
+        size: voxels along each axis.
+        shape: of the volume that the window is cut from.
+    """
+
+    start: tuple[int, int, int]
+    size: tuple[int, int, int]
+    shape: tuple[int, int, int]
+
+    def crop(self, volume: npt.NDArray[AnyType]) -> npt.NDArray[AnyType]:
+        """Cut (..., X, Y, Z) of the volume's shape to the window's size, with zeros at the end where it is short."""
+        assert volume.shape[-3:] == self.shape, (volume.shape, self.shape)
+        inside = volume[self._index]
+        missing = [(0, size - length) for size, length in zip(self.size, inside.shape[-3:], strict=True)]
+        return np.pad(inside, [(0, 0)] * (volume.ndim - 3) + missing)
+
+    def restore(self, volume: npt.NDArray[AnyType]) -> npt.NDArray[AnyType]:
+        """Put (..., X, Y, Z) of the window's size back where it was cut, zeros around it."""
+        assert volume.shape[-3:] == self.size, (volume.shape, self.size)
+        whole = np.zeros((*volume.shape[:-3], *self.shape), volume.dtype)
+        x, y, z = whole[self._index].shape[-3:]
+        whole[self._index] = volume[..., :x, :y, :z]
+        return whole
+
+    @property
+    def _index(self) -> tuple[EllipsisType | slice, ...]:
+        return (..., *(slice(start, start + size) for start, size in zip(self.start, self.size, strict=True)))
+
+
+def choose_window(
+    brain_mask: Mask, multiple: int = 32, published: tuple[int, int, int] = PUBLISHED_WINDOW
+) -> tuple[Window, tuple[str, ...]]:
+    """The published window in the centre of the volume, or the nearest one that holds the whole brain.
+
+    Args:
+        brain_mask: (X, Y, Z).
+        multiple: of voxels along each axis that the network can halve as often as it has to.
+        published: size that the weights were trained on.
+
+    Returns:
+        The window, and what is unusual about it in plain words.
+    """
+    starts, sizes, warnings = [], [], []
+    for axis, length in enumerate(brain_mask.shape):
+        occupied = np.flatnonzero(brain_mask.any(axis=tuple({0, 1, 2} - {axis})))
+        first, end = (int(occupied[0]), int(occupied[-1]) + 1) if occupied.size else (0, 0)
+        usual = min(_round_up(published[axis], multiple), _round_up(length, multiple))
+        size = max(usual, _round_up(end - first, multiple))
+        centred = max(0, (length - size) // 2)
+        start = min(max(centred, end - size), first) if occupied.size else centred
+        if size > usual:
+            warnings.append(
+                f"the brain spans {end - first} voxels along axis {axis + 1}, more than the usual window of {usual}: "
+                f"the window grew to {size}, which the weights were not trained on"
+            )
+        elif start != centred:
+            warnings.append(
+                f"the brain reaches beyond the usual window along axis {axis + 1}: "
+                f"the window moved by {start - centred:+d} voxels"
+            )
+        starts.append(start)
+        sizes.append(size)
+    return Window(_three(starts), _three(sizes), _three(brain_mask.shape)), tuple(warnings)
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
+
+
+def _three(numbers: Iterable[int]) -> tuple[int, int, int]:
+    x, y, z = numbers
+    return x, y, z
+
+
+# Orientation
+
+
+@dataclass(frozen=True)
+class Orientation:
+    """A change of voxel order: permuted and reversed axes.
+
+    Args:
+        axes: which old axis each new axis is.
+        flips: which new axes run the other way.
+    """
+
+    axes: tuple[int, int, int]
+    flips: tuple[bool, bool, bool]
+
+    @classmethod
+    def identity(cls) -> "Orientation":
+        """No change."""
+        return cls((0, 1, 2), (False, False, False))
+
+    @classmethod
+    def to(cls, code: str, affine: npt.NDArray[np.float64]) -> "Orientation":
+        """From the voxel order that an affine (4, 4) describes to the one with a code.
+
+        Args:
+            code: directions in which the indices grow, as nibabel writes them: "LPS" runs to the left, to the
+                back and upwards.
+            affine: voxel indices to mm; an oblique one counts as the closest of the 48 orders.
+        """
+        now = orientations.io_orientation(affine)
+        change = orientations.ornt_transform(now, orientations.axcodes2ornt(tuple(code)))
+        # Row i says where old axis i goes.
+        axes = np.argsort(change[:, 0])
+        flips = change[axes, 1] < 0
+        return cls(_three(int(axis) for axis in axes), (bool(flips[0]), bool(flips[1]), bool(flips[2])))
+
+    def apply(self, volume: npt.NDArray[AnyType]) -> npt.NDArray[AnyType]:
+        """Bring (X, Y, Z) into the new order; a view."""
+        return np.flip(volume.transpose(self.axes), self._flipped)
+
+    def invert(self, volume: npt.NDArray[AnyType]) -> npt.NDArray[AnyType]:
+        """Bring a volume in the new order back into the old one; a view."""
+        return np.flip(volume, self._flipped).transpose(np.argsort(self.axes))
+
+    @property
+    def _flipped(self) -> tuple[int, ...]:
+        return tuple(axis for axis, flip in enumerate(self.flips) if flip)

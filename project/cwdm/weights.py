@@ -1,0 +1,216 @@
+"""A folder of weights: finding the file for a contrast, downloading, converting and verifying."""
+
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
+
+from cwdm import checkpoint
+from cwdm.checkpoint import Checkpoint
+from cwdm.errors import WeightsError
+from cwdm.files import output_errors, write_atomically
+
+PUBLISHED_REPO = "pfriedri/cwdm"
+PUBLISHED_FILES = {"t1n": "t1_gen.pt", "t1c": "t1ce_gen.pt", "t2w": "t2_gen.pt", "t2f": "flair_gen.pt"}
+CHECKSUMS = "checksums.json"
+"""Beside the weights: file name -> sha256 and where it came from, written by download and convert."""
+
+KNOWN_SHA256 = {
+    "brats_unet_128_1200k.pt": "01346a0ab8e406c0cbe7be43d383dffd3885c212b36ecd2aa8c315f54cc73d48",
+    "lidc-idri_unet_128_1200k.pt": "6339773bb7051454c434fd06460fba77fdbbc35c98e2c4d1491beb793f01fd75",
+}
+_TRAINED = re.compile(r"brats_(\d{6,})\.pt")
+
+
+def default_folder() -> Path:
+    """$CWDM_WEIGHTS, or the user's cache: where `cwdm weights download` puts files and `cwdm infer` looks."""
+    named = os.environ.get("CWDM_WEIGHTS")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(named) if named else cache / "cwdm" / "weights"
+
+
+def find(weights: Path, modality: str) -> Path:
+    """File with the weights that synthesise `modality`.
+
+    `weights` is a file, taken as it is, or a folder with `t1n.safetensors` (ours), `t1_gen.pt` (published) or
+    `t1n/brats_1200000.pt` or `brats_1200000.pt` (the published training code's; the newest step wins).
+
+    Raises:
+        WeightsError: there is none.
+    """
+    if weights.is_file():
+        return weights
+    names = (f"{modality}.safetensors", PUBLISHED_FILES[modality])
+    for path in (weights / name for name in names):
+        if path.is_file():
+            return path
+    for folder in (weights / modality, weights):
+        if trained := _trained(folder):
+            return trained[-1]
+    raise WeightsError(
+        f"no weights for {modality} in {weights}: looked for {names[0]}, {names[1]} and brats_<step>.pt; "
+        f"'cwdm weights download {weights}' fetches the published ones, --weights names another folder or file"
+    )
+
+
+def load_for(weights: Path, modality: str) -> Checkpoint:
+    """The checkpoint that synthesises `modality`, with warnings about it.
+
+    Raises:
+        WeightsError: there is none, it is damaged, or it synthesises something else.
+    """
+    path = find(weights, modality)
+    loaded = checkpoint.load(path)
+    if loaded.model.config.in_channels == loaded.model.config.out_channels:
+        raise WeightsError(f"{path}: an unconditional network, which cannot synthesise {modality} of a patient")
+    known = loaded.record.modality or modality_of(path)
+    if known not in (modality, None):
+        raise WeightsError(f"{path}: synthesises {known}, but {modality} is missing")
+    unknown = f"{path.name} does not say which contrast it synthesises; taken for {modality}"
+    notice = loaded.record.notice
+    return replace(loaded, warnings=(*([] if known else [unknown]), *([notice] if notice else [])))
+
+
+def modality_of(path: Path) -> str | None:
+    """Contrast that a weights file is for, as far as its name tells."""
+    for modality, published in PUBLISHED_FILES.items():
+        if path.name in (published, f"{modality}.safetensors") or path.parent.name == modality:
+            return modality
+    return None
+
+
+def _trained(folder: Path) -> list[Path]:
+    """Checkpoints of the published training code, oldest first."""
+    steps = {path: match for path in _files(folder) if (match := _TRAINED.fullmatch(path.name))}
+    return sorted(steps, key=lambda path: int(steps[path][1]))
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if path.is_file())
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise WeightsError(f"{folder}: cannot be read ({error.strerror})") from error
+
+
+# ------------------------------------------------------------------------------------- download, convert, verify
+
+
+def download(
+    folder: Path,
+    repo: str = PUBLISHED_REPO,
+    revision: str = "main",
+    files: tuple[str, ...] = tuple(PUBLISHED_FILES.values()),
+) -> list[Path]:
+    """Fetch weights from a Hugging Face repository, check and record their checksums.
+
+    `HF_ENDPOINT` and `HF_TOKEN` are honoured. A file that is already there whole is not fetched again.
+
+    Raises:
+        WeightsError: no connection, no such repository, revision or file, or a checksum that does not match.
+    """
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    return [_download_one(folder, repo, revision, name) for name in files]
+
+
+def _download_one(folder: Path, repo: str, revision: str, name: str) -> Path:
+    try:
+        metadata = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
+        commit = metadata.commit_hash or revision
+        path = Path(str(hf_hub_download(repo, name, revision=commit, local_dir=folder)))
+    except (HTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise WeightsError(f"{name} could not be downloaded from {repo} ({revision}): {error}") from error
+    found = checkpoint.sha256(path)
+    # The hub tags large files with their sha256; small ones carry a git hash, which says nothing about content.
+    tag = metadata.etag or ""
+    for expected in filter(None, (tag if len(tag) == 64 else None, KNOWN_SHA256.get(name))):
+        if found != expected:
+            path.unlink()
+            raise WeightsError(f"{name}: downloaded with sha256 {found}, expected {expected}; removed, try again")
+    record(folder, name, {"sha256": found, "repo": repo, "revision": commit})
+    return path
+
+
+def convert(source: Path, target: Path, modality: str | None, dtype: torch.dtype) -> Path:
+    """Write a checkpoint as our safetensors, with what its header needs to say.
+
+    Raises:
+        WeightsError: the source is not usable, or no one knows which contrast it synthesises.
+    """
+    loaded = checkpoint.load(source)
+    conditional = loaded.model.config.in_channels > loaded.model.config.out_channels
+    modality = modality or loaded.record.modality or modality_of(source)
+    if conditional and modality is None:
+        raise WeightsError(f"{source}: the file does not say which contrast it synthesises; give --modality")
+    entry = loaded.record.model_copy(update={"modality": modality})
+    checkpoint.save(target, loaded.model, entry, dtype)
+    record(target.parent, target.name, {"sha256": checkpoint.sha256(target), "converted_from": loaded.sha256})
+    return target
+
+
+def record(folder: Path, name: str, entry: dict[str, Any]) -> None:
+    """Add one file's entry to the checksums beside the weights."""
+    text = json.dumps({**recorded(folder), name: entry}, indent=2, sort_keys=True) + "\n"
+
+    def write(file: BinaryIO) -> None:
+        file.write(text.encode())
+
+    write_atomically(folder / CHECKSUMS, write)
+
+
+def recorded(folder: Path) -> dict[str, dict[str, Any]]:
+    """The checksums recorded beside the weights; empty if there are none."""
+    path = folder / CHECKSUMS
+    if not path.is_file():
+        return {}
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        return {str(name): dict(entry) for name, entry in entries.items()}
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise WeightsError(f"{path}: cannot be read ({error}); delete it and download again") from error
+
+
+@dataclass(frozen=True)
+class Listed:
+    """One weights file as `cwdm weights list` and `verify` show it.
+
+    Attributes:
+        loaded: None where the file cannot be used; `fault` says why.
+        verified: True if the checksum is as recorded, False if it differs, None if none is recorded.
+    """
+
+    path: Path
+    loaded: Checkpoint | None
+    verified: bool | None
+    fault: str = ""
+
+
+def inspect(weights: Path) -> Iterator[Listed]:
+    """Load every weights file of a folder (or the one file) strictly and compare its recorded checksum."""
+    folder = weights.parent if weights.is_file() else weights
+    inside = [path for modality in PUBLISHED_FILES for path in _trained(folder / modality)]
+    paths = [weights] if weights.is_file() else [*_files(folder), *inside]
+    for path in paths:
+        if path.suffix in (".pt", ".safetensors"):
+            yield _inspect_one(path)
+
+
+def _inspect_one(path: Path) -> Listed:
+    expected = recorded(path.parent).get(path.name, {}).get("sha256") or KNOWN_SHA256.get(path.name)
+    try:
+        loaded = checkpoint.load(path)
+    except WeightsError as error:
+        return Listed(path, None, None if expected is None else checkpoint.sha256(path) == expected, str(error))
+    if expected is None:
+        return Listed(path, loaded, None)
+    same = loaded.sha256 == expected
+    return Listed(path, loaded, same, "" if same else f"{path}: sha256 {loaded.sha256}, recorded {expected}")

@@ -1,0 +1,179 @@
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import TINY, golden, golden_model, published_state
+
+from cwdm import checkpoint
+from cwdm.checkpoint import Record, load_published
+from cwdm.errors import WeightsError
+from cwdm.unet import UNet, UNetConfig
+
+SMALL = UNetConfig(in_channels=8, model_channels=32, channel_mult=(1, 2), skips="wavelet")
+
+
+@pytest.mark.parametrize("skips", ["concat", "additive", "wavelet"])
+@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize("mult", [(1, 2), (1, 2, 2), (1, 1, 3)])
+def test_architecture_is_read_off_names_and_shapes(skips: str, blocks: int, mult: tuple[int, ...]) -> None:
+    config = UNetConfig(in_channels=32, model_channels=32, channel_mult=mult, num_res_blocks=blocks, skips=skips)
+    assert load_published(published_state(config)).config == config
+
+
+def test_a_block_under_two_names_takes_the_later_one() -> None:
+    state = published_state(SMALL)
+    model = load_published(state)
+    assert torch.equal(model.body.decoder[0].blocks[1].first.conv.weight, state["output_blocks.2.0.in_layers.2.weight"])
+
+
+def test_round_trip_through_a_published_file(tmp_path: Path) -> None:
+    state = published_state(TINY)
+    torch.save(state, tmp_path / "t2_gen.pt")
+    loaded = checkpoint.load(tmp_path / "t2_gen.pt")
+    assert loaded.model.config == TINY
+    assert loaded.record.value_range == (0, 1)
+    assert torch.equal(loaded.model.stem.weight, state["input_blocks.0.0.weight"])
+    assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
+
+
+def test_unconditional_published_files_get_their_value_range(tmp_path: Path) -> None:
+    torch.save(published_state(SMALL), tmp_path / "brats_unet_128_1200k.pt")
+    assert checkpoint.load(tmp_path / "brats_unet_128_1200k.pt").record.value_range == (-1, 1)
+
+
+@pytest.mark.parametrize("name", ["wdm_unet_c32", "wdm_wavunet_c32"])
+def test_round_trip_through_our_file(tmp_path: Path, name: str) -> None:
+    run = golden("unet.json")[name]
+    model = golden_model(run)
+    record = Record(modality="t2f", sampler="dpmpp", steps=10, training={"cases": 3})
+    checkpoint.save(tmp_path / "t2f.safetensors", model, record)
+    loaded = checkpoint.load(tmp_path / "t2f.safetensors")
+    assert (loaded.model.config, loaded.record) == (model.config, record)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), model.parameters(), strict=True))
+    assert loaded.sha256 == checkpoint.sha256(tmp_path / "t2f.safetensors")
+
+
+def test_half_precision_files_load_as_float32(tmp_path: Path) -> None:
+    model = load_published(published_state(TINY))
+    checkpoint.save(tmp_path / "a.safetensors", model, Record(), torch.float16)
+    loaded = checkpoint.load(tmp_path / "a.safetensors").model
+    assert loaded.stem.weight.dtype == torch.float32
+    torch.testing.assert_close(loaded.stem.weight, model.stem.weight, atol=1e-3, rtol=1e-3)
+
+
+def test_every_fault_of_a_state_dict_is_listed() -> None:
+    state = published_state(TINY)
+    del state["out.0.weight"]
+    state["extra"] = torch.zeros(1)
+    state["time_embed.0.bias"] = torch.zeros(3)
+    with pytest.raises(WeightsError) as error:
+        load_published(state)
+    message = str(error.value)
+    assert "missing: 1 tensors (out.0.weight)" in message
+    assert "left over: 1 tensors (extra)" in message
+    assert "time_embed.0.bias (3,) instead of (128,)" in message
+
+
+def test_weights_of_something_else_are_refused() -> None:
+    with pytest.raises(WeightsError, match="not the weights of a WDM or cWDM network"):
+        load_published(torch.nn.Linear(3, 4).state_dict())
+
+
+def test_weights_that_are_not_finite_are_refused() -> None:
+    state = published_state(TINY)
+    state["out.2.bias"][0] = torch.nan
+    with pytest.raises(WeightsError, match=r"NaN or infinity in 1 tensors \(head.conv.bias\)"):
+        load_published(state)
+
+
+class Malicious:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (self.path,)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_holds_code_is_refused_and_not_run(tmp_path: Path, zipped: bool) -> None:
+    ran = tmp_path / "ran"
+    torch.save({"a": Malicious(ran)}, tmp_path / "t1_gen.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(WeightsError):
+        checkpoint.load(tmp_path / "t1_gen.pt")
+    assert not ran.exists()
+
+
+def test_a_bare_pickle_is_refused(tmp_path: Path) -> None:
+    ran = tmp_path / "ran"
+    (tmp_path / "t1_gen.pt").write_bytes(pickle.dumps(Malicious(ran)))
+    with pytest.raises(WeightsError):
+        checkpoint.load(tmp_path / "t1_gen.pt")
+    assert not ran.exists()
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.3, 0.99])
+@pytest.mark.parametrize("name", ["t1_gen.pt", "t1n.safetensors"])
+def test_truncated_files_are_refused(tmp_path: Path, name: str, share: float) -> None:
+    path = tmp_path / name
+    if path.suffix == ".pt":
+        torch.save(published_state(TINY), path)
+    else:
+        checkpoint.save(path, load_published(published_state(TINY)), Record())
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(WeightsError, match="again"):
+        checkpoint.load(path)
+
+
+def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path: Path) -> None:
+    state = {name: torch.zeros(1).expand(tensor.shape) for name, tensor in published_state(TINY).items()}
+    torch.save(state, tmp_path / "t1_gen.pt")
+    with pytest.raises(WeightsError, match="more than the file holds"):
+        checkpoint.load(tmp_path / "t1_gen.pt")
+
+
+def test_compressed_archives_are_refused(tmp_path: Path) -> None:
+    torch.save(published_state(TINY), tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "t1_gen.pt", "w") as packed:
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED)
+    with pytest.raises(WeightsError, match="compressed"):
+        checkpoint.load(tmp_path / "t1_gen.pt")
+
+
+@pytest.mark.parametrize(
+    ("header", "match"),
+    [
+        (None, "no 'cwdm' entry"),
+        ("{", "cannot be understood"),
+        ("[]", "cannot be understood"),
+        (
+            json.dumps({"config": {"in_channels": 32, "channel_mult": [1] * 10**5}, "record": {}}),
+            "cannot be understood",
+        ),
+        (json.dumps({"config": {"in_channels": 32}, "record": {"steps": 0}}), "cannot be understood"),
+        (json.dumps({"config": {"in_channels": 32}, "record": {"sampler": "magic"}}), "cannot be understood"),
+        (json.dumps({"config": {"in_channels": 32}, "record": {"wavelet": "magic"}}), "cannot be understood"),
+    ],
+)
+def test_crafted_headers_are_refused(tmp_path: Path, header: str | None, match: str) -> None:
+    metadata = {"format": "pt"} if header is None else {"cwdm": header}
+    safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "t1n.safetensors", metadata)
+    with pytest.raises(WeightsError, match=match):
+        checkpoint.load(tmp_path / "t1n.safetensors")
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match=r"nothing\.pt: no such weights file"):
+        checkpoint.load(tmp_path / "nothing.pt")
+
+
+def test_saving_keeps_the_training_network_as_it_is(tmp_path: Path) -> None:
+    model = UNet(TINY).train()
+    checkpoint.save(tmp_path / "a.safetensors", model, Record())
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())

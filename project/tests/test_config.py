@@ -1,0 +1,111 @@
+from pathlib import Path
+
+import pytest
+
+from cwdm.config import Settings, load_settings
+from cwdm.errors import SettingsError
+
+EVERYTHING = """
+seed: 7
+precision: fp32
+samples: 3
+sampler: {name: ddim, steps: 20, timesteps: [3, 2, 1, 0]}
+output: {intensity: unit, background: threshold, threshold: 0.1, orient: false}
+"""
+
+
+def read(tmp_path: Path, text: str) -> Settings:
+    path = tmp_path / "parameters.yaml"
+    path.write_text(text)
+    return load_settings(path)
+
+
+@pytest.mark.parametrize("text", ["", "null", "# only a comment", "{}", "sampler:\n  steps:\n", "sampler:", "seed:"])
+def test_empty_means_defaults(tmp_path: Path, text: str) -> None:
+    assert read(tmp_path, text) == Settings()
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    settings = Settings()
+    assert (settings.seed, settings.precision, settings.samples) == (42, "auto", 1)
+    assert (settings.sampler.name, settings.sampler.steps, settings.sampler.timesteps) == (None, None, None)
+    output = settings.output
+    assert (output.intensity, output.background, output.threshold, output.orient) == ("native", "mask", 0.04, True)
+
+
+def test_every_key_is_read(tmp_path: Path) -> None:
+    settings = read(tmp_path, EVERYTHING)
+    assert settings.sampler.timesteps == [3, 2, 1, 0]
+    assert settings.model_dump() == {
+        "seed": 7,
+        "precision": "fp32",
+        "samples": 3,
+        "sampler": {"name": "ddim", "steps": 20, "timesteps": [3, 2, 1, 0]},
+        "output": {"intensity": "unit", "background": "threshold", "threshold": 0.1, "orient": False},
+    }
+
+
+def test_overrides_win(tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text(EVERYTHING)
+    settings = load_settings(path, ["seed=1", "sampler.steps=5", "sampler.timesteps=null"])
+    assert (settings.seed, settings.sampler.steps, settings.sampler.timesteps) == (1, 5, None)
+    assert settings.sampler.name == "ddim"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("sead: 1", "unknown key 'sead'; did you mean 'seed'"),
+        ("sampler: {stpes: 1}", "unknown key 'sampler.stpes'; did you mean 'steps'"),
+        ("zzz: 1", "unknown key 'zzz'; known here: seed, precision"),
+        ("seed: many", "seed: .*'many'"),
+        ("seed: 1.5", "seed: .*1.5"),
+        ("seed: -1", "seed: "),
+        ("samples: '3'", "samples: "),
+        ("samples: 0", "samples: "),
+        ("precision: fp16", "precision: .*'fp16'"),
+        ("sampler: ddpm", "sampler: "),
+        ("sampler: {name: magic}", "sampler.name: .*'magic'"),
+        ("sampler: {steps: 1001}", "sampler.steps: .*1001"),
+        ("sampler: {timesteps: [0, 1]}", r"sampler.timesteps: must be a falling list .*\[0, 1\]"),
+        ("sampler: {timesteps: []}", "sampler.timesteps: must be"),
+        ("sampler: {timesteps: [1000]}", "sampler.timesteps: must be"),
+        ("output: {orient: 'yes'}", "output.orient: "),
+        ("output: {threshold: 2}", "output.threshold: "),
+        ("- a list", "expected 'key: value' lines, found a list"),
+        ("a: [", "not valid YAML"),
+        ("a: !!python/object/apply:os.system [true]", "not valid YAML"),
+        ("a: &x [1]\nb: *x", "aliases"),
+        ("[" * 5000, "not valid YAML"),
+        ("#" * (1 << 21), "larger than 1 MiB"),
+    ],
+)
+def test_faults_are_named(tmp_path: Path, text: str, match: str) -> None:
+    with pytest.raises(SettingsError, match=match):
+        read(tmp_path, text)
+
+
+def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as error:
+        read(tmp_path, "seed: a\nsamples: b\nnonsense: 1")
+    assert len(str(error.value).splitlines()) == 3
+
+
+@pytest.mark.parametrize("override", ["seed", "=3", "seed.a=3", "sampler=", "sampler.steps=[", "steps=3"])
+def test_bad_overrides_are_named(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "p.yaml"
+    path.write_text("seed: 3")
+    if override == "sampler=":
+        assert load_settings(path, [override]) == load_settings(path)
+        return
+    with pytest.raises(SettingsError):
+        load_settings(path, [override])
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"none\.yaml"):
+        load_settings(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    with pytest.raises(SettingsError, match=r"binary\.yaml"):
+        load_settings(tmp_path / "binary.yaml")

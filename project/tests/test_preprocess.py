@@ -1,0 +1,263 @@
+"""Laws of intensity and geometry, with NumPy, nibabel and the published numbers as oracles."""
+
+import itertools
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from cwdm.preprocess import (
+    ClipRange,
+    Orientation,
+    Rule,
+    Window,
+    _quantiles,
+    apply_background,
+    brain_mask,
+    choose_window,
+    denormalise,
+    foreground,
+    normalise,
+)
+
+SHARED = Path(__file__).resolve().parents[3] / "shared"
+PUBLISHED = Window((8, 8, 0), (224, 224, 160), (240, 240, 155))
+shapes = st.tuples(*[st.integers(1, 9)] * 3)
+volumes = hnp.arrays(
+    np.float32, shapes, elements=st.floats(-1e6, 1e6, width=32) | st.just(0.0) | st.integers(-3, 3), fill=st.just(0.0)
+)
+
+
+# Intensity
+
+
+@given(volumes)
+def test_quantiles_are_those_of_numpy(volume: np.ndarray) -> None:
+    quantiles = (0.0, 0.001, 0.3, 0.5, 0.999, 1.0)
+    assert _quantiles(volume, quantiles) == list(np.quantile(volume.astype(np.float64), quantiles))
+
+
+def test_quantiles_of_a_volume_without_background() -> None:
+    volume = np.random.RandomState(0).standard_normal((31, 40, 17)).astype(np.float32)
+    for array in (volume, volume + 100, volume - 100, np.asfortranarray(volume)):
+        expected = np.quantile(array.astype(np.float64), (0.001, 0.999))
+        assert _quantiles(array, (0.001, 0.999)) == list(expected)
+
+
+@given(volumes)
+def test_normalise_reaches_both_ends_and_goes_back(volume: np.ndarray) -> None:
+    low, high = np.quantile(volume.astype(np.float64), (0.001, 0.999)).astype(np.float32)
+    assume(low < high)
+    before = volume.copy()
+    unit, clip_range = normalise(volume)
+    np.testing.assert_array_equal(volume, before)
+    assert unit.dtype == np.float32
+    assert unit.min() == 0
+    assert unit.max() == 1
+    assert clip_range == ClipRange(float(low), float(high))
+    rounding = 4 * np.finfo(np.float32).eps * max(abs(low), abs(high))
+    np.testing.assert_allclose(denormalise(unit, clip_range), np.clip(volume, low, high), rtol=0, atol=rounding)
+
+
+def test_normalise_is_as_exact_as_float64() -> None:
+    volume = np.random.RandomState(1).gamma(2, 300, (23, 19, 14)).astype(np.float32)
+    low, high = np.quantile(volume.astype(np.float64), (0.001, 0.999))
+    expected: np.ndarray = (np.clip(volume.astype(np.float64), low, high) - low) / (high - low)
+    np.testing.assert_allclose(normalise(volume)[0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0, 7.5, -3])
+def test_normalise_refuses_a_constant(value: float) -> None:
+    volume = np.full((10, 11, 12), value, np.float32)
+    volume[3, 4, 5] = 1000  # one voxel does not reach the percentiles
+    with pytest.raises(ValueError, match="same intensity"):
+        normalise(volume)
+
+
+def test_denormalise_goes_beyond_the_range() -> None:
+    unit = np.array([-0.1, 0, 0.5, 1, 1.1], np.float32)
+    np.testing.assert_allclose(denormalise(unit, ClipRange(10, 110)), [0, 10, 60, 110, 120], rtol=1e-6)
+
+
+def test_brain_mask_is_the_union_of_what_is_not_zero() -> None:
+    first, second = np.zeros((2, 3, 4, 5), np.float32)
+    first[0, 0, 0] = -2
+    second[2, 3, 4] = 1e-3
+    second[1, 1, 1] = -0.0
+    mask = brain_mask([first, second])
+    assert mask.dtype == np.bool_
+    assert np.argwhere(mask).tolist() == [[0, 0, 0], [2, 3, 4]]
+
+
+def test_background_rules() -> None:
+    unit = np.array([[[-0.1, 0.04, 0.05, 0.9]]], np.float32)
+    mask = np.array([[[True, False, False, True]]])
+    rules: tuple[Rule, ...] = ("mask", "threshold", "none")
+    kept = {rule: foreground(unit, rule, mask, 0.04).ravel().tolist() for rule in rules}
+    assert kept == {"mask": [True, False, False, True], "threshold": [False, False, True, True], "none": [True] * 4}
+    for rule, keep in kept.items():
+        result = apply_background(unit, rule, mask, 0.04)
+        assert result.dtype == np.float32
+        np.testing.assert_array_equal(result, unit * np.array(keep))
+
+
+# Window
+
+
+@st.composite
+def boxes(draw: st.DrawFn) -> tuple[np.ndarray, int, tuple[int, int, int]]:
+    """A brain's bounding box in a volume, a multiple and a published size."""
+    shape = draw(st.tuples(*[st.integers(1, 40)] * 3))
+    mask = np.zeros(shape, np.bool_)
+    if draw(st.booleans()):
+        corners = [sorted(draw(st.tuples(*[st.integers(0, length - 1)] * 2))) for length in shape]
+        for end in (0, 1):
+            mask[tuple(corner[end] for corner in corners)] = True
+    return mask, draw(st.sampled_from([1, 4, 8])), draw(st.tuples(*[st.integers(1, 32)] * 3))
+
+
+@given(boxes())
+@settings(max_examples=150)
+def test_window_holds_the_brain_and_is_restored(box: tuple[np.ndarray, int, tuple[int, int, int]]) -> None:
+    mask, multiple, published = box
+    window, warnings = choose_window(mask, multiple, published)
+    assert all(size % multiple == 0 for size in window.size)
+    assert min(window.start) >= 0
+    for axis, length in enumerate(mask.shape):
+        # Beyond the end only where the axis is shorter than the window.
+        assert window.start[axis] + window.size[axis] <= max(length, window.size[axis])
+    cropped = window.crop(mask)
+    assert cropped.shape == window.size
+    np.testing.assert_array_equal(window.restore(cropped), mask)
+
+    volume = np.random.RandomState(0).standard_normal((2, *mask.shape)).astype(np.float32)
+    inside = window.crop(volume)
+    np.testing.assert_array_equal(inside[1], window.crop(volume[1]))
+    np.testing.assert_array_equal(window.crop(window.restore(inside)), inside)
+    touched = window.restore(np.ones(window.size, np.bool_))
+    np.testing.assert_array_equal(window.restore(inside), volume * touched)
+
+    rounded = [-(-size // multiple) * multiple for size in published]
+    usual = [min(size, -(-length // multiple) * multiple) for size, length in zip(rounded, mask.shape, strict=True)]
+    centre = [max(0, (length - size) // 2) for size, length in zip(usual, mask.shape, strict=True)]
+    assert bool(warnings) == (window != Window(tuple(centre), tuple(usual), mask.shape))
+
+
+def test_the_published_window() -> None:
+    mask = np.zeros((240, 240, 155), np.bool_)
+    mask[8:232, 8:232] = True
+    assert choose_window(mask) == (PUBLISHED, ())
+    assert choose_window(np.zeros_like(mask)) == (PUBLISHED, ())
+    deeper, _ = choose_window(mask, multiple=64)
+    assert deeper == Window((0, 0, 0), (256, 256, 192), (240, 240, 155))
+
+
+def test_the_window_moves_the_least_needed() -> None:
+    mask = np.zeros((240, 240, 155), np.bool_)
+    mask[3:200, 30:235, 20:150] = True
+    window, warnings = choose_window(mask)
+    assert window == Window((3, 11, 0), (224, 224, 160), (240, 240, 155))
+    assert len(warnings) == 2
+    assert "axis 1" in warnings[0]
+    assert "moved by -5" in warnings[0]
+    assert "moved by +3" in warnings[1]
+
+
+def test_the_window_grows_where_the_brain_is_larger() -> None:
+    mask = np.zeros((240, 300, 155), np.bool_)
+    mask[100:120, 4:260, 20:150] = True
+    window, warnings = choose_window(mask)
+    assert window == Window((8, 4, 0), (224, 256, 160), (240, 300, 155))
+    assert len(warnings) == 1
+    assert "axis 2" in warnings[0]
+    assert "grew to 256" in warnings[0]
+
+
+def test_a_small_volume_is_padded_at_the_end() -> None:
+    window, warnings = choose_window(np.ones((33, 20, 64), np.bool_))
+    assert window == Window((0, 0, 0), (64, 32, 64), (33, 20, 64))
+    assert warnings == ()
+    inside = window.crop(np.ones((33, 20, 64), np.float32))
+    assert inside.sum() == 33 * 20 * 64
+    assert inside[:33, :20].min() == 1
+
+
+# Orientation
+
+ALL_CODES = [
+    "".join(letters[axis][way] for axis, way in zip(order, ways, strict=True))
+    for letters in [("LR", "PA", "IS")]
+    for order in itertools.permutations(range(3))
+    for ways in itertools.product((0, 1), repeat=3)
+]
+
+
+def affine_of(code: str, tilt_deg: float = 0.0) -> np.ndarray:
+    """Affine of voxels (1, 2, 3) mm stored in an order, perhaps tilted about an oblique axis."""
+    affine = np.eye(4)
+    affine[:3, 3] = 5, -60, 70
+    for axis, (to, way) in enumerate(nib.orientations.axcodes2ornt(code).astype(int)):
+        affine[:3, axis] = way * (axis + 1) * np.eye(3)[to]
+    angle = np.deg2rad(tilt_deg)
+    cross = np.cross(np.eye(3), np.array([-1, -2, -3]) / np.sqrt(14))  # Rodrigues' rotation
+    turn = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
+    affine[:3, :3] = turn @ affine[:3, :3]
+    return affine
+
+
+def test_there_are_48_orders() -> None:
+    assert len(set(ALL_CODES)) == 48
+    assert ["".join(nib.aff2axcodes(affine_of(code))) for code in ALL_CODES] == ALL_CODES
+
+
+@pytest.mark.parametrize("tilt_deg", [0, 20])
+@pytest.mark.parametrize("target", ["LPS", "RAS", "SLA"])
+def test_orientation_goes_there_and_back(target: str, tilt_deg: float) -> None:
+    volume = np.arange(3 * 4 * 5, dtype=np.int16).reshape(3, 4, 5)
+    for code in ALL_CODES:
+        affine = affine_of(code, tilt_deg)
+        orientation = Orientation.to(target, affine)
+        image = nib.Nifti1Image(volume, affine)
+        change = nib.orientations.ornt_transform(
+            nib.orientations.io_orientation(affine), nib.orientations.axcodes2ornt(target)
+        )
+        expected = image.as_reoriented(change)
+        assert "".join(nib.aff2axcodes(expected.affine)) == target
+        np.testing.assert_array_equal(orientation.apply(volume), np.asarray(expected.dataobj))
+        np.testing.assert_array_equal(orientation.invert(orientation.apply(volume)), volume)
+        assert (orientation == Orientation.identity()) == (code == target)
+
+
+def test_the_identity_changes_nothing() -> None:
+    volume = np.arange(24).reshape(2, 3, 4)
+    np.testing.assert_array_equal(Orientation.identity().apply(volume), volume)
+    np.testing.assert_array_equal(Orientation.identity().invert(volume), volume)
+
+
+# Real cases
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="real cases stand beside the repository in development and CI only")
+@pytest.mark.parametrize("name", ["case_BraTS-GLI-00001-000_t1n", "case_BraTS-TCGA-07294-000_t2f"])
+def test_conditions_are_the_published_ones(name: str) -> None:
+    record = json.loads((SHARED / "golden" / "case.json").read_text())[name]
+    expected = np.load(SHARED / "golden" / f"{name}.npz")
+    modalities = [modality for modality in ("t1n", "t1c", "t2w", "t2f") if modality != record["missing"]]
+    folder = SHARED / "cases" / record["case"]
+    loaded = [load(folder / f"{folder.name}-{modality}.nii.gz") for modality in modalities]
+    window, warnings = choose_window(brain_mask(loaded))
+    assert (window, warnings) == (PUBLISHED, ())
+    conditions = [window.crop(normalise(volume)[0]) for volume in loaded]
+    x, y, z = expected["condition_voxels"].T
+    found = np.stack(conditions)[:, x, y, z]
+    assert expected["condition_values"].max() > 0.5
+    np.testing.assert_allclose(found, expected["condition_values"], rtol=0, atol=2e-5)
+
+
+def load(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj, np.float32)

@@ -1,0 +1,143 @@
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, golden, golden_model
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cwdm.checkpoint import Checkpoint, Record
+from cwdm.diffusion import alpha_bars
+from cwdm.samplers import SAMPLERS, ddim, ddpm, dpmpp, spaced_timesteps
+from cwdm.synthesis import clamped_denoiser
+from cwdm.wavelet import dwt, idwt
+
+
+@pytest.mark.parametrize("name", golden("ddpm.json"))
+@torch.inference_mode()
+def test_golden_sampling_run(name: str) -> None:
+    run = golden("ddpm.json")[name]
+    size = run["wavelet_shape"]
+    condition = None
+    if run["task"] == "cwdm":
+        volumes = np.random.RandomState(run["seed"]).random_sample((1, 3, *(2 * n for n in size)))
+        condition = dwt(torch.from_numpy(volumes.astype(np.float32)))
+    record = Record(value_range=tuple(run.get("value_range", (0, 1))))
+    denoise = clamped_denoiser(Checkpoint(golden_model(run), record), condition, torch.float32)
+    generator = torch.Generator().manual_seed(run["seed"])
+    noise = torch.randn(1, 8, *size, generator=generator)
+    coefficients = ddpm(denoise, noise, spaced_timesteps(run["steps"]), generator=generator)
+    expected = np.load(GOLDEN / f"{name}.npz")
+    np.testing.assert_allclose(coefficients.numpy(), expected["coefficients"], atol=1e-4, rtol=0)
+    np.testing.assert_allclose(idwt(coefficients).numpy(), expected["volume"], atol=1e-4, rtol=0)
+
+
+def gaussian_denoiser(mean: float, sd: float):
+    """The exact denoiser where every x0 is drawn from N(mean, sd²): E[x0 | x_t]."""
+
+    def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
+        alpha_bar = float(alpha_bars()[t])
+        gain = alpha_bar**0.5 * sd**2 / (alpha_bar * sd**2 + 1 - alpha_bar)
+        return mean + gain * (x - alpha_bar**0.5 * mean)
+
+    return denoise
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_gaussian_data_come_out_with_their_mean_and_spread(sampler) -> None:
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(100_000, generator=generator, dtype=torch.float64)
+    x = sampler(gaussian_denoiser(2.0, 0.5), noise, spaced_timesteps(1000), generator=generator)
+    assert abs(x.mean() - 2.0) < 0.01
+    assert abs(x.std() - 0.5) < 0.02
+
+
+def scheduler(name: str):
+    import diffusers
+
+    common = {
+        "num_train_timesteps": 1000,
+        "beta_start": 1e-4,
+        "beta_end": 0.02,
+        "beta_schedule": "linear",
+        "prediction_type": "sample",
+    }
+    if name == "ddim":
+        return diffusers.DDIMScheduler(**common, clip_sample=False, set_alpha_to_one=True)
+    return diffusers.DPMSolverMultistepScheduler(
+        **common, algorithm_type="dpmsolver++", solver_order=2, solver_type="midpoint", final_sigmas_type="zero"
+    )
+
+
+@pytest.mark.parametrize(("name", "sampler"), [("ddim", ddim), ("dpmpp", dpmpp)])
+@pytest.mark.parametrize("steps", [1, 2, 5, 20])
+def test_against_diffusers(name: str, sampler, steps: int) -> None:
+    theirs = scheduler(name)
+    theirs.set_timesteps(1000)
+    timesteps = spaced_timesteps(steps)
+    noise = torch.randn(1, 8, 4, 4, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    denoise = gaussian_denoiser(0.3, 0.4)
+    x = noise
+    if name == "ddim":
+        # Its next timestep is a fixed stride below, so each step gets a schedule with the stride that we take.
+        for t, following in zip(timesteps, [*timesteps[1:], -1], strict=True):
+            theirs.num_inference_steps = 1
+            theirs.config["num_train_timesteps"] = t - following
+            x = theirs.step(denoise(x, t), t, x).prev_sample
+    else:
+        theirs.set_timesteps(timesteps=timesteps)
+        for t in theirs.timesteps:
+            x = theirs.step(denoise(x, int(t)), t, x).prev_sample
+    torch.testing.assert_close(sampler(denoise, noise, timesteps), x, atol=1e-5, rtol=1e-5)
+
+
+def test_dpmpp_is_second_order_and_beats_ddim() -> None:
+    noise = torch.linspace(-2, 2, 9, dtype=torch.float64)
+    denoise = gaussian_denoiser(0.3, 0.4)
+
+    def error(sampler, steps: int) -> float:
+        # Stops at timestep 10, where both samplers still integrate the same differential equation.
+        exact = ddim(denoise, noise, spaced_timesteps(1000))
+        return float((sampler(denoise, noise, spaced_timesteps(steps)) - exact).abs().max())
+
+    assert error(dpmpp, 40) < error(ddim, 40) / 2
+
+
+def test_ddim_with_eta_one_on_the_full_schedule_is_ddpm_with_the_small_variance() -> None:
+    noise = torch.randn(50_000, dtype=torch.float64, generator=torch.Generator().manual_seed(5))
+    denoise = gaussian_denoiser(1.0, 0.3)
+    timesteps = spaced_timesteps(100)
+    eta = ddim(denoise, noise, timesteps, generator=torch.Generator().manual_seed(6), eta=1.0)
+    assert abs(eta.mean() - 1.0) < 0.01
+    repeated = ddim(denoise, noise, timesteps, generator=torch.Generator().manual_seed(6), eta=1.0)
+    assert torch.equal(eta, repeated)
+    assert not torch.equal(eta, ddim(denoise, noise, timesteps))
+
+
+@given(st.integers(2, 1000))
+def test_spaced_timesteps_fall_from_999_to_0(steps: int) -> None:
+    timesteps = spaced_timesteps(steps)
+    assert (len(timesteps), timesteps[0], timesteps[-1]) == (steps, 999, 0)
+    assert timesteps == sorted(set(timesteps), reverse=True)
+
+
+def test_spaced_timesteps_of_the_published_shortened_schedule() -> None:
+    assert spaced_timesteps(50) == [round(i * 999 / 49) for i in range(49, -1, -1)]
+    assert spaced_timesteps(1) == [999]
+
+
+@pytest.mark.parametrize("timesteps", [[], [0, 1], [5, 5], [1000, 0], [3, -1]])
+def test_impossible_timesteps_are_refused(timesteps: list[int]) -> None:
+    with pytest.raises(ValueError, match="must fall"):
+        ddpm(lambda x, t: x, torch.zeros(1), timesteps)
+
+
+def test_same_generator_same_result_whatever_the_global_state() -> None:
+    def run() -> torch.Tensor:
+        generator = torch.Generator().manual_seed(11)
+        noise = torch.randn(4, generator=generator)
+        return ddpm(gaussian_denoiser(0, 1), noise, [3, 2, 1, 0], generator=generator)
+
+    first = run()
+    torch.manual_seed(0)
+    torch.randn(7)
+    assert torch.equal(first, run())

@@ -1,0 +1,83 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, TINY, golden, golden_model
+
+from cwdm.published import published_config, published_names
+from cwdm.unet import UNet, UNetConfig
+
+
+@pytest.mark.parametrize("name", golden("unet.json"))
+@torch.inference_mode()
+def test_golden_forward_pass(name: str) -> None:
+    run = golden("unet.json")[name]
+    x = np.random.RandomState(run["input_seed"]).standard_normal(run["input_shape"]).astype(np.float32)
+    output = golden_model(run)(torch.from_numpy(x), torch.full((x.shape[0],), run["timestep"]))
+    np.testing.assert_allclose(output.numpy(), np.load(GOLDEN / f"unet_{name}.npy"), atol=2e-5, rtol=0)
+
+
+PARAMETERS = {
+    "cwdm": 81_511_048,
+    "wdm_unet_128": 57_914_824,
+    "wdm_unet_256": 83_158_728,
+    "wdm_wavunet_128": 89_706_056,
+    "wdm_wavunet_256": 125_499_720,
+}
+
+
+@pytest.mark.parametrize(("name", "parameters"), PARAMETERS.items())
+def test_published_architectures(name: str, parameters: int) -> None:
+    shapes = {
+        key: tuple(shape) for key, shape in json.loads((GOLDEN / "state_dict_keys.json").read_text())[name].items()
+    }
+    with torch.device("meta"):
+        model = UNet(published_config(shapes))
+    names = published_names(model)
+    assert {key: tuple(model.get_parameter(ours).shape) for key, ours in names.items()} == shapes
+    assert set(names.values()) == {ours for ours, _ in model.named_parameters()}
+    assert sum(p.numel() for p in model.parameters()) == parameters
+
+
+@pytest.mark.parametrize("skips", ["concat", "additive", "wavelet"])
+def test_starts_at_zero_and_trains(skips: str) -> None:
+    config = UNetConfig(in_channels=8, model_channels=8, channel_mult=(1, 2), groups=4, skips=skips)
+    model = UNet(config)
+    x = torch.randn(2, 8, 8, 4, 12)
+    output = model(x, torch.tensor([0, 999]))
+    assert output.shape == x.shape
+    assert not output.any()
+    (output - 1).square().mean().backward()
+    assert model.head.conv.weight.grad.abs().sum() > 0
+
+
+def test_timestep_matters_sample_by_sample() -> None:
+    model = golden_model({"in_channels": 32, "model_channels": 32, "channel_mult": (1, 2)})
+    x = torch.randn(1, 32, 4, 4, 4).expand(2, -1, -1, -1, -1)
+    with torch.inference_mode():
+        first, second = model(x, torch.tensor([10, 900]))
+        alone = model(x[:1], torch.tensor([900]))[0]
+    assert (first - second).abs().max() > 1e-3
+    torch.testing.assert_close(second, alone, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", [(1, 31, 4, 4, 4), (1, 32, 4, 5, 4), (32, 4, 4, 4)])
+def test_wrong_input_is_refused_by_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="multiples of 2"):
+        UNet(TINY)(torch.zeros(shape), torch.tensor([0]))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"channel_mult": ()},
+        {"channel_mult": (1,) * 9},
+        {"num_res_blocks": 10**6},
+        {"groups": 7},
+        {"in_channels": 10**6},
+    ],
+)
+def test_impossible_configurations_are_refused(change: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match=r"network|widths"):
+        UNetConfig(**{"in_channels": 32, **change})
