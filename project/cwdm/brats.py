@@ -92,6 +92,12 @@ class Case:
     headers: dict[str, nib.Nifti1Header]
     warnings: tuple[str, ...]
 
+    @property
+    def has_orientation(self) -> bool:
+        """Whether the header says how the head lies; without it the affine is a guess of nibabel's."""
+        header = self.headers[NEAREST[self.target]]
+        return bool(header["qform_code"] or header["sform_code"])
+
 
 class _FileError(Exception):
     """A file cannot be used; the message says what was expected and found."""
@@ -408,7 +414,7 @@ def _grid_warnings(header: nib.Nifti1Header, affine: Affine) -> Iterable[str]:
         found = _by(f"{length:.3g}" for length in spacing_mm)
         yield f"voxels of {found} mm instead of the 1 mm that the weights were trained on"
     if not (header["qform_code"] or header["sform_code"]):
-        yield "the header does not say how the head lies (no qform, no sform); check the orientation"
+        yield "the header does not say how the head lies (no qform, no sform); taken as stored like BraTS (LPS)"
 
 
 def _background_warnings(volumes: Mapping[str, Volume]) -> Iterable[str]:

@@ -50,18 +50,16 @@ class Modality(StrEnum):
 
 def main() -> None:
     """Entry point of the `cwdm` command."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for stop in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(stop, _stopped)
     try:
         app()
     except CwdmError as error:
         _fail(str(error), 2)
-    except KeyboardInterrupt:
-        _fail("stopped; finished cases are kept, run the same command again to go on", 130)
 
 
-def _terminated(*_: object) -> NoReturn:
-    _stderr().print("terminated; finished cases are kept, run the same command again to go on", markup=False)
-    sys.exit(128 + signal.SIGTERM)
+def _stopped(number: int, _: object) -> NoReturn:
+    _fail("stopped from outside; what is finished is kept, run the same command again to go on", 128 + number)
 
 
 def _fail(message: str, code: int) -> NoReturn:
@@ -122,15 +120,16 @@ def infer(
     are skipped, so a stopped run goes on where it was.
     """
     from cwdm.brats import find_cases
-    from cwdm.cohort import check_apart, synthesise_cohort
+    from cwdm.cohort import synthesise_cohort
     from cwdm.config import load_settings
+    from cwdm.files import check_apart
     from cwdm.progress import CohortProgress
     from cwdm.synthesis import Synthesizer
 
     loaded = load_settings(parameters_file, settings or ())
     folders = find_cases(data_path)
     for written in filter(None, (output_path, report_path)):
-        check_apart(data_path, written)
+        check_apart(written, data_path)
     synthesizer = Synthesizer(weights, loaded, device.value)
     progress = CohortProgress(len(folders))
     outcomes = synthesise_cohort(

@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 from cwdm import __version__
 from cwdm.brats import CaseFolder, output_name, read_case, write_volume
-from cwdm.errors import CaseError, InputError, OutputError, WeightsError
+from cwdm.errors import CaseError, OutputError, WeightsError
 from cwdm.files import check_writable, remove_stale, write_atomically
 from cwdm.progress import CohortProgress
 from cwdm.synthesis import Prepared, Synthesis, Synthesizer
@@ -85,16 +85,6 @@ def synthesise_cohort(
         }
         _write_json(report / "run.json", record)
     return outcomes
-
-
-def check_apart(data_path: Path, output: Path) -> None:
-    """Refuse to write into the input, which many runners forbid.
-
-    Raises:
-        InputError: `output` is `data_path` or lies inside it.
-    """
-    if output.resolve().is_relative_to(data_path.resolve()):
-        raise InputError(f"the output folder {output} lies in the input folder {data_path}; choose another one")
 
 
 @dataclass(frozen=True)

@@ -2,14 +2,13 @@
 
 import logging
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 
 from cwdm.brats import CaseFolder, find_cases
 from cwdm.errors import CaseError, InputError, SettingsError
-from cwdm.files import output_errors, write_atomically
+from cwdm.files import check_apart, output_errors, write_atomically
 
 DRAWN_FROM = ("t1c", "t1n", "t2f", "t2w")
 """In the order of the published script, so that its seed makes its choice."""
@@ -47,9 +46,10 @@ def drop_modalities(data_path: Path, out: Path, seed: int, copy: bool = False) -
     complete = [(folder, modality) for folder, modality in draws if _is_complete(folder)]
     if not complete:
         raise InputError(f"no case in {data_path} has all of {', '.join(sorted(DRAWN_FROM))}; nothing to drop")
-    _check_apart(out, [data_path])
+    check_apart(out, data_path)
     for folder, _ in complete:
-        _check_apart(out / folder.name, [data_path, folder.folder])
+        check_apart(out / folder.name, data_path)
+        check_apart(out / folder.name, folder.folder)
     for folder, modality in complete:
         _write_case(folder, modality, out / folder.name, copy)
     return [(folder.name, modality) for folder, modality in complete]
@@ -60,12 +60,6 @@ def _is_complete(folder: CaseFolder) -> bool:
     if reason:
         _log.warning("%s is not complete and was skipped: %s", folder.name, reason)
     return not reason
-
-
-def _check_apart(target: Path, inputs: Iterable[Path]) -> None:
-    for path in inputs:
-        if target.resolve().is_relative_to(path.resolve()):
-            raise InputError(f"{target} lies in the input {path}, which is only read; choose another folder")
 
 
 def _write_case(folder: CaseFolder, dropped: str, target: Path, copy: bool) -> None:

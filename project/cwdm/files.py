@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from cwdm.errors import OutputError
+from cwdm.errors import InputError, OutputError
 
 _HIDDEN_NAME = re.compile(r"\.cwdm-[0-9a-f]{16}\.tmp")
 
@@ -80,6 +80,16 @@ def check_writable(folder: Path) -> None:
         with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"0")
             file.flush()
+
+
+def check_apart(target: Path, source: Path) -> None:
+    """Refuse to write into an input, which many who run this program forbid.
+
+    Raises:
+        InputError: `target` is `source` or lies inside it, links followed.
+    """
+    if target.resolve().is_relative_to(source.resolve()):
+        raise InputError(f"the output {target} lies in the input {source}, which is only read; choose another folder")
 
 
 def remove_stale(folder: Path) -> None:

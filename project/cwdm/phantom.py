@@ -1,15 +1,15 @@
 """Physics-based synthetic patients: a folded brain with a glioma, in four contrasts, on demand.
 
 A patient is made in three steps. *Anatomy*: signed distances in millimetres to every structure, computed on a
-fixed 2 mm lattice in AC-centred coordinates (x left, y anterior, z superior) and interpolated to the voxels,
+fixed 2.5 mm lattice in AC-centred coordinates (x left, y anterior, z superior) and interpolated to the voxels,
 so the same seed is the same brain at any resolution. *Physics*: the layers of tissue become signals through the
 spin-echo and inversion-recovery equations, all contrasts from the same T1, T2 and proton density. *Scanner*:
 resolution, coil bias, Rician noise, intensity scale.
 
 Sources: M. A. Bernstein, K. F. King, X. J. Zhou, Handbook of MRI Pulse Sequences, 2004 (signal equations);
-G. J. Stanisz et al., Magn Reson Med 54:507, 2005 (T1 and T2 at 3 T); J. P. Wansapura et al., J Magn Reson
-Imaging 9:531, 1999 (deep grey matter at 3 T); J. V. Hajnal et al., J Comput Assist Tomogr 16:841, 1992
-(FLAIR); H. Gudbjartsson, S. Patz, Magn Reson Med 34:910, 1995 (Rician noise).
+G. J. Stanisz et al., Magn Reson Med 54:507, 2005, and J. P. Wansapura et al., J Magn Reson Imaging 9:531,
+1999 (relaxation at 3 T); J. V. Hajnal et al., J Comput Assist Tomogr 16:841, 1992 (FLAIR); H. Gudbjartsson,
+S. Patz, Magn Reson Med 34:910, 1995 (Rician noise).
 """
 
 import gzip
@@ -37,7 +37,7 @@ MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 NECROSIS, OEDEMA, ENHANCING = 1, 2, 3
 GD_R1 = 4.5  # relaxivity of gadolinium chelates at 3 T, 1 / (mM s)
 
-LATTICE_MM = 2.0
+LATTICE_MM = 2.5
 LATTICE_LIMITS_MM = ((-84, 84), (-116, 84), (-74, 88))
 AC_FROM_CENTRE_MM = (0.0, 14.0, -7.0)  # anterior commissure from the centre of the array, where SRI24 has it
 
@@ -59,7 +59,12 @@ class Phantom:
 
 @dataclass(frozen=True)
 class Variation:
-    """How far patients and scanners differ; each range is sampled uniformly once a patient or a contrast."""
+    """How far patients and scanners differ; each range is sampled uniformly once a patient or a contrast.
+
+    `tissue`, `bias` and `noise` are relative, `ventricle_mm` is what the ventricles grow by, `maximum` the
+    brightest voxel; `thick_slice`, `inversion_prepared_t1` and `outlier` (a few voxels up to 5 times as bright
+    as the rest) are the probabilities that a contrast has that feature.
+    """
 
     head_scale: Range = (0.9, 1.02)
     rotation_deg: float = 4.0
@@ -70,7 +75,7 @@ class Variation:
     cortex_mm: Range = (2.0, 2.7)
     ventricle_mm: Range = (-1.0, 3.0)
     tumour_radius_mm: Range = (10.0, 24.0)
-    oedema_reach_mm: Range = (8.0, 30.0)
+    oedema_reach_mm: Range = (8.0, 25.0)
     tissue: float = 0.05
     bias: Range = (0.03, 0.12)
     noise: Range = (0.008, 0.03)
@@ -84,6 +89,8 @@ class Variation:
 class Tissue:
     """Relaxation times at 3 T in ms, proton density relative to water, gadolinium taken up in mM.
 
+    Grey and white matter are shorter in T1 and closer in T2 than Stanisz found, so that the contrasts come out
+    as in clinical fast spin echoes; values of lesions, vessels and nuclei are plausible choices, not measurements.
     `patchiness` is the relative standard deviation of T1 and T2 inside the tissue.
     """
 
@@ -140,12 +147,14 @@ class Layer:
 
 def spin_echo(pd: Floats | np.float32, t1: Floats, t2: Floats, tr: float, te: float) -> Floats:
     """Signal of a spin echo, PD (1 - exp(-TR/T1)) exp(-TE/T2); times in ms. Bernstein et al., 2004."""
-    return pd * (1 - np.exp(-tr / t1)) * np.exp(-te / t2)
+    signal: Floats = pd * (1 - np.exp(-tr / t1)) * np.exp(-te / t2)
+    return signal
 
 
 def inversion_recovery(pd: Floats | np.float32, t1: Floats, t2: Floats, tr: float, te: float, ti: float) -> Floats:
     """Signed signal PD (1 - 2 exp(-TI/T1) + exp(-TR/T1)) exp(-TE/T2); times in ms. Bernstein et al., 2004."""
-    return pd * (1 - 2 * np.exp(-ti / t1) + np.exp(-tr / t1)) * np.exp(-te / t2)
+    signal: Floats = pd * (1 - 2 * np.exp(-ti / t1) + np.exp(-tr / t1)) * np.exp(-te / t2)
+    return signal
 
 
 def nulling_time(t1: float, tr: float) -> float:
@@ -155,7 +164,8 @@ def nulling_time(t1: float, tr: float) -> float:
 
 def shortened_t1(t1: Floats, gadolinium_mM: Floats | float) -> Floats:
     """T1 in ms with gadolinium on board: 1/T1 = 1/T10 + r1 C. Bernstein et al., 2004."""
-    return 1 / (1 / t1 + GD_R1 / 1000 * gadolinium_mM)
+    shortened: Floats = t1 / (1 + t1 * np.float32(GD_R1 / 1000) * gadolinium_mM)
+    return shortened
 
 
 # Geometry: signed distances in mm, negative inside --------------------------------------------------------
@@ -166,7 +176,8 @@ def _ellipsoid(p: Floats, centre: Sequence[float], radii: Sequence[float], power
     q = [abs(axis - c) / r for axis, c, r in zip(p, centre, radii, strict=True)]
     length = (q[0] ** power + q[1] ** power + q[2] ** power) ** (1 / power) + 1e-3
     slope = [(axis / length) ** (power - 1) / r for axis, r in zip(q, radii, strict=True)]
-    return (length - 1) / np.sqrt(slope[0] ** 2 + slope[1] ** 2 + slope[2] ** 2 + 1e-8)
+    distance: Floats = (length - 1) / np.sqrt(slope[0] ** 2 + slope[1] ** 2 + slope[2] ** 2 + 1e-8)
+    return distance
 
 
 def _tube(p: Floats, knots: Sequence[tuple[float, float, float, float]]) -> Floats:
@@ -184,7 +195,8 @@ def _tube(p: Floats, knots: Sequence[tuple[float, float, float, float]]) -> Floa
 def _smooth_min(a: Floats, b: Floats, width: float) -> Floats:
     """Union of two distances with a fillet of about `width` mm."""
     h = np.clip(0.5 + 0.5 * (b - a) / width, 0, 1)
-    return b + h * (a - b) - width * h * (1 - h)
+    union: Floats = b + h * (a - b) - width * h * (1 - h)
+    return union
 
 
 def _spread(*excess: Floats) -> Floats:
@@ -216,14 +228,16 @@ def _linear(points: Floats, knots: Floats) -> Floats:
     """Matrix (points, knots) of linear interpolation, widened to an average where points are sparser."""
     width = max(knots[1] - knots[0], abs(points[1] - points[0]))
     weights = np.maximum(0, 1 - abs(points[:, None] - knots) / width)
-    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    matrix: Floats = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+    return matrix
 
 
 def _cubic(points: Floats, knots: NDArray[np.floating]) -> Floats:
     """Matrix (points, knots) of cubic B-splines."""
     t = abs(points[:, None] - knots) / (knots[1] - knots[0])
     inner, outer = 2 / 3 - t**2 + t**3 / 2, np.maximum(2 - t, 0) ** 3 / 6
-    return np.where(t < 1, inner, outer).astype(np.float32)
+    matrix: Floats = np.where(t < 1, inner, outer).astype(np.float32)
+    return matrix
 
 
 @cache
@@ -376,7 +390,8 @@ def _mass_effect(p: Floats, depth: Floats, centre: Sequence[float], radius_mm: f
     offset = np.stack([axis - c for axis, c in zip(p, centre, strict=True)])
     r = np.sqrt((offset**2).sum(0)) + 1e-3
     before = np.cbrt(np.maximum(r**3 - radius_mm**3 * np.exp(-((r / (3 * radius_mm)) ** 2)), 0))
-    return p + offset * ((before / r - 1) * np.clip(depth / 12, 0, 1))
+    source: Floats = p + offset * ((before / r - 1) * np.clip(depth / 12, 0, 1))
+    return source
 
 
 def _spreading_oedema(tumour: Floats, conduction: Floats, reach_mm: float) -> Floats:
@@ -388,7 +403,7 @@ def _spreading_oedema(tumour: Floats, conduction: Floats, reach_mm: float) -> Fl
     box = tuple(slice(lo, hi + 1) for lo, hi in zip(inside.min(0), inside.max(0), strict=True))
     source, open_ = tumour[box] < 0, conduction[box]
     fluid = source.astype(np.float32)
-    for _ in range(round(1.5 * reach_mm)):
+    for _ in range(round(3 * reach_mm / LATTICE_MM)):
         fluid = np.where(source, 1, open_ * ndimage.uniform_filter(fluid, 3))
     level = np.log(np.maximum(fluid, 1e-30))
     radius = np.cbrt(3 / (4 * np.pi) * source.sum() * LATTICE_MM**3)
@@ -439,7 +454,7 @@ def _lattice_fields(rng: np.random.Generator, variation: Variation) -> dict[str,
         "cerebellum": hull.cerebellum,
         "stem": hull.stem,
         "ambient": np.minimum(1.2 + 0.8 * noise(10.0), -4 - p[2]),
-        "folia": 21 * np.arctan2(p[2] + 33, 40 - (p[1] + 86)) + 0.5 * noise(12.0),
+        "folia": 21 * np.arctan2(p[2] + 33, -46 - p[1]) + 0.5 * noise(12.0),
         "vessel": noise(8.0),
         "vessel_radius": np.minimum(np.minimum(0.3 + 0.8 * noise(14.0), 1.3), np.minimum(hull.cerebellum, hull.stem)),
         "tumour": tumour,
@@ -501,7 +516,8 @@ def _layers(fields: dict[str, Floats], grid: _Grid) -> tuple[list[Layer], NDArra
     at = {name: grid.sample(field) for name, field in fields.items()}
 
     def inside(distance: Floats, width: float = grid.spacing_mm) -> Floats:
-        return np.clip(0.5 - distance / width, 0, 1)
+        fraction: Floats = np.clip(0.5 - distance / width, 0, 1)
+        return fraction
 
     pial = _pial_distance(at)
     white = inside(at["cortex"] - pial, grid.spacing_mm + 0.6)
@@ -514,7 +530,7 @@ def _layers(fields: dict[str, Floats], grid: _Grid) -> tuple[list[Layer], NDArra
     tube = np.hypot(at["sulcus"], 6 * at["vessel"])
     vessel = 0.9 * inside(tube - at["vessel_radius"]) * inside(pial - 1)
     oedema = 0.85 * inside(at["oedema"], 4.0) * white * (1 - blocked)
-    painted = [
+    painted = [  # widths above the spacing: borders that are blurred in the brain itself
         ("csf", np.ones_like(pial)),
         ("grey", inside(-pial)),
         ("white", white),
@@ -548,6 +564,16 @@ def _layers(fields: dict[str, Floats], grid: _Grid) -> tuple[list[Layer], NDArra
     return layers, seg
 
 
+def _patient(
+    rng: np.random.Generator, shape: tuple[int, int, int], spacing_mm: float, variation: Variation
+) -> tuple[_Grid, NDArray[np.bool_], list[Layer], NDArray[np.uint8]]:
+    """Where the brain is, its mask over the box of the grid, its tissues and its tumour labels."""
+    fields = _lattice_fields(rng, variation)
+    grid = _grid(fields["brain"], shape, spacing_mm)
+    layers, labels = _layers(fields, grid)
+    return grid, grid.volume(grid.sample(fields["brain"]) < 0), layers, labels
+
+
 # Scanner --------------------------------------------------------------------------------------------------
 
 
@@ -576,7 +602,7 @@ def _tissue_factors(rng: np.random.Generator, variation: Variation) -> dict[str,
     common = rng.standard_normal(4)
     factors = {}
     for name, tissue in TISSUES.items():
-        deviation = 0.8 * common + 0.6 * rng.standard_normal(4)
+        deviation = 0.92 * common + 0.4 * rng.standard_normal(4)
         spread = max(variation.tissue, tissue.patchiness) * np.array([1, 0.6, 0.3, 2])
         factors[name] = np.exp(spread * deviation).tolist()
     return factors
@@ -651,11 +677,8 @@ def make_phantom(
     """
     variation = variation or Variation()
     anatomy_rng, signal_rng, *scan_rngs = np.random.default_rng(seed).spawn(2 + len(MODALITIES))
-    fields = _lattice_fields(anatomy_rng, variation)
-    grid = _grid(fields["brain"], shape, spacing_mm)
-    layers, labels = _layers(fields, grid)
+    grid, mask, layers, labels = _patient(anatomy_rng, shape, spacing_mm, variation)
     signals = _signals(signal_rng, layers, grid, variation)
-    mask = grid.volume(grid.sample(fields["brain"]) < 0)
     scan = partial(_scan, mask=mask, grid=grid, variation=variation)
     with ThreadPoolExecutor(2) as pool:
         scans = pool.map(scan, scan_rngs, signals.values())
@@ -678,12 +701,13 @@ def write_phantom(phantom: Phantom, folder: Path, name: str) -> Path:
     case = folder / name
     with output_errors(folder):
         case.mkdir(parents=True, exist_ok=True)
-    for suffix, volume in {**phantom.volumes, "seg": phantom.seg}.items():
+    volumes: dict[str, NDArray[Any]] = {**phantom.volumes, "seg": phantom.seg}
+    for suffix, volume in volumes.items():
         write_atomically(case / f"{name}-{suffix}.nii.gz", partial(_write_nifti, volume, phantom.affine))
     return case
 
 
-def _write_nifti(volume: NDArray[np.generic], affine: NDArray[np.float64], file: BinaryIO) -> None:
+def _write_nifti(volume: NDArray[Any], affine: NDArray[np.float64], file: BinaryIO) -> None:
     image = nib.Nifti1Image(volume, affine)
     image.set_qform(affine, code=1)
     image.set_sform(affine, code=1)

@@ -80,11 +80,6 @@ def foreground(unit: Volume, rule: Rule, brain_mask: Mask, threshold: float) -> 
     return np.ones(unit.shape, np.bool_)
 
 
-def apply_background(unit: Volume, rule: Rule, brain_mask: Mask, threshold: float) -> Volume:
-    """Set the background, found by `foreground`, to zero."""
-    return np.where(foreground(unit, rule, brain_mask, threshold), unit, np.float32(0))
-
-
 def _quantiles(volume: Volume, quantiles: tuple[float, ...]) -> list[float]:
     """What np.quantile(volume, quantiles) gives in float64, without sorting the background.
 

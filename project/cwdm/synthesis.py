@@ -158,7 +158,7 @@ class Synthesizer:
             WeightsError: there are no usable weights for the missing contrast.
         """
         checkpoint = self.load(case.target)
-        orient = self.settings.output.orient
+        orient = self.settings.output.orient and case.has_orientation
         orientation = Orientation.to(ORIENTATION, case.affine) if orient else Orientation.identity()
         mask = brain_mask(list(case.volumes.values()))
         # 32 is the published network's, and smaller ones keep its window.
@@ -208,12 +208,18 @@ class Synthesizer:
         return torch.cat(samples), time.perf_counter() - start
 
     def finish(self, prepared: Prepared, samples: Tensor, seconds: float) -> Synthesis:
-        """Bring samples (N, X, Y, Z) back to the grid, orientation and intensities of the case."""
+        """Bring samples (N, X, Y, Z) back to the grid, orientation and intensities of the case.
+
+        Raises:
+            CaseError: nothing but background came out.
+        """
         output = self.settings.output
         unit = self._restore(prepared, samples.mean(0))
         keep = foreground(unit, output.background, prepared.mask, output.threshold)
         low, high = prepared.clip_range if output.intensity == "native" else (0.0, 1.0)
         volume = np.where(keep, denormalise(unit, ClipRange(low, high)), np.float32(0))
+        if not volume.any():
+            raise CaseError(prepared.case.name, f"the synthesised {prepared.case.target} is empty; check the weights")
         spread = None
         if len(samples) > 1:
             spread = np.where(keep, self._restore(prepared, samples.std(0)) * np.float32(high - low), np.float32(0))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cwdm.wavelet import LLL_DIVISOR, haar, inverse_haar
+from cwdm.winograd import Resample, norm_silu_conv, pays, resize, supports
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,8 @@ class UNet(nn.Module):
                 f"expected (B, {self.config.in_channels}, X, Y, Z) with X, Y, Z multiples of {multiple}, "
                 f"got {tuple(x.shape)}"
             )
+        if supports(x):
+            x = x.contiguous(memory_format=torch.channels_last_3d)
         emb = timestep_embedding(t, self.config.model_channels).to(x.dtype)
         first, second = self.time_embed
         emb = second(F.silu(first(emb)))
@@ -119,45 +122,36 @@ class NormSiLUConv(nn.Module):
             nn.init.zeros_(self.conv.weight)
             nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]  # conv3 always has a bias
 
-    def forward(self, x: Tensor, resample: "Resample" = None) -> Tensor:
+    def forward(self, x: Tensor, resample: Resample = None, add: Tensor | None = None) -> Tensor:
+        """(B, in, X, Y, Z) -> (B, out, X', Y', Z'), plus what is to be added."""
+        if pays(x, self.conv, resample):
+            return norm_silu_conv(x, self.norm, self.conv, resample, add)
         h: Tensor = self.conv(resize(F.silu(self.norm(x)), resample))
-        return h
-
-
-Resample = Literal["down", "up"] | None
-
-
-def resize(x: Tensor, resample: Resample) -> Tensor:
-    """Halve by averaging or double by nearest neighbour, each spatial axis."""
-    if resample == "down":
-        return F.avg_pool3d(x, 2)
-    if resample == "up":
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-    return x
+        return h if add is None else h + add
 
 
 class ResBlock(nn.Module):
     """Residual block with the timestep added between its two convolutions; may halve or double the size."""
 
-    def __init__(
-        self, in_channels: int, out_channels: int, config: UNetConfig, resample: Resample = None
-    ) -> None:
+    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, resample: Resample = None) -> None:
         super().__init__()
         self.resample = resample
         self.first = NormSiLUConv(in_channels, out_channels, config.groups)
         self.shift = nn.Linear(config.embedding, out_channels)
         self.second = NormSiLUConv(out_channels, out_channels, config.groups, zero=True)
-        self.shortcut = (
-            nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
-        )
+        self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return self.join(resize(x, self.resample), self.first(x, self.resample), emb)
+        return self.join(resize(x, self.resample), self.first(x, self.resample, self.timestep(emb)))
 
-    def join(self, x: Tensor, h: Tensor, emb: Tensor) -> Tensor:
+    def timestep(self, emb: Tensor) -> Tensor:
+        """What the embedding (B, embedding) adds to every voxel between the convolutions: (B, out, 1, 1, 1)."""
+        shift: Tensor = self.shift(F.silu(emb))
+        return shift[:, :, None, None, None]
+
+    def join(self, x: Tensor, h: Tensor) -> Tensor:
         """Second half of the block: shortcut (B, in, X, Y, Z) and main branch (B, out, X, Y, Z)."""
-        h = h + self.shift(F.silu(emb))[:, :, None, None, None]
-        output: Tensor = self.shortcut(x) + self.second(h)
+        output: Tensor = self.second(h, add=self.shortcut(x))
         return output
 
 
@@ -256,7 +250,7 @@ class WaveletEncoderLevel(nn.Module):
         for block in self.blocks:
             h = block(h, emb)
         low, *high = haar(self.down.first(h))
-        h = self.down.join(haar(h)[0] / LLL_DIVISOR, low / LLL_DIVISOR, emb)
+        h = self.down.join(haar(h)[0] / LLL_DIVISOR, low / LLL_DIVISOR + self.down.timestep(emb))
         return h + self.pyramid(torch.cat(haar(pyramid), dim=1) / LLL_DIVISOR), high
 
 
@@ -273,6 +267,6 @@ class WaveletDecoderLevel(nn.Module):
         # The published network runs the last block of a level twice, with the same weights.
         for block in [*self.blocks, self.blocks[-1]]:
             h = block(h, emb)
-        main = inverse_haar([self.up.first(h) * LLL_DIVISOR, *high])
-        output: Tensor = self.up.join(inverse_haar([h * LLL_DIVISOR, *high]), main, emb)
+        main = inverse_haar([self.up.first(h) * LLL_DIVISOR, *high]) + self.up.timestep(emb)
+        output: Tensor = self.up.join(inverse_haar([h * LLL_DIVISOR, *high]), main)
         return output

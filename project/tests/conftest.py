@@ -10,9 +10,12 @@ import pytest
 import torch
 from hypothesis import settings
 
+from cwdm.brats import MODALITIES
 from cwdm.checkpoint import load_published
+from cwdm.phantom import write_phantoms
 from cwdm.published import published_names
 from cwdm.unet import UNet, UNetConfig
+from cwdm.weights import PUBLISHED_FILES
 
 # Examples take as long as the machine is busy; time is no law that a property test should check.
 settings.register_profile("cwdm", deadline=None, print_blob=True)
@@ -64,3 +67,41 @@ def golden_model(settings: dict[str, Any]) -> UNet:
 
 TINY = UNetConfig(in_channels=32, model_channels=32, channel_mult=(1, 2))
 """A conditional network small enough for tests."""
+
+SHAPE = (48, 40, 33)
+
+
+@pytest.fixture(scope="session")
+def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with three complete small phantoms of 48×40×33 voxels; not to be written to."""
+    folder = tmp_path_factory.mktemp("phantoms")
+    write_phantoms(folder, 3, seed=0, shape=SHAPE, spacing_mm=5.0)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def weights_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with small conditional networks under the published names; not to be written to."""
+    folder = tmp_path_factory.mktemp("weights")
+    state = published_state(TINY)
+    for name in PUBLISHED_FILES.values():
+        torch.save(state, folder / name)
+    return folder
+
+
+def link_case(source: Path, target: Path, missing: str, name: str | None = None) -> Path:
+    """A case folder with links to the files of a complete one, without one modality."""
+    case = target / (name or source.name)
+    case.mkdir(parents=True)
+    for modality in (*MODALITIES, "seg"):
+        if modality != missing:
+            (case / f"{case.name}-{modality}.nii.gz").symlink_to(source / f"{source.name}-{modality}.nii.gz")
+    return case
+
+
+@pytest.fixture
+def cohort(phantoms: Path, tmp_path: Path) -> Path:
+    """Input folder with three cases, each missing another modality."""
+    for source, missing in zip(sorted(phantoms.iterdir()), ("t1n", "t2f", "t1n"), strict=True):
+        link_case(source, tmp_path / "input", missing)
+    return tmp_path / "input"

@@ -17,7 +17,6 @@ from cwdm.preprocess import (
     Rule,
     Window,
     _quantiles,
-    apply_background,
     brain_mask,
     choose_window,
     denormalise,
@@ -100,10 +99,6 @@ def test_background_rules() -> None:
     rules: tuple[Rule, ...] = ("mask", "threshold", "none")
     kept = {rule: foreground(unit, rule, mask, 0.04).ravel().tolist() for rule in rules}
     assert kept == {"mask": [True, False, False, True], "threshold": [False, False, True, True], "none": [True] * 4}
-    for rule, keep in kept.items():
-        result = apply_background(unit, rule, mask, 0.04)
-        assert result.dtype == np.float32
-        np.testing.assert_array_equal(result, unit * np.array(keep))
 
 
 # Window

@@ -1,0 +1,5 @@
+"""`python -m cwdm` is the `cwdm` command."""
+
+from cwdm.cli import main
+
+main()

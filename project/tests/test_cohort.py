@@ -1,0 +1,248 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from conftest import link_case
+from typer.testing import CliRunner, Result
+
+from cwdm.cli import app
+
+CWDM = [sys.executable, "-m", "cwdm"]
+FAST = ["sampler.timesteps=[1, 0]", "--device", "cpu"]
+
+
+def infer(data: Path, out: Path, weights: Path, *more: str) -> Result:
+    return CliRunner().invoke(
+        app, ["infer", "--data_path", str(data), "--output_path", str(out), "--weights", str(weights), *FAST, *more]
+    )
+
+
+def shell(data: Path, out: Path, weights: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    paths = ["--data_path", str(data), "--output_path", str(out), "--weights", str(weights)]
+    return subprocess.run([*CWDM, "infer", *paths, *FAST, *more], capture_output=True, text=True, check=False)
+
+
+EXPECTED = [
+    "BraTS-PHANTOM-00000-000-t1n.nii.gz",
+    "BraTS-PHANTOM-00001-000-t2f.nii.gz",
+    "BraTS-PHANTOM-00002-000-t1n.nii.gz",
+]
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_every_case_gets_what_it_lacks_and_nothing_else(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in cohort.rglob("*")}
+    out = tmp_path / "out"
+    result = infer(cohort, out, weights_folder)
+    assert result.exit_code == 0, result.output
+    assert names(out) == EXPECTED
+    assert {path: path.stat().st_mtime_ns for path in cohort.rglob("*")} == before
+    for name in EXPECTED:
+        written = nib.load(out / name)
+        condition = nib.load(cohort / name[:23] / f"{name[:23]}-t2w.nii.gz")
+        np.testing.assert_array_equal(written.affine, condition.affine)
+        assert written.shape == condition.shape
+        assert written.get_fdata().any()
+        assert b"synthesised by cwdm" in written.header["descrip"].tobytes()
+
+
+def test_order_and_company_do_not_change_a_result(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    infer(cohort, tmp_path / "all", weights_folder)
+    for name in names(cohort)[:2]:
+        shutil.rmtree(cohort / name)
+    infer(cohort, tmp_path / "one", weights_folder)
+    assert (tmp_path / "one" / EXPECTED[2]).read_bytes() == (tmp_path / "all" / EXPECTED[2]).read_bytes()
+
+
+def test_a_second_run_does_what_is_left(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    infer(cohort, out, weights_folder)
+    first = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    (out / EXPECTED[1]).unlink()
+    result = infer(cohort, out, weights_folder)
+    assert result.exit_code == 0
+    second = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert [name for name in second if second[name] != first[name]] == [EXPECTED[1]]
+    infer(cohort, out, weights_folder, "--overwrite")
+    assert all(path.stat().st_mtime_ns > second[path.name] for path in out.iterdir())
+
+
+def test_report_says_what_was_done(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    infer(cohort, tmp_path / "out", weights_folder, "--report_path", str(report), "samples=2", "seed=9")
+    assert names(tmp_path / "out") == EXPECTED
+    run = json.loads((report / "run.json").read_text())
+    assert [case["status"] for case in run["cases"]] == ["written"] * 3
+    record = json.loads((report / "BraTS-PHANTOM-00001-000-t2f.json").read_text())
+    assert record["synthesised"] is True
+    assert record["settings"]["seed"] == 9
+    assert record["weights"]["file"].endswith("flair_gen.pt")
+    assert len(record["weights"]["sha256"]) == 64
+    assert record["seconds"] > 0
+    assert any("instead of the 1 mm" in warning for warning in record["warnings"])
+    spread = nib.load(report / "BraTS-PHANTOM-00001-000-t2f-spread.nii.gz")
+    assert spread.get_fdata().max() > 0
+
+
+def truncate(path: Path) -> None:
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(data[: len(data) // 2])
+
+
+def test_one_bad_case_does_not_take_the_others_down(
+    cohort: Path, phantoms: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    source = sorted(phantoms.iterdir())[0]
+    link_case(source, cohort, "none", "complete")
+    two = link_case(source, cohort, "t1n", "two-missing")
+    (two / "two-missing-t2f.nii.gz").unlink()
+    truncate(link_case(source, cohort, "t1n", "truncated") / "truncated-t2f.nii.gz")
+    out = tmp_path / "out"
+    result = shell(cohort, out, weights_folder, "--report_path", str(tmp_path / "report"))
+    assert result.returncode == 1
+    assert names(out) == EXPECTED
+    assert "complete: expected exactly one missing modality" in result.stderr
+    assert "two-missing: expected exactly one missing modality" in result.stderr
+    assert "truncated: truncated-t2f.nii.gz: " in result.stderr
+    assert "3 of 6 cases" in result.stderr
+    assert "Traceback" not in result.stderr
+    run = json.loads((tmp_path / "report" / "run.json").read_text())
+    assert sorted(case["status"] for case in run["cases"]) == ["failed"] * 3 + ["written"] * 3
+
+
+def test_missing_weights_of_one_contrast_leave_the_others(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    some = tmp_path / "some"
+    some.mkdir()
+    shutil.copy(weights_folder / "t1_gen.pt", some)
+    result = infer(cohort, tmp_path / "out", some)
+    assert result.exit_code == 1
+    assert names(tmp_path / "out") == [EXPECTED[0], EXPECTED[2]]
+    assert "no weights for t2f" in result.output
+
+
+@pytest.mark.parametrize("fault", ["missing", "truncated", "other", "code"])
+def test_unusable_weights_are_one_clear_message(fault: str, cohort: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "weights"
+    if fault != "missing":
+        weights.mkdir()
+        data = {"truncated": b"PK\x03\x04", "other": b"hello", "code": b"cos\nsystem\n(S'touch /tmp/ran'\ntR."}[fault]
+        for name in ("t1_gen.pt", "flair_gen.pt"):
+            (weights / name).write_bytes(data)
+    result = shell(cohort, tmp_path / "out", weights)
+    assert result.returncode == (2 if fault == "missing" else 1)
+    assert "Traceback" not in result.stderr
+    assert "error: " in result.stderr
+    assert not (tmp_path / "out").exists() or names(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"--data_path": "none"}, "does not exist"),
+        ({"--data_path": "empty"}, "no case found"),
+        ({"--output_path": "input/out"}, "only read"),
+        ({"--output_path": "a_file"}, "that is a file"),
+        ({"--parameters_file": "wrong.yaml"}, "unknown key 'stepz'"),
+        ({"--device": "gpu"}, "gpu"),
+    ],
+)
+def test_wrong_arguments_are_one_clear_message(
+    change: dict[str, str], match: str, cohort: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "a_file").touch()
+    (tmp_path / "wrong.yaml").write_text("stepz: 3")
+    arguments = {"--data_path": "input", "--output_path": "out", "--weights": str(weights_folder), **change}
+    command = [*CWDM, "infer", *(text for pair in arguments.items() for text in pair)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert match in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_empty_parameters_and_hyphens(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty.yml").touch()
+    (tmp_path / "fast.yaml").write_text("sampler: {timesteps: [0]}\n")
+    out, weights = str(tmp_path / "out"), str(weights_folder)
+    arguments = [f"--data-path={cohort}", f"--output-path={out}", f"--weights={weights}"]
+    for file in ("empty.yml", "fast.yaml"):
+        more = [] if file == "fast.yaml" else ["sampler.timesteps=[0]"]
+        result = CliRunner().invoke(app, ["infer", *arguments, f"--parameters-file={tmp_path / file}", *more])
+        assert result.exit_code == 0, result.output
+    assert names(tmp_path / "out") == EXPECTED
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_full_disk_stops_the_run_and_leaves_no_piece(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "full"
+    out.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=20k", "tmpfs", str(out)], capture_output=True, check=False
+    ).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        result = shell(cohort, out, weights_folder)
+        assert result.returncode == 2
+        assert "the disk is full" in result.stderr
+        assert "Traceback" not in result.stderr
+        assert all(name in EXPECTED for name in names(out))
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGKILL, signal.SIGINT])
+def test_killed_at_any_moment_then_run_again(
+    kind: signal.Signals, cohort: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    paths = ["--data_path", str(cohort), "--output_path", str(out), "--weights", str(weights_folder)]
+    more = ["--device", "cpu", "sampler.timesteps=[3, 2, 1, 0]"]
+    process = subprocess.Popen([*CWDM, "infer", *paths, *more], stderr=subprocess.PIPE, text=True)
+    while not (out.is_dir() and names(out)):
+        assert process.poll() is None, process.stderr and process.stderr.read()
+        time.sleep(0.01)
+    process.send_signal(kind)
+    _, stderr = process.communicate(timeout=60)
+    if kind != signal.SIGKILL:
+        assert process.returncode == 128 + kind
+        assert "run the same command again" in stderr
+    done = names(out)
+    assert set(done) <= set(EXPECTED)
+    for name in done:
+        nib.load(out / name).get_fdata()
+    assert subprocess.run([*CWDM, "infer", *paths, *more], capture_output=True, check=False).returncode == 0
+    assert names(out) == EXPECTED
+
+
+def test_runs_as_a_user_without_name_home_or_writable_input(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    out = tmp_path / "out"
+    out.mkdir()
+    out.chmod(0o777)
+    for folder in (tmp_path, *tmp_path.parents):
+        if folder.owner() == "root" and not folder.stat().st_mode & 0o005:
+            folder.chmod(folder.stat().st_mode | 0o005)
+    paths = ["--data_path", str(cohort), "--output_path", str(out), "--weights", str(weights_folder)]
+    environment = {"PATH": os.environ["PATH"], "HOME": "/nonexistent"}
+    probe = subprocess.run([sys.executable, "-c", ""], user=12345, group=12345, env=environment, check=False)
+    if probe.returncode:
+        pytest.skip("the interpreter is not readable for other users here")
+    result = subprocess.run(
+        [*CWDM, "infer", *paths, *FAST], user=12345, group=12345, extra_groups=[], env=environment,
+        cwd="/", capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert names(out) == EXPECTED

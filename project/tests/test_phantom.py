@@ -1,0 +1,238 @@
+from collections.abc import Sequence
+from pathlib import Path
+from shutil import copytree
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from cwdm.errors import OutputError
+from cwdm.phantom import (
+    GD_R1,
+    MODALITIES,
+    TISSUES,
+    Phantom,
+    Timing,
+    Variation,
+    _patient,
+    inversion_recovery,
+    make_phantom,
+    nulling_time,
+    shortened_t1,
+    spin_echo,
+    write_phantom,
+    write_phantoms,
+)
+
+SHAPE, SPACING_MM = (48, 40, 33), 5.0
+FINE_SHAPE, FINE_MM = (96, 80, 66), 2.5
+QUIET = Variation(bias=(0.0, 0.0), noise=(0.001, 0.001), thick_slice=0.0, tissue=0.0, outlier=0.0)
+
+
+@pytest.fixture(scope="module")
+def phantom() -> Phantom:
+    return make_phantom(1, SHAPE, SPACING_MM)
+
+
+@pytest.fixture(scope="module")
+def fine() -> Phantom:
+    """Fine enough for voxels of one tissue, with a scanner that adds little of its own."""
+    return make_phantom(2, FINE_SHAPE, FINE_MM, QUIET)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    return write_phantoms(tmp_path_factory.mktemp("cases"), 2, 7, SHAPE, SPACING_MM)
+
+
+def floats(*values: float) -> NDArray[np.float32]:
+    return np.array(values, np.float32)
+
+
+def pure_voxels(name: str) -> NDArray[np.bool_]:
+    """Voxels of the phantom `fine` that are one tissue almost alone, away from the edge of the mask."""
+    grid, mask, layers, _ = _patient(np.random.default_rng(2).spawn(6)[0], FINE_SHAPE, FINE_MM, QUIET)
+    fraction = np.zeros(len(grid.near))
+    for layer in layers:
+        fraction[layer.index] *= 1 - layer.fraction
+        if layer.tissue == name:
+            fraction[layer.index] += layer.fraction
+    voxels = np.zeros(FINE_SHAPE, bool)
+    voxels[grid.box] = (grid.volume(fraction) > 0.95) & mask
+    return voxels
+
+
+def same(a: Phantom, b: Phantom) -> bool:
+    volumes = all(np.array_equal(a.volumes[m], b.volumes[m]) for m in MODALITIES)
+    return volumes and np.array_equal(a.seg, b.seg)
+
+
+def test_the_seed_decides_every_voxel(phantom: Phantom) -> None:
+    assert same(phantom, make_phantom(1, SHAPE, SPACING_MM))
+
+
+def test_another_seed_is_another_patient(phantom: Phantom) -> None:
+    other = make_phantom(3, SHAPE, SPACING_MM)
+    assert not np.array_equal(phantom.seg, other.seg)
+    assert all(np.mean(phantom.volumes[m] != other.volumes[m]) > 0.1 for m in MODALITIES)
+
+
+def test_the_same_patient_appears_at_another_resolution(phantom: Phantom) -> None:
+    finer = make_phantom(1, (120, 100, 83), 2.0)
+    coarse, fine = ((p.volumes["t1n"] > 0).sum() * s**3 for p, s in ((phantom, 5.0), (finer, 2.0)))
+    assert coarse == pytest.approx(fine, rel=0.02)
+    coarse_middle, fine_middle = (
+        (np.argwhere(p.seg > 0).mean(0) - (np.array(p.seg.shape) - 1) / 2) * s
+        for p, s in ((phantom, 5.0), (finer, 2.0))
+    )
+    np.testing.assert_allclose(coarse_middle, fine_middle, atol=2.5)
+
+
+def test_volumes_share_one_mask_and_are_zero_outside(phantom: Phantom) -> None:
+    mask = phantom.volumes["t1n"] > 0
+    assert 0.8e6 < mask.sum() * SPACING_MM**3 < 2.2e6  # mm3
+    for volume in phantom.volumes.values():
+        assert volume.shape == SHAPE
+        assert volume.dtype == np.int16
+        np.testing.assert_array_equal(volume > 0, mask)
+        assert volume.min() == 0
+        assert volume.max() >= 500
+    assert not phantom.seg[~mask].any()
+
+
+@pytest.mark.parametrize("seed", [1, 4])
+def test_the_tumour_is_a_core_in_a_rim_in_oedema(seed: int) -> None:
+    seg = make_phantom(seed, FINE_SHAPE, FINE_MM).seg
+    assert seg.dtype == np.uint8
+    assert set(np.unique(seg)) == {0, 1, 2, 3}
+    core_middle, rim_middle = (np.argwhere(seg == label).mean(0) for label in (1, 3))
+    np.testing.assert_allclose(core_middle, rim_middle, atol=4)  # voxels
+    core, tumour, whole = (np.argwhere(np.isin(seg, labels)) for labels in ([1], [1, 3], [1, 2, 3]))
+    assert (tumour.min(0) <= core.min(0)).all()
+    assert (tumour.max(0) >= core.max(0)).all()
+    assert (np.ptp(whole, axis=0) > np.ptp(tumour, axis=0)).any()
+
+
+def test_affine_is_lps_with_the_front_at_the_start(phantom: Phantom) -> None:
+    np.testing.assert_array_equal(phantom.affine, [[-5, 0, 0, 0], [0, -5, 0, 195], [0, 0, 5, 0], [0, 0, 0, 1]])
+
+
+def test_spin_echo_follows_the_closed_formula() -> None:
+    t1, t2 = floats(800, 1400), floats(70, 90)
+    expected = floats(*(0.7 * (1 - np.exp(-500 / a)) * np.exp(-12 / b) for a, b in ((800, 70), (1400, 90))))
+    np.testing.assert_allclose(spin_echo(np.float32(0.7), t1, t2, tr=500, te=12), expected, rtol=1e-6)
+
+
+def test_inversion_recovery_starts_inverted_and_recovers() -> None:
+    t1, t2 = floats(900), floats(1e9)
+    tr = 1e6  # fully relaxed
+    assert inversion_recovery(np.float32(1), t1, t2, tr, 0, ti=0)[0] == pytest.approx(-1)
+    assert inversion_recovery(np.float32(1), t1, t2, tr, 0, ti=900 * np.log(2))[0] == pytest.approx(0, abs=1e-6)
+    assert inversion_recovery(np.float32(1), t1, t2, tr, 0, ti=1e5)[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("tr", [5000.0, 9000.0])
+def test_nulling_time_nulls_the_fluid(tr: float) -> None:
+    t1, t2 = floats(4200), floats(1500)
+    timing = Timing(tr, 110, nulling_time(4200, tr))
+    assert timing.signal(np.float32(1), t1, t2)[0] == pytest.approx(0, abs=1e-6)
+    assert timing.signal(np.float32(1), floats(1050), t2)[0] > 0.3
+
+
+def test_gadolinium_adds_to_the_relaxation_rate() -> None:
+    t1 = floats(1500)
+    rate = 1000 / shortened_t1(t1, 0.5)  # 1/s
+    np.testing.assert_allclose(rate, 1000 / 1500 + GD_R1 * 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(shortened_t1(t1, 0.0), t1)
+
+
+def test_tissue_table_is_ordered_as_measured_at_3_t() -> None:
+    white, grey, csf = (TISSUES[name] for name in ("white", "grey", "csf"))
+    assert white.t1 < grey.t1 < csf.t1
+    assert white.t2 < grey.t2 < csf.t2
+    assert white.pd < grey.pd < csf.pd
+
+
+def test_contrasts_order_the_tissues_as_a_radiologist_expects(fine: Phantom) -> None:
+    tissues = {name: pure_voxels(name) for name in ("csf", "grey", "white")}
+    orders: dict[str, Sequence[str]] = {
+        "t1n": ("csf", "grey", "white"),
+        "t1c": ("csf", "grey", "white"),
+        "t2w": ("white", "grey", "csf"),
+        "t2f": ("csf", "white", "grey"),
+    }
+    for modality, order in orders.items():
+        low, middle, high = (np.median(fine.volumes[modality][tissues[name]]) for name in order)
+        assert low < 0.95 * middle < 0.95 * high, modality
+    fluid, white = (np.median(fine.volumes["t2f"][tissues[name]]) for name in ("csf", "white"))
+    assert fluid < 0.3 * white
+
+
+def test_flair_shows_oedema_and_contrast_agent_shows_the_rim(fine: Phantom) -> None:
+    healthy = (fine.seg == 0) & (fine.volumes["t1n"] > 0)
+    flair = fine.volumes["t2f"].astype(float)
+    assert np.median(flair[fine.seg == 2]) > 1.2 * np.percentile(flair[healthy], 75)
+    # Before and after contrast agent: the rim gains, healthy brain hardly does.
+    before, after = (fine.volumes[m] / np.median(fine.volumes[m][healthy]) for m in ("t1n", "t1c"))
+    assert np.median(after[fine.seg == 3]) > 1.2 * np.median(before[fine.seg == 3])
+    assert np.median(after[fine.seg == 3]) > 1.2 * np.median(after[fine.seg == 2])
+
+
+def test_variation_is_obeyed() -> None:
+    small, large = (
+        make_phantom(1, SHAPE, SPACING_MM, Variation(head_scale=(scale, scale), maximum=(700.0, 700.0), outlier=0.0))
+        for scale in (0.85, 1.0)
+    )
+    sizes = [(p.volumes["t1n"] > 0).sum() for p in (small, large)]
+    assert sizes[0] / sizes[1] == pytest.approx(0.85**3, rel=0.05)
+    assert all(p.volumes[m].max() == 700 for p in (small, large) for m in MODALITIES)
+
+
+def test_written_files_come_back_as_they_were(phantom: Phantom, tmp_path: Path) -> None:
+    folder = write_phantom(phantom, tmp_path, "BraTS-X")
+    assert folder == tmp_path / "BraTS-X"
+    expected = {f"BraTS-X-{suffix}.nii.gz" for suffix in (*MODALITIES, "seg")}
+    assert {path.name for path in folder.iterdir()} == expected
+    volumes: dict[str, NDArray[Any]] = {**phantom.volumes, "seg": phantom.seg}
+    for suffix, volume in volumes.items():
+        image = nib.load(folder / f"BraTS-X-{suffix}.nii.gz")
+        stored = np.asanyarray(image.dataobj)
+        assert stored.dtype == volume.dtype
+        np.testing.assert_array_equal(stored, volume)
+        np.testing.assert_array_equal(image.affine, phantom.affine)
+        assert image.header.get_zooms() == (SPACING_MM,) * 3
+        assert int(image.header["qform_code"]) == int(image.header["sform_code"]) == 1
+        assert image.header.get_xyzt_units()[0] == "mm"
+        assert nib.aff2axcodes(image.affine) == ("L", "P", "S")
+
+
+def test_cases_depend_on_seed_and_number_only(written: list[Path], tmp_path: Path) -> None:
+    names: list[str] = []
+    (again,) = write_phantoms(tmp_path, 1, 7, SHAPE, SPACING_MM, names.append)
+    assert names == ["BraTS-PHANTOM-00000-000"] == [again.name]
+    assert [folder.name for folder in written] == ["BraTS-PHANTOM-00000-000", "BraTS-PHANTOM-00001-000"]
+    first, same, second = (
+        [p.read_bytes() for p in sorted(folder.iterdir())] for folder in (written[0], again, written[1])
+    )
+    assert first == same
+    assert all(a != b for a, b in zip(first, second, strict=True))
+
+
+def test_finished_cases_are_left_and_incomplete_ones_made_whole(written: list[Path], tmp_path: Path) -> None:
+    folder = Path(copytree(written[0], tmp_path / written[0].name))
+    times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert write_phantoms(tmp_path, 1, 7, SHAPE, SPACING_MM) == [folder]
+    assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
+    lost = folder / f"{folder.name}-t2w.nii.gz"
+    contents = lost.read_bytes()
+    lost.unlink()
+    write_phantoms(tmp_path, 1, 7, SHAPE, SPACING_MM)
+    assert lost.read_bytes() == contents
+
+
+def test_a_folder_that_cannot_be_made_is_reported(phantom: Phantom, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="file"):
+        write_phantom(phantom, tmp_path / "file", "BraTS-X")

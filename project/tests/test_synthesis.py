@@ -1,0 +1,221 @@
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from conftest import CASES, SHAPE, SHARED, TINY, golden, link_case, needs_cases, published_state
+
+from cwdm import Settings, Synthesizer, checkpoint
+from cwdm.brats import MODALITIES, NEAREST, read_case, write_volume
+from cwdm.brats import case_folder as find_case
+from cwdm.checkpoint import Record, load_published
+from cwdm.config import load_settings
+from cwdm.errors import CaseError, SettingsError, WeightsError
+from cwdm.preprocess import normalise
+
+FOUR_STEPS = "sampler.timesteps=[3, 2, 1, 0]"
+
+
+def synthesizer(weights: Path, *overrides: str) -> Synthesizer:
+    return Synthesizer(weights, load_settings(overrides=(FOUR_STEPS, *overrides)), "cpu")
+
+
+@needs_cases
+@pytest.mark.parametrize("name", golden("case.json"))
+def test_golden_case_as_published(name: str, weights_folder: Path, tmp_path: Path) -> None:
+    run = golden("case.json")[name]
+    case = link_case(CASES / run["case"], tmp_path, run["missing"])
+    published = ("output.intensity=unit", "output.background=threshold", f"output.threshold={run['zero_at_or_below']}")
+    volume = synthesizer(weights_folder, f"seed={run['seed']}", *published)(case).volume
+    expected = np.load(SHARED / "golden" / f"{name}.npz")
+    settled = np.abs(expected["values"] - run["zero_at_or_below"]) > 1e-3
+    values = volume[tuple(expected["voxels"].astype(int).T)]
+    np.testing.assert_allclose(values[settled], expected["values"][settled], atol=1e-4, rtol=0)
+    blocks = volume[:, :, :152].reshape(30, 8, 30, 8, 19, 8).mean(axis=(1, 3, 5))
+    np.testing.assert_allclose(blocks, expected["block_mean"], atol=5e-4, rtol=0)
+
+
+@pytest.fixture
+def case(phantoms: Path, tmp_path: Path) -> Path:
+    return link_case(sorted(phantoms.iterdir())[0], tmp_path, "t1n")
+
+
+def test_native_intensities_span_the_nearest_contrasts_clipping_range(case: Path, weights_folder: Path) -> None:
+    unit = synthesizer(weights_folder, "output.intensity=unit")(case)
+    native = synthesizer(weights_folder)(case)
+    low, high = normalise(unit.case.volumes[NEAREST["t1n"]])[1]
+    brain = np.logical_or.reduce([volume != 0 for volume in unit.case.volumes.values()])
+    assert unit.volume.shape == native.volume.shape == SHAPE
+    assert unit.volume.dtype == native.volume.dtype == np.float32
+    np.testing.assert_allclose(native.volume[brain], unit.volume[brain] * (high - low) + low, atol=1e-2, rtol=1e-5)
+    assert not unit.volume[~brain].any()
+    assert not native.volume[~brain].any()
+
+
+def test_background_rules(case: Path, weights_folder: Path) -> None:
+    def volume(rule: str) -> np.ndarray:
+        return synthesizer(weights_folder, "output.intensity=unit", f"output.background={rule}")(case).volume
+
+    everything = volume("none")
+    np.testing.assert_array_equal(volume("threshold"), np.where(everything > np.float32(0.04), everything, 0))
+    masked = volume("mask")
+    assert np.isin(masked, (0, *everything[masked != 0])).all()
+    assert np.count_nonzero(masked) < np.count_nonzero(everything)
+
+
+def test_same_seed_same_volume_another_seed_another(case: Path, weights_folder: Path) -> None:
+    first = synthesizer(weights_folder, "seed=1")
+    assert np.array_equal(first(case).volume, first(case).volume)
+    assert not np.array_equal(first(case).volume, synthesizer(weights_folder, "seed=2")(case).volume)
+
+
+def test_mean_and_spread_of_several_samples(case: Path, weights_folder: Path) -> None:
+    singles = [synthesizer(weights_folder, f"seed={seed}")(case).volume for seed in (5, 6, 7)]
+    assert synthesizer(weights_folder)(case).spread is None
+    several = synthesizer(weights_folder, "seed=5", "samples=3")(case)
+    np.testing.assert_allclose(several.volume, np.mean(singles, axis=0), rtol=1e-4, atol=1e-2)
+    np.testing.assert_allclose(several.spread, np.std(singles, axis=0, ddof=1), rtol=1e-3, atol=2e-2)
+
+
+def test_every_network_evaluation_is_reported(case: Path, weights_folder: Path) -> None:
+    steps = []
+    synthesizer(weights_folder, "samples=2")(case, on_step=lambda: steps.append(1))
+    assert len(steps) == 8
+
+
+@pytest.mark.parametrize("code", ["RAS", "PIR", "SLA"])
+def test_another_orientation_gives_the_same_image_in_the_order_of_the_file(
+    code: str, case: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "turned" / case.name
+    other.mkdir(parents=True)
+    for path in sorted(case.iterdir()):
+        image = nib.load(path)
+        change = nib.orientations.ornt_transform(
+            nib.io_orientation(image.affine), nib.orientations.axcodes2ornt(tuple(code))
+        )
+        nib.save(image.as_reoriented(change), other / path.name)
+    straight, turned = synthesizer(weights_folder)(case), synthesizer(weights_folder)(other)
+    back = nib.orientations.ornt_transform(
+        nib.io_orientation(turned.case.affine), nib.io_orientation(straight.case.affine)
+    )
+    np.testing.assert_array_equal(nib.orientations.apply_orientation(turned.volume, back), straight.volume)
+    assert any("orientation" in warning for warning in turned.warnings)
+    assert not any("orientation" in warning for warning in straight.warnings)
+
+
+def test_a_file_that_does_not_say_its_orientation_is_left_as_it_is(
+    case: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    bare = tmp_path / "bare" / case.name
+    bare.mkdir(parents=True)
+    for path in sorted(case.iterdir()):
+        image = nib.load(path)
+        header = image.header.copy()
+        header["qform_code"] = header["sform_code"] = 0
+        (bare / path.name.removesuffix(".gz")).write_bytes(
+            header.binaryblock + bytes(4) + image.dataobj.get_unscaled().tobytes("F")
+        )
+    result = synthesizer(weights_folder)(bare)
+    assert np.array_equal(result.volume, synthesizer(weights_folder)(case).volume)
+    assert any("does not say how the head lies" in warning for warning in result.warnings)
+
+
+def test_constant_contrast_is_the_cases_fault(case: Path, weights_folder: Path, tmp_path: Path) -> None:
+    path = case / f"{case.name}-t2w.nii.gz"
+    image = nib.load(path)
+    path.unlink()
+    data = np.zeros(image.shape, np.int16)
+    data[0, 0, 0] = 1
+    nib.save(nib.Nifti1Image(data, image.affine), path)
+    with pytest.raises(CaseError, match=r"t2w: .*same intensity"):
+        synthesizer(weights_folder)(case)
+
+
+def test_checkpoint_recommends_and_settings_override(weights_folder: Path, tmp_path: Path) -> None:
+    record = Record(modality="t1n", sampler="dpmpp", steps=7)
+    checkpoint.save(tmp_path / "t1n.safetensors", load_published(published_state(TINY)), record)
+
+    def plan(*overrides: str) -> tuple[str, list[int]]:
+        made = Synthesizer(tmp_path, load_settings(overrides=overrides), "cpu")
+        return made.plan(made.load("t1n"))
+
+    assert (plan()[0], len(plan()[1])) == ("dpmpp", 7)
+    assert plan("sampler.name=ddim", "sampler.steps=3") == ("ddim", [999, 500, 0])
+    assert plan("sampler.timesteps=[9, 0]") == ("dpmpp", [9, 0])
+    published = Synthesizer(weights_folder, Settings(), "cpu")
+    assert published.plan(published.load("t1n")) == ("ddpm", list(range(999, -1, -1)))
+    assert published.evaluations("t1n") == 1000
+
+
+@pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
+def test_every_sampler_runs_a_case(sampler: str, case: Path, weights_folder: Path) -> None:
+    result = synthesizer(weights_folder, f"sampler.name={sampler}", "output.intensity=unit")(case)
+    assert 0 < result.volume.mean() < 1
+    assert result.volume.min() >= -1e-5
+    assert result.volume.max() <= 1 + 1e-5
+
+
+def test_bfloat16_stays_close_to_float32(case: Path, weights_folder: Path) -> None:
+    exact = synthesizer(weights_folder, "output.intensity=unit", "precision=fp32")(case).volume
+    fast = synthesizer(weights_folder, "output.intensity=unit", "precision=bf16")(case).volume
+    rms = np.sqrt(np.mean((exact - fast) ** 2))
+    assert 0 < rms < 0.02
+
+
+def test_value_range_of_the_checkpoint_is_mapped_to_unit(case: Path, tmp_path: Path) -> None:
+    record = Record(modality="t1n", value_range=(-1, 1))
+    checkpoint.save(tmp_path / "t1n.safetensors", load_published(published_state(TINY)), record)
+    volume = synthesizer(tmp_path, "output.intensity=unit", "output.background=none")(case).volume
+    assert volume.min() >= -1e-5
+    assert volume.max() <= 1 + 1e-5
+
+
+def test_only_the_last_contrasts_weights_stay_in_memory(weights_folder: Path) -> None:
+    made = synthesizer(weights_folder)
+    first = made.load("t1n")
+    assert made.load("t1n") is first
+    assert made.load("t2f") is not first
+    assert made.load("t1n") is not first
+
+
+def test_no_weights_no_gpu(tmp_path: Path, weights_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WeightsError, match="no weights at"):
+        Synthesizer(tmp_path / "none")
+    monkeypatch.setenv("CWDM_WEIGHTS", str(weights_folder))
+    assert Synthesizer().weights == weights_folder
+    if not torch.cuda.is_available():
+        with pytest.raises(SettingsError, match="a GPU was demanded"):
+            Synthesizer(weights_folder, device="cuda")
+
+
+@needs_cases
+@pytest.mark.parametrize("name", ["BraTS-GLI-00001-000", "BraTS-TCGA-07294-000"])
+@pytest.mark.parametrize("missing", MODALITIES)
+def test_real_cases_are_read_prepared_and_written_with_their_geometry(
+    name: str, missing: str, weights_folder: Path, tmp_path: Path
+) -> None:
+    made = synthesizer(weights_folder)
+    case = read_case(find_case(link_case(CASES / name, tmp_path, missing)))
+    prepared = made.prepare(case)
+    assert prepared.unit.shape == (1, 3, 224, 224, 160)
+    assert prepared.warnings == ()
+    # The nearest contrast stands in for the network, which would take minutes here.
+    order = [modality for modality in MODALITIES if modality != missing]
+    stand_in = prepared.unit[:, order.index(NEAREST[missing])]
+    result = made.finish(prepared, stand_in, 0.0)
+    write_volume(tmp_path / "out.nii.gz", result.volume, case)
+    written, nearest = nib.load(tmp_path / "out.nii.gz"), nib.load(CASES / name / f"{name}-{NEAREST[missing]}.nii.gz")
+    np.testing.assert_array_equal(written.affine, nearest.affine)
+    assert written.shape == (240, 240, 155)
+    clipped = np.clip(nearest.get_fdata(), *prepared.clip_range)
+    np.testing.assert_allclose(written.get_fdata(), clipped, atol=0.51 + 1e-4 * prepared.clip_range.high)
+
+
+def test_record_describes_what_decides_the_result(weights_folder: Path) -> None:
+    described = json.loads(json.dumps(synthesizer(weights_folder).describe("t1c")))
+    assert described["weights"]["sha256"] == checkpoint.sha256(weights_folder / "t1ce_gen.pt")
+    assert described["timesteps"] == [3, 2, 1, 0]
+    assert described["settings"]["seed"] == 42
