@@ -166,6 +166,18 @@ def read_case(folder: CaseFolder) -> Case:
     return Case(folder.name, target, volumes, affines[nearest], headers, warnings)
 
 
+def read_volume(path: Path) -> Volume:
+    """Read one file on its own: (X, Y, Z) float32 in the voxel order of the file.
+
+    Raises:
+        InputError: it is damaged, or is not one 3D volume of real numbers.
+    """
+    try:
+        return _read_volume(path)[0]
+    except _FileError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 def output_name(case: str, modality: str) -> str:
     """Name of the file for a synthesised volume."""
     return f"{case}-{modality}.nii.gz"

@@ -69,8 +69,11 @@ class Checkpoint:
     warnings: tuple[str, ...] = ()
 
 
-def load_published(state_dict: Mapping[str, Tensor]) -> UNet:
-    """Network with the weights of a published state dict, its configuration read off names and shapes.
+def load_published(state_dict: Mapping[str, Tensor], config: UNetConfig | None = None) -> UNet:
+    """Network with the weights of a published state dict.
+
+    Args:
+        config: None to read it off names and shapes, which do not tell the GroupNorms' groups: 32, as published.
 
     Raises:
         WeightsError: tensors are missing, left over or of the wrong shape; the message lists them.
@@ -78,7 +81,7 @@ def load_published(state_dict: Mapping[str, Tensor]) -> UNet:
     bad = [str(name) for name, value in state_dict.items() if not isinstance(value, Tensor)]
     if bad:
         raise WeightsError(f"expected a plain state dict of tensors, found other objects under {_some(bad)}")
-    config = published_config({name: tuple(tensor.shape) for name, tensor in state_dict.items()})
+    config = config or published_config({name: tuple(tensor.shape) for name, tensor in state_dict.items()})
     model = _empty(config)
     names = published_names(model)
     _check_tensors(

@@ -172,6 +172,34 @@ def phantom(
     write_phantoms(out, cases, seed, on_case=print)
 
 
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for patients, results and the picture.")],
+    cases: Annotated[int, typer.Option(min=1, max=16, help="How many synthetic patients.")] = 2,
+    weights: Annotated[
+        Path | None, typer.Option(help="Folder or file of weights. Default: untrained ones, whose images mean nothing.")
+    ] = None,
+) -> None:
+    """Try everything on synthetic patients: make, drop, synthesise, compare, and draw a picture."""
+    from cwdm.demo import run_demo
+
+    print(f"look at {run_demo(out, cases, weights)}")
+
+
+@weights_app.command()
+def untrained(
+    folder: Annotated[Path, typer.Argument(help="Where to put them.")],
+    width: Annotated[int, typer.Option(min=32, help="Channels of the first level; 64 is the published network.")] = 64,
+) -> None:
+    """Write untrained weights for every contrast, to try a set-up or to time it: their images mean nothing."""
+    from cwdm.checkpoint import Record
+    from cwdm.unet import UNetConfig
+    from cwdm.untrained import write_untrained
+
+    for path in write_untrained(folder, UNetConfig(in_channels=32, model_channels=width), Record()):
+        print(path)
+
+
 @weights_app.command()
 def download(
     folder: Annotated[Path | None, typer.Argument(help="Where to put them. Default: where infer looks.")] = None,

@@ -102,10 +102,16 @@ def workers(threads: int) -> ThreadPoolExecutor:
     Each takes whole tiles, so that nobody waits at the end of every small operation, as operations shared among
     threads do: on a busy machine that waiting took most of the time.
     """
-    pool = ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
     everyone = Barrier(threads)
-    list(pool.map(lambda _: everyone.wait(), range(threads)))
-    torch.set_num_threads(threads)  # the setting is each thread's own, but the last one set is what new threads get
+
+    def compute_alone(_: int) -> None:
+        torch.get_num_threads()  # a thread's first call gives it the common setting, so it must come first
+        torch.set_num_threads(1)
+        everyone.wait()
+
+    pool = ThreadPoolExecutor(threads)
+    list(pool.map(compute_alone, range(threads)))
+    torch.set_num_threads(threads)  # each thread keeps its own; this is also what later threads get
     return pool
 
 

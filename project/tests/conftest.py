@@ -1,11 +1,9 @@
-"""What several tests need: golden outputs of the published systems and weights made by their recipe."""
+"""What several tests need: golden outputs of the published systems, small cases and weights."""
 
 import json
-import zlib
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import settings
@@ -13,8 +11,8 @@ from hypothesis import settings
 from cwdm.brats import MODALITIES
 from cwdm.checkpoint import load_published
 from cwdm.phantom import write_phantoms
-from cwdm.published import published_names
 from cwdm.unet import UNet, UNetConfig
+from cwdm.untrained import untrained_state
 from cwdm.weights import PUBLISHED_FILES
 
 # Examples take as long as the machine is busy; time is no law that a property test should check.
@@ -35,34 +33,15 @@ def golden(name: str) -> dict[str, dict[str, Any]]:
     return json.loads((GOLDEN / name).read_text())
 
 
-def recipe(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Weight tensor of the golden recipe for a published name and shape."""
-    z = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
-    if len(shape) >= 2:
-        z = z / np.sqrt(np.prod(shape[1:]))
-    elif name.endswith("weight"):
-        z = 1 + 0.1 * z
-    else:
-        z = 0.1 * z
-    return torch.from_numpy(z.astype(np.float32))
-
-
 def config_of(settings: dict[str, Any]) -> UNetConfig:
     """Network configuration of a golden run."""
     known = {key: value for key, value in settings.items() if key in UNetConfig.__dataclass_fields__}
     return UNetConfig(**{**known, "channel_mult": tuple(known["channel_mult"])})
 
 
-def published_state(config: UNetConfig) -> dict[str, torch.Tensor]:
-    """State dict with the published names, made by the golden recipe."""
-    with torch.device("meta"):
-        model = UNet(config)
-    return {name: recipe(name, tuple(model.get_parameter(ours).shape)) for name, ours in published_names(model).items()}
-
-
 def golden_model(settings: dict[str, Any]) -> UNet:
     """The network of a golden run."""
-    return load_published(published_state(config_of(settings)))
+    return load_published(untrained_state(config_of(settings)))
 
 
 TINY = UNetConfig(in_channels=32, model_channels=32, channel_mult=(1, 2))
@@ -83,7 +62,7 @@ def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def weights_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder with small conditional networks under the published names; not to be written to."""
     folder = tmp_path_factory.mktemp("weights")
-    state = published_state(TINY)
+    state = untrained_state(TINY)
     for name in PUBLISHED_FILES.values():
         torch.save(state, folder / name)
     return folder

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, golden, golden_model, published_state
+from conftest import TINY, golden, golden_model
 
 from cwdm import checkpoint
 from cwdm.checkpoint import Record, load_published
 from cwdm.errors import WeightsError
 from cwdm.unet import UNet, UNetConfig
+from cwdm.untrained import untrained_state
 
 SMALL = UNetConfig(in_channels=8, model_channels=32, channel_mult=(1, 2), skips="wavelet")
 
@@ -21,17 +22,17 @@ SMALL = UNetConfig(in_channels=8, model_channels=32, channel_mult=(1, 2), skips=
 @pytest.mark.parametrize("mult", [(1, 2), (1, 2, 2), (1, 1, 3)])
 def test_architecture_is_read_off_names_and_shapes(skips: str, blocks: int, mult: tuple[int, ...]) -> None:
     config = UNetConfig(in_channels=32, model_channels=32, channel_mult=mult, num_res_blocks=blocks, skips=skips)
-    assert load_published(published_state(config)).config == config
+    assert load_published(untrained_state(config)).config == config
 
 
 def test_a_block_under_two_names_takes_the_later_one() -> None:
-    state = published_state(SMALL)
+    state = untrained_state(SMALL)
     model = load_published(state)
     assert torch.equal(model.body.decoder[0].blocks[1].first.conv.weight, state["output_blocks.2.0.in_layers.2.weight"])
 
 
 def test_round_trip_through_a_published_file(tmp_path: Path) -> None:
-    state = published_state(TINY)
+    state = untrained_state(TINY)
     torch.save(state, tmp_path / "t2_gen.pt")
     loaded = checkpoint.load(tmp_path / "t2_gen.pt")
     assert loaded.model.config == TINY
@@ -41,7 +42,7 @@ def test_round_trip_through_a_published_file(tmp_path: Path) -> None:
 
 
 def test_unconditional_published_files_get_their_value_range(tmp_path: Path) -> None:
-    torch.save(published_state(SMALL), tmp_path / "brats_unet_128_1200k.pt")
+    torch.save(untrained_state(SMALL), tmp_path / "brats_unet_128_1200k.pt")
     assert checkpoint.load(tmp_path / "brats_unet_128_1200k.pt").record.value_range == (-1, 1)
 
 
@@ -58,7 +59,7 @@ def test_round_trip_through_our_file(tmp_path: Path, name: str) -> None:
 
 
 def test_half_precision_files_load_as_float32(tmp_path: Path) -> None:
-    model = load_published(published_state(TINY))
+    model = load_published(untrained_state(TINY))
     checkpoint.save(tmp_path / "a.safetensors", model, Record(), torch.float16)
     loaded = checkpoint.load(tmp_path / "a.safetensors").model
     assert loaded.stem.weight.dtype == torch.float32
@@ -66,7 +67,7 @@ def test_half_precision_files_load_as_float32(tmp_path: Path) -> None:
 
 
 def test_every_fault_of_a_state_dict_is_listed() -> None:
-    state = published_state(TINY)
+    state = untrained_state(TINY)
     del state["out.0.weight"]
     state["extra"] = torch.zeros(1)
     state["time_embed.0.bias"] = torch.zeros(3)
@@ -84,7 +85,7 @@ def test_weights_of_something_else_are_refused() -> None:
 
 
 def test_weights_that_are_not_finite_are_refused() -> None:
-    state = published_state(TINY)
+    state = untrained_state(TINY)
     state["out.2.bias"][0] = torch.nan
     with pytest.raises(WeightsError, match=r"NaN or infinity in 1 tensors \(head.conv.bias\)"):
         load_published(state)
@@ -120,9 +121,9 @@ def test_a_bare_pickle_is_refused(tmp_path: Path) -> None:
 def test_truncated_files_are_refused(tmp_path: Path, name: str, share: float) -> None:
     path = tmp_path / name
     if path.suffix == ".pt":
-        torch.save(published_state(TINY), path)
+        torch.save(untrained_state(TINY), path)
     else:
-        checkpoint.save(path, load_published(published_state(TINY)), Record())
+        checkpoint.save(path, load_published(untrained_state(TINY)), Record())
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * share)])
     with pytest.raises(WeightsError, match="again"):
@@ -130,14 +131,14 @@ def test_truncated_files_are_refused(tmp_path: Path, name: str, share: float) ->
 
 
 def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path: Path) -> None:
-    state = {name: torch.zeros(1).expand(tensor.shape) for name, tensor in published_state(TINY).items()}
+    state = {name: torch.zeros(1).expand(tensor.shape) for name, tensor in untrained_state(TINY).items()}
     torch.save(state, tmp_path / "t1_gen.pt")
     with pytest.raises(WeightsError, match="more than the file holds"):
         checkpoint.load(tmp_path / "t1_gen.pt")
 
 
 def test_compressed_archives_are_refused(tmp_path: Path) -> None:
-    torch.save(published_state(TINY), tmp_path / "plain.pt")
+    torch.save(untrained_state(TINY), tmp_path / "plain.pt")
     with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "t1_gen.pt", "w") as packed:
         for name in plain.namelist():
             packed.writestr(name, plain.read(name), zipfile.ZIP_DEFLATED)

@@ -5,7 +5,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import CASES, SHAPE, SHARED, TINY, golden, link_case, needs_cases, published_state
+from conftest import CASES, SHAPE, SHARED, TINY, golden, link_case, needs_cases
 
 from cwdm import Settings, Synthesizer, checkpoint
 from cwdm.brats import MODALITIES, NEAREST, read_case, write_volume
@@ -14,6 +14,7 @@ from cwdm.checkpoint import Record, load_published
 from cwdm.config import load_settings
 from cwdm.errors import CaseError, SettingsError, WeightsError
 from cwdm.preprocess import normalise
+from cwdm.untrained import untrained_state
 
 FOUR_STEPS = "sampler.timesteps=[3, 2, 1, 0]"
 
@@ -136,7 +137,7 @@ def test_constant_contrast_is_the_cases_fault(case: Path, weights_folder: Path, 
 
 def test_checkpoint_recommends_and_settings_override(weights_folder: Path, tmp_path: Path) -> None:
     record = Record(modality="t1n", sampler="dpmpp", steps=7)
-    checkpoint.save(tmp_path / "t1n.safetensors", load_published(published_state(TINY)), record)
+    checkpoint.save(tmp_path / "t1n.safetensors", load_published(untrained_state(TINY)), record)
 
     def plan(*overrides: str) -> tuple[str, list[int]]:
         made = Synthesizer(tmp_path, load_settings(overrides=overrides), "cpu")
@@ -167,7 +168,7 @@ def test_bfloat16_stays_close_to_float32(case: Path, weights_folder: Path) -> No
 
 def test_value_range_of_the_checkpoint_is_mapped_to_unit(case: Path, tmp_path: Path) -> None:
     record = Record(modality="t1n", value_range=(-1, 1))
-    checkpoint.save(tmp_path / "t1n.safetensors", load_published(published_state(TINY)), record)
+    checkpoint.save(tmp_path / "t1n.safetensors", load_published(untrained_state(TINY)), record)
     volume = synthesizer(tmp_path, "output.intensity=unit", "output.background=none")(case).volume
     assert volume.min() >= -1e-5
     assert volume.max() <= 1 + 1e-5

@@ -7,7 +7,7 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import TINY, published_state
+from conftest import TINY
 from typer.testing import CliRunner
 
 from cwdm import checkpoint, weights
@@ -15,6 +15,7 @@ from cwdm.brats import MODALITIES
 from cwdm.checkpoint import Record, load_published
 from cwdm.errors import WeightsError
 from cwdm.unet import UNetConfig
+from cwdm.untrained import untrained_state
 from cwdm.weights import PUBLISHED_FILES
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -23,7 +24,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 @pytest.fixture(scope="module")
 def published_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("published") / "any.pt"
-    torch.save(published_state(TINY), path)
+    torch.save(untrained_state(TINY), path)
     return path
 
 
@@ -139,7 +140,7 @@ def test_published_and_own_files_are_found_in_a_folder(published_file: Path, tmp
     for name in PUBLISHED_FILES.values():
         (tmp_path / name).write_bytes(published_file.read_bytes())
     assert {m: weights.find(tmp_path, m).name for m in MODALITIES} == PUBLISHED_FILES
-    checkpoint.save(tmp_path / "t1c.safetensors", load_published(published_state(TINY)), Record(modality="t1c"))
+    checkpoint.save(tmp_path / "t1c.safetensors", load_published(untrained_state(TINY)), Record(modality="t1c"))
     assert weights.find(tmp_path, "t1c").name == "t1c.safetensors"
     assert weights.load_for(tmp_path, "t1c").warnings == ()
 
@@ -158,7 +159,7 @@ def test_the_newest_checkpoint_of_the_published_training_is_found(published_file
 
 def test_a_file_is_taken_as_it_is_unless_it_says_otherwise(published_file: Path, tmp_path: Path) -> None:
     assert weights.load_for(published_file, "t1n").warnings
-    checkpoint.save(tmp_path / "mine.safetensors", load_published(published_state(TINY)), Record(modality="t2w"))
+    checkpoint.save(tmp_path / "mine.safetensors", load_published(untrained_state(TINY)), Record(modality="t2w"))
     assert weights.load_for(tmp_path / "mine.safetensors", "t2w").record.modality == "t2w"
     with pytest.raises(WeightsError, match="synthesises t2w, but t1n is missing"):
         weights.load_for(tmp_path / "mine.safetensors", "t1n")
@@ -168,7 +169,7 @@ def test_missing_and_unconditional_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"no weights for t1n .* looked for t1n.safetensors, t1_gen.pt"):
         weights.find(tmp_path, "t1n")
     config = UNetConfig(in_channels=8, model_channels=32, channel_mult=(1, 2), skips="additive")
-    torch.save(published_state(config), tmp_path / "t1_gen.pt")
+    torch.save(untrained_state(config), tmp_path / "t1_gen.pt")
     with pytest.raises(WeightsError, match="unconditional"):
         weights.load_for(tmp_path, "t1n")
 
@@ -176,7 +177,7 @@ def test_missing_and_unconditional_weights_are_refused(tmp_path: Path) -> None:
 def test_notice_becomes_a_warning(tmp_path: Path) -> None:
     notice = "trained on phantoms, not for clinical use"
     record = Record(modality="t1n", notice=notice)
-    checkpoint.save(tmp_path / "t1n.safetensors", load_published(published_state(TINY)), record)
+    checkpoint.save(tmp_path / "t1n.safetensors", load_published(untrained_state(TINY)), record)
     assert weights.load_for(tmp_path, "t1n").warnings == (notice,)
 
 

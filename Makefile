@@ -1,0 +1,30 @@
+# make setup | demo | test | lint | bench; each sets up .venv first, which takes no time once it is done.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.ready
+
+.PHONY: setup demo test lint bench clean
+
+setup: $(STAMP)
+
+$(STAMP): requirements.txt project/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with: make setup PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { echo "the venv module is needed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e 'project[test]'
+	@touch $@
+
+demo: $(STAMP)
+	$(VENV)/bin/cwdm demo demo
+
+test: lint
+	$(VENV)/bin/python -m pytest project/tests -c project/pyproject.toml --rootdir project
+
+lint: $(STAMP)
+	cd project && ../$(VENV)/bin/ruff check . && ../$(VENV)/bin/ruff format --check . && ../$(VENV)/bin/mypy cwdm
+
+bench: $(STAMP)
+	$(VENV)/bin/python project/benchmarks/step.py
+
+clean:
+	rm -rf $(VENV) demo

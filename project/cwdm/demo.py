@@ -1,0 +1,71 @@
+"""The whole system on synthetic patients: make them, take a contrast away, synthesise it, compare with the truth."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from cwdm.brats import CaseFolder, case_folder, find_cases, output_name, read_case, read_volume
+from cwdm.checkpoint import Record
+from cwdm.cohort import synthesise_cohort
+from cwdm.drop import drop_modalities
+from cwdm.metrics import psnr, ssim
+from cwdm.phantom import write_phantoms
+from cwdm.preprocess import brain_mask, normalise
+from cwdm.report import Comparison, draw_comparisons
+from cwdm.synthesis import Synthesizer
+from cwdm.unet import UNetConfig
+from cwdm.untrained import NOTICE, write_untrained
+
+SEED = 20
+UNTRAINED = UNetConfig(in_channels=32, model_channels=16, channel_mult=(1, 2, 2), groups=8)
+
+
+def run_demo(out: Path, cases: int, weights: Path | None, log: Callable[[str], None] = print) -> Path:
+    """Run everything into a folder; what is there already is kept.
+
+    Args:
+        weights: folder or file; None makes untrained ones, whose images mean nothing.
+
+    Returns:
+        The picture: conditions, synthesis, truth and difference of every case.
+    """
+    log(f"1/4 making {cases} synthetic patients in {out / 'patients'}")
+    write_phantoms(out / "patients", cases, SEED, on_case=lambda name: log(f"    {name}"))
+    log(f"2/4 taking one contrast away from each, into {out / 'input'}")
+    dropped = drop_modalities(out / "patients", out / "input", SEED)
+    title = "synthesised on the CPU"
+    if weights is None:
+        weights = out / "untrained-weights"
+        title = NOTICE
+        log(f"    no weights were given: {NOTICE}")
+        if not weights.exists():
+            write_untrained(weights, UNTRAINED, Record(sampler="dpmpp", steps=4))
+    log(f"3/4 synthesising what is missing into {out / 'output'}")
+    folders = find_cases(out / "input")
+    synthesise_cohort(folders, Synthesizer(weights, device="cpu"), out / "output", report=out / "report")
+    log("4/4 comparing with the truth")
+    comparisons = [_compare(out, folder, modality) for folder, (_, modality) in zip(folders, dropped, strict=True)]
+    for comparison in comparisons:
+        log(f"    {comparison.name}: {comparison.target} {comparison.caption}")
+    picture = out / "demo.png"
+    draw_comparisons(picture, comparisons, title)
+    return picture
+
+
+def _compare(out: Path, folder: CaseFolder, modality: str) -> Comparison:
+    case = read_case(folder)
+    truth_path = case_folder(out / "patients" / folder.name).files[modality]
+    synthesis, _ = normalise(read_volume(out / "output" / output_name(folder.name, modality)))
+    truth, _ = normalise(read_volume(truth_path))
+    seg = read_volume(truth_path.with_name(f"{folder.name}-seg.nii.gz"))
+    mask = brain_mask(case.volumes.values())
+    return Comparison(
+        name=folder.name,
+        conditions={name: normalise(volume)[0] for name, volume in case.volumes.items()},
+        target=modality,
+        synthesis=synthesis,
+        truth=truth,
+        caption=f"PSNR {psnr(synthesis, truth, mask):.1f} dB, SSIM {ssim(synthesis, truth, mask):.3f} in the brain",
+        slice_index=int(np.argmax(np.count_nonzero(seg, axis=(0, 1)))),  # where the tumour is largest
+    )
