@@ -48,7 +48,10 @@ class AnatomyVariation:
 
 @dataclass(frozen=True)
 class Layer:
-    """A tissue laid over what is already there: `fraction` of the voxels `index` of `Grid.near` becomes `tissue`."""
+    """A tissue laid over what is already there: `fraction` of the voxels `index` of `Grid.near` becomes `tissue`.
+
+    The names of the tissues are those of `phantom.TISSUES`.
+    """
 
     tissue: str
     index: NDArray[np.intp]
@@ -64,13 +67,14 @@ class Grid:
         box: where in the array the box lies.
         spacing_mm: edge of a voxel.
         near: flat indices into the box.
+        from_lattice: carries lattice fields to the box.
     """
 
     array_shape: Shape
     box: tuple[slice, ...]
     spacing_mm: float
     near: NDArray[np.intp]
-    from_lattice: "_Interpolation"
+    from_lattice: "Interpolation"
 
     def sample(self, field: Floats) -> Floats:
         """Interpolate a lattice field at the voxels `near`."""
@@ -107,7 +111,14 @@ class Anatomy:
 
 
 def make_anatomy(rng: np.random.Generator, shape: Shape, spacing_mm: float, variation: AnatomyVariation) -> Anatomy:
-    """Draw a patient; the array of `shape` cubic voxels is stored LPS, the brain in its middle."""
+    """Draw a patient.
+
+    Args:
+        rng: decides everything about the patient, at any resolution.
+        shape: (X, Y, Z) of the array in voxels, stored LPS; what of the brain does not fit in is cut off.
+        spacing_mm: edge of the cubic voxels.
+        variation: how far patients differ.
+    """
     fields = _lattice_fields(rng, variation)
     grid = _grid(fields["brain"], shape, spacing_mm)
     at = {name: grid.sample(field) for name, field in fields.items()}
@@ -127,7 +138,7 @@ def _lattice_fields(rng: np.random.Generator, variation: AnatomyVariation) -> di
     tumour, rim, q = _tumour(rng, p, cerebrum, variation)
 
     fields = _fissures(q, noise(14.0))
-    depth = np.minimum(-cerebrum, np.hypot(fields["mid"], np.maximum(fields["mid_edge"], 0)))
+    depth = np.minimum(-cerebrum, _sheet(fields["mid"], fields["mid_edge"]))
     sulcus = _sulci(rng, q, depth, rng.uniform(*variation.gyral_wavelength_mm))
     centre_core = _ellipsoid(q, (0, -6, -4), (34, 34, 27))  # basal ganglia and thalami: no sulci there
     fields |= _nuclei(q, rng.uniform(*variation.ventricle_mm))
@@ -153,6 +164,7 @@ def _lattice_fields(rng: np.random.Generator, variation: AnatomyVariation) -> di
 
 # Brain
 
+# Chains of (x, y, z, radius) in mm.
 VENTRICLE = ((12, 32, 2, 4.0), (14, 18, 9, 6.5), (15, 0, 16, 5.5), (21, -25, 16, 6.0), (38, -42, 7, 6.0))
 OCCIPITAL_HORN = ((24, -42, 10, 5.5), (25, -58, 6, 3.0), (23, -72, 4, 1.0))
 TEMPORAL_HORN = ((24, -42, 10, 5.0), (33, -34, -6, 2.5), (34, -14, -17, 1.5))
@@ -162,6 +174,8 @@ CHOROID = ((13, -20, 17, 1.0), (21, -38, 12, 2.5), (27, -36, 0, 1.5))
 SAGITTAL_SINUS = ((0, 68, 20, 1.0), (0, 40, 63, 1.5), (0, -20, 79, 2.5), (0, -75, 60, 3.0), (0, -104, 2, 3.5))
 TRANSVERSE_SINUS = ((0, -102, -2, 3.5), (30, -92, -14, 3.0), (52, -64, -22, 3.0), (56, -45, -28, 2.5))
 STRAIGHT_SINUS = ((0, -38, 4, 1.5), (0, -62, 14, 2.0), (0, -100, 0, 2.5))
+
+FISSURES = ("mid", "sylvian", "insula")
 
 
 def _head_coordinates(rng: np.random.Generator, variation: AnatomyVariation) -> Floats:
@@ -178,9 +192,14 @@ def _head_coordinates(rng: np.random.Generator, variation: AnatomyVariation) -> 
     return p + np.float32(variation.warp_mm) * np.stack(warp)
 
 
-def _hull(p: Floats) -> _Hull:
+def _mirrored(p: Floats) -> Floats:
+    """The points with both hemispheres laid onto the left one."""
+    return np.stack([abs(p[0]), p[1], p[2]])
+
+
+def _hull(p: Floats) -> tuple[Floats, Floats, Floats]:
     """Outer shape of cerebrum (with its temporal lobes), cerebellum and brainstem."""
-    x, y, z = abs(p[0]), p[1], p[2]
+    x, y, z = side = _mirrored(p)
     egg = np.stack([x * (1 + 0.0008 * (y + 16)), y, z])  # wider behind
     upper = _ellipsoid(egg, (0, -16, 5), (66, 89, 66), power=2.3)
     frontal = -21 + 0.12 * x + 0.004 * np.maximum(y - 25, 0) ** 2
@@ -189,20 +208,19 @@ def _hull(p: Floats) -> _Hull:
     upper = -_smooth_min(-upper, z - occipital - ahead * (frontal - occipital), 5)
     lean = np.stack([x + 0.12 * (y + 20), y, z + 0.15 * (y + 20)])
     temporal = _ellipsoid(lean, (45, -14, -19), (23, 38, 22))
-    core = _ellipsoid(p, (0, -4, -6), (36, 34, 16))
-    side = np.stack([x, y, z])
+    core = _ellipsoid(side, (0, -4, -6), (36, 34, 16))
     hemisphere = _ellipsoid(side, (25, -64, -38), (31, 32, 23))
-    cerebellum = _smooth_min(hemisphere, _ellipsoid(p, (0, -62, -31), (14, 26, 23)), 8)
-    stem = _tube(p, ((0, -22, -9, 11), (0, -23, -18, 13), (0, -27, -31, 16), (0, -33, -48, 9), (0, -40, -72, 8)))
+    cerebellum = _smooth_min(hemisphere, _ellipsoid(side, (0, -62, -31), (14, 26, 23)), 8)
+    stem = _tube(side, ((0, -22, -9, 11), (0, -23, -18, 13), (0, -27, -31, 16), (0, -33, -48, 9), (0, -40, -72, 8)))
     # Cerebral peduncles up to the internal capsule, cerebellar ones from the pons backwards.
     peduncle = _tube(side, ((16, -6, 2, 7), (9, -18, -14, 6), (10, -28, -31, 10), (22, -52, -34, 8)))
     cerebrum = _smooth_min(_smooth_min(upper, core, 6), temporal, 4)
-    return _Hull(np.maximum(cerebrum, 1.5 - cerebellum), cerebellum, _smooth_min(stem, peduncle, 4))
+    return np.maximum(cerebrum, 1.5 - cerebellum), cerebellum, _smooth_min(stem, peduncle, 4)
 
 
 def _fissures(p: Floats, wobble: Floats) -> dict[str, Floats]:
-    """Sheets of the interhemispheric and Sylvian fissures: signed distance across, excess beyond the edge."""
-    x, y, z = abs(p[0]), p[1], p[2]
+    """Sheets of FISSURES: signed distance across, and distance beyond the edge."""
+    x, y, z = _mirrored(p)
     height = np.where(z > 4, (z - 4) / 25, 0.25 * (z - 4) / 25)
     callosum = np.sqrt(((y + 4) / 36) ** 2 + height**2) - 1
     sylvian = (z + 0.6 * y) / 1.17 + 3 * wobble
@@ -218,27 +236,26 @@ def _fissures(p: Floats, wobble: Floats) -> dict[str, Floats]:
 
 def _nuclei(p: Floats, ventricle_mm: float) -> dict[str, Floats]:
     """Ventricles, deep grey matter, corpus callosum, cisterns, choroid plexus and great veins."""
-    side = np.stack([abs(p[0]), p[1], p[2]])
+    x, y, z = side = _mirrored(p)
     # The body is a slanting slit, wider above; the horns are round.
-    slit = np.stack([1.7 * side[0] - 0.5 * (p[2] - 12), p[1], p[2] - 0.25 * side[0]])
+    slit = np.stack([1.7 * x - 0.5 * (z - 12), y, z - 0.25 * x])
     horns = np.minimum(_tube(side, OCCIPITAL_HORN), _tube(side, TEMPORAL_HORN))
     lateral = np.minimum(_tube(slit, VENTRICLE) / 1.5, horns)
-    arc = np.sqrt(((p[1] + 4) / 36) ** 2 + ((p[2] - 4) / 25) ** 2) - 1
-    tilt = np.stack([side[0] + 0.25 * p[1], p[1], p[2]])
+    arc = np.sqrt(((y + 4) / 36) ** 2 + ((z - 4) / 25) ** 2) - 1
+    tilt = np.stack([x + 0.25 * y, y, z])
+    sinuses = [_tube(side, knots) for knots in (SAGITTAL_SINUS, STRAIGHT_SINUS, TRANSVERSE_SINUS)]
     return {
-        "lateral": np.maximum(lateral - 0.5 * ventricle_mm, 0.7 - side[0]),
+        "lateral": np.maximum(lateral - 0.5 * ventricle_mm, 0.7 - x),
         "third": _ellipsoid(side, (0, -10, 0), (1.8 + 0.4 * ventricle_mm, 15, 10)),
         "fourth": _ellipsoid(side, (0, -43, -32), (6, 3.5, 8)),
         "cistern": np.minimum(_ellipsoid(side, (0, -42, -2), (13, 4, 6)), _ellipsoid(side, (0, 6, -19), (11, 8, 6))),
-        "callosum": np.maximum(np.maximum(abs(arc * 28 + 4) - 3.2, side[0] - 16), -2 - p[2]),
+        "callosum": np.maximum(np.maximum(abs(arc * 28 + 4) - 3.2, x - 16), -2 - z),
         "thalamus": _ellipsoid(tilt, (6.5, -16, 8), (9.5, 14, 9)),
         "striatum": np.minimum(_tube(side, CAUDATE), _ellipsoid(tilt, (26.5, 4, 1), (5, 17, 11))),
         "pallidum": _ellipsoid(tilt, (19, -1, -1), (5, 11, 7)),
         "hippocampus": _tube(side, HIPPOCAMPUS),
         "choroid": _tube(side, CHOROID),
-        "sinus": np.minimum(
-            np.minimum(_tube(side, SAGITTAL_SINUS), _tube(side, STRAIGHT_SINUS)), _tube(side, TRANSVERSE_SINUS)
-        ),
+        "sinus": np.minimum.reduce(sinuses),
     }
 
 
@@ -246,21 +263,17 @@ def _sulci(rng: np.random.Generator, q: Floats, depth: Floats, wavelength_mm: fl
     """Signed distance to the sulci: zero sheets of noise that is drawn out along the inward normal."""
     outward = -np.stack(np.gradient(ndimage.gaussian_filter(depth, 1.5), LATTICE_MM))
     folds = _gyral_noise(rng, q + 0.55 * np.clip(depth, 0, 25) * outward, wavelength_mm)
-    return folds / np.maximum(_slope(folds), 0.07)
+    slope: Floats = np.maximum(_slope(folds), 0.07)
+    return folds / slope
 
 
 def _pial_distance(fields: Mapping[str, Floats]) -> Floats:
     """Depth in mm below the folded cortical surface; negative in the CSF."""
     depth, wide = fields["depth"], fields["sulcal_width"]
-    sheets = [
-        np.hypot(fields["mid"], np.maximum(fields["mid_edge"], 0)) - wide,
-        np.hypot(fields["sylvian"], fields["sylvian_edge"]) - wide,
-        np.hypot(fields["insula"], fields["insula_edge"]) - wide,
-    ]
-    opening = 0.55 + 0.9 * np.exp(-np.maximum(depth, 0) / 5)
-    sheets.append(np.hypot(fields["sulcus"], np.maximum(depth - fields["sulcal_depth"], 0)) - wide * opening)
-    pial: Floats = np.minimum.reduce([depth, *sheets])
-    return pial
+    fissures = [_sheet(fields[name], fields[f"{name}_edge"]) - wide for name in FISSURES]
+    opening = 0.55 + 0.9 * np.exp(-np.maximum(depth, 0) / 5)  # wider at the surface
+    sulci = _sheet(fields["sulcus"], depth - fields["sulcal_depth"]) - wide * opening
+    return np.minimum.reduce([depth, *fissures, sulci])
 
 
 # Tumour
@@ -288,11 +301,10 @@ def _mass_effect(p: Floats, depth: Floats, centre: Sequence[float], radius_mm: f
     offset = np.stack([axis - c for axis, c in zip(p, centre, strict=True)])
     r = np.sqrt((offset**2).sum(0)) + 1e-3
     before = np.cbrt(np.maximum(r**3 - radius_mm**3 * np.exp(-((r / (3 * radius_mm)) ** 2)), 0))
-    source: Floats = p + offset * ((before / r - 1) * np.clip(depth / 12, 0, 1))
-    return source
+    return p + offset * ((before / r - 1) * np.clip(depth / 12, 0, 1))
 
 
-def _conduction(fields: Mapping[str, Floats]) -> Floats:
+def _conduction(fields: Mapping[str, Floats]) -> NDArray[np.float64]:
     """How well fluid spreads, 0 to 1: in white matter, less in deep grey matter, not in cortex or CSF."""
     white = np.clip(_pial_distance(fields) - fields["cortex"], 0, 1)
     white = white * np.clip(fields["lateral"], 0, 1) * np.clip(fields["third"], 0, 1)
@@ -300,7 +312,7 @@ def _conduction(fields: Mapping[str, Floats]) -> Floats:
     return np.where(deep, 0.3, np.where(fields["callosum"] < 0, 0.8, 1)) * white
 
 
-def _spreading_oedema(tumour: Floats, conduction: Floats, reach_mm: float) -> Floats:
+def _spreading_oedema(tumour: Floats, conduction: NDArray[np.float64], reach_mm: float) -> Floats:
     """Signed distance (negative inside) of fluid that seeps from the tumour where tissue conducts it.
 
     Diffusion confined to the conducting tissue runs along white matter and around ventricles and sulci.
@@ -316,9 +328,8 @@ def _spreading_oedema(tumour: Floats, conduction: Floats, reach_mm: float) -> Fl
     wanted = 0.3 * 4 / 3 * np.pi * ((radius + reach_mm) ** 3 - radius**3) / LATTICE_MM**3
     ranked = np.sort(level[(open_ > 0.5) & ~source])[::-1]
     edge = max(ranked[min(int(wanted), len(ranked) - 1)], -25.0)
-    slope = np.sqrt(sum(g**2 for g in np.gradient(level, LATTICE_MM)))
     distance = np.full(tumour.shape, 20, np.float32)
-    distance[box] = np.clip((edge - level) / np.maximum(slope, 0.05), -20, 20)
+    distance[box] = np.clip((edge - level) / np.maximum(_slope(level), 0.05), -20, 20)
     return distance
 
 
@@ -342,27 +353,25 @@ def _grid(brain: Floats, shape: Shape, spacing_mm: float) -> Grid:
         hit = np.flatnonzero((axis >= reached[0]) & (axis <= reached[-1]))
         box.append(slice(int(hit[0]), int(hit[-1]) + 1))
         matrices.append(_linear(axis[box[-1]], knots))
-    from_lattice = _Interpolation(*matrices)
+    from_lattice = Interpolation(*matrices)
     near = np.flatnonzero(from_lattice(brain) < margin)
     return Grid(shape, tuple(box), spacing_mm, near, from_lattice)
 
 
-def _layers(fields: dict[str, Floats], grid: _Grid) -> tuple[list[Layer], NDArray[np.uint8]]:
-    """Tissues from the bottom up, each over the ones before, and the tumour labels; both over `grid.near`."""
-    at = {name: grid.sample(field) for name, field in fields.items()}
+def _layers(at: Mapping[str, Floats], spacing_mm: float) -> tuple[list[Layer], NDArray[np.uint8]]:
+    """Tissues from the bottom up, each over the ones before, and the tumour labels, given the fields at voxels."""
 
-    def inside(distance: Floats, width: float = grid.spacing_mm) -> Floats:
-        fraction: Floats = np.clip(0.5 - distance / width, 0, 1)
-        return fraction
+    def inside(distance: Floats, width: float = spacing_mm) -> Floats:
+        return np.clip(0.5 - distance / width, 0, 1)
 
     pial = _pial_distance(at)
-    white = inside(at["cortex"] - pial, grid.spacing_mm + 0.6)
+    white = inside(at["cortex"] - pial, spacing_mm + 0.6)
     cerebellum = inside(at["cerebellum"])
     leaf = abs(np.sin(at["folia"]))  # 0 in the fissure between two folia, 1 amid one
     leaf_depth = -at["cerebellum"]
     blocked = np.maximum(inside(at["lateral"]), inside(at["third"]))
-    tumour = inside(at["tumour"], grid.spacing_mm + 0.5) * (1 - blocked)
-    core = inside(at["tumour"] + np.maximum(at["rim"], 0), grid.spacing_mm + 0.5)
+    tumour = inside(at["tumour"], spacing_mm + 0.5) * (1 - blocked)
+    core = inside(at["tumour"] + np.maximum(at["rim"], 0), spacing_mm + 0.5)
     tube = np.hypot(at["sulcus"], 6 * at["vessel"])
     vessel = 0.9 * inside(tube - at["vessel_radius"]) * inside(pial - 1)
     oedema = 0.85 * inside(at["oedema"], 4.0) * white * (1 - blocked)
@@ -408,8 +417,7 @@ def _ellipsoid(p: Floats, centre: Sequence[float], radii: Sequence[float], power
     q = [abs(axis - c) / r for axis, c, r in zip(p, centre, radii, strict=True)]
     length = (q[0] ** power + q[1] ** power + q[2] ** power) ** (1 / power) + 1e-3
     slope = [(axis / length) ** (power - 1) / r for axis, r in zip(q, radii, strict=True)]
-    distance: Floats = (length - 1) / np.sqrt(slope[0] ** 2 + slope[1] ** 2 + slope[2] ** 2 + 1e-8)
-    return distance
+    return (length - 1) / np.sqrt(slope[0] ** 2 + slope[1] ** 2 + slope[2] ** 2 + 1e-8)
 
 
 def _tube(p: Floats, knots: Sequence[tuple[float, float, float, float]]) -> Floats:
@@ -427,13 +435,17 @@ def _tube(p: Floats, knots: Sequence[tuple[float, float, float, float]]) -> Floa
 def _smooth_min(a: Floats, b: Floats, width: float) -> Floats:
     """Union of two distances with a fillet of about `width` mm."""
     h = np.clip(0.5 + 0.5 * (b - a) / width, 0, 1)
-    union: Floats = b + h * (a - b) - width * h * (1 - h)
-    return union
+    return b + h * (a - b) - width * h * (1 - h)
 
 
 def _spread(*excess: Floats) -> Floats:
     """Length of the vector whose components are the positive parts of `excess`."""
     return np.sqrt(sum(np.maximum(e, 0) ** 2 for e in excess))
+
+
+def _sheet(across: Floats, beyond: Floats) -> Floats:
+    """Distance to a sheet that ends where `beyond`, the distance past its edge, turns positive."""
+    return np.hypot(across, np.maximum(beyond, 0))
 
 
 def _slope(field: Floats) -> Floats:
@@ -444,7 +456,7 @@ def _slope(field: Floats) -> Floats:
 # Interpolation and smooth random fields
 
 
-class _Interpolation:
+class Interpolation:
     """Carries volumes from one grid to another by a sparse matrix along each axis, (new points, old points).
 
     Sparse, not BLAS: nearly all entries are zero, and BLAS threads suffer where cores are shared.
@@ -457,38 +469,35 @@ class _Interpolation:
 
     def __call__(self, volume: Floats) -> Floats:
         planes = self.columns @ volume.reshape(-1, volume.shape[2]).T
-        interpolated: Floats = (self.rows @ np.ascontiguousarray(planes.T)).reshape(self.shape)
-        return interpolated
+        return (self.rows @ np.ascontiguousarray(planes.T)).reshape(self.shape)
 
 
 def _linear(points: Floats, knots: Floats) -> Floats:
     """Matrix (points, knots) of linear interpolation, widened to an average where points are sparser."""
     width = max(knots[1] - knots[0], abs(points[1] - points[0]))
     weights = np.maximum(0, 1 - abs(points[:, None] - knots) / width)
-    matrix: Floats = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-    return matrix
+    return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
 
 
 def _cubic(points: Floats, knots: NDArray[np.floating]) -> Floats:
     """Matrix (points, knots) of cubic B-splines."""
     t = abs(points[:, None] - knots) / (knots[1] - knots[0])
     inner, outer = 2 / 3 - t**2 + t**3 / 2, np.maximum(2 - t, 0) ** 3 / 6
-    matrix: Floats = np.where(t < 1, inner, outer).astype(np.float32)
-    return matrix
+    return np.where(t < 1, inner, outer).astype(np.float32)
 
 
 @cache
-def _lattice_axes() -> Axes:
+def _lattice_axes() -> tuple[Floats, ...]:
     a, b, c = (np.arange(lo, hi + LATTICE_MM, LATTICE_MM, dtype=np.float32) for lo, hi in LATTICE_LIMITS_MM)
     return a, b, c
 
 
 @cache
-def _spline_to_lattice(scale_mm: float) -> tuple[tuple[int, ...], _Interpolation]:
+def _spline_to_lattice(scale_mm: float) -> tuple[tuple[int, ...], Interpolation]:
     """Number of B-splines `scale_mm` apart along each axis of the lattice, and their sum on the lattice."""
     knots = [np.arange(lo - 2 * scale_mm, hi + 3 * scale_mm, scale_mm) for lo, hi in LATTICE_LIMITS_MM]
     matrices = [_cubic(axis, k) for axis, k in zip(_lattice_axes(), knots, strict=True)]
-    return tuple(len(k) for k in knots), _Interpolation(*matrices)
+    return tuple(len(k) for k in knots), Interpolation(*matrices)
 
 
 def smooth_noise(rng: np.random.Generator, scale_mm: float) -> Floats:
@@ -506,5 +515,4 @@ def _gyral_noise(rng: np.random.Generator, p: Floats, wavelength_mm: float) -> F
     ring = np.exp(-0.5 * ((radius * wavelength_mm - 1) / 0.28) ** 2)
     field = np.fft.irfftn(np.fft.rfftn(rng.standard_normal((size,) * 3)) * ring).astype(np.float32)
     # Without the prefilter the quadratic splines smooth a little, which is welcome here.
-    noise: Floats = ndimage.map_coordinates(field / field.std(), p / step, order=2, mode="grid-wrap", prefilter=False)
-    return noise
+    return ndimage.map_coordinates(field / field.std(), p / step, order=2, mode="grid-wrap", prefilter=False)

@@ -179,7 +179,7 @@ def read_volume(path: Path) -> Volume:
 
 
 def output_name(case: str, modality: str) -> str:
-    """Name of the file for a synthesised volume."""
+    """Name of the file for one volume of a case."""
     return f"{case}-{modality}.nii.gz"
 
 
@@ -203,15 +203,27 @@ def write_volume(path: Path, volume: npt.ArrayLike, like: Case, native: bool = T
     if bad := values.size - np.count_nonzero(np.isfinite(values)):
         raise CaseError(like.name, f"the synthesised {like.target} has {bad} voxels that are not finite numbers")
     voxels = _to_stored_type(values, header) if native else values
-    _mark_as_synthesised(header, like.target, voxels.dtype)
-    contents = header.binaryblock + bytes(4) + voxels.tobytes(order="F")  # four zeros: no extensions
+    _mark_as_synthesised(header, like.target)
+    _write(path, voxels, header)
 
-    def write(file: BinaryIO) -> None:
-        # Neither time nor name inside, so that equal volumes make equal files.
-        with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as stream:
-            stream.write(contents)
 
-    write_atomically(path, write)
+def write_nifti(path: Path, voxels: npt.NDArray[np.generic], affine: Affine) -> None:
+    """Write a volume that belongs to no case yet as .nii.gz, in the type it has; same input, same bytes.
+
+    Args:
+        path: the file; appears whole or not at all.
+        voxels: (X, Y, Z) real numbers.
+        affine: (4, 4), voxel indices to mm.
+
+    Raises:
+        OutputError: the file cannot be written.
+    """
+    header = nib.Nifti1Header()
+    header.set_data_shape(voxels.shape)
+    header.set_qform(affine, code=1)
+    header.set_sform(affine, code=1)
+    header.set_xyzt_units("mm")
+    _write(path, voxels, header)
 
 
 # Folders
@@ -458,11 +470,23 @@ def _to_stored_type(values: Volume, header: nib.Nifti1Header) -> npt.NDArray[np.
     return np.clip(np.rint(values), low, high).astype(dtype)
 
 
-def _mark_as_synthesised(header: nib.Nifti1Header, modality: str, dtype: np.dtype[np.generic]) -> None:
-    header.set_data_dtype(dtype)
-    header.set_slope_inter(1, 0)
-    header.set_data_offset(header.single_vox_offset)
-    header["magic"] = header.single_magic
+def _mark_as_synthesised(header: nib.Nifti1Header, modality: str) -> None:
     header["descrip"] = f"synthesised by cwdm {__version__} ({modality})"
     for leftover in ("cal_min", "cal_max", "glmin", "glmax", "intent_code", "aux_file", "intent_name"):
         header[leftover] = 0 if header[leftover].dtype.kind in "iuf" else b""
+
+
+def _write(path: Path, voxels: npt.NDArray[np.generic], header: nib.Nifti1Header) -> None:
+    """Write voxels as they are; of the header, what says how they are stored is set here."""
+    header.set_data_dtype(voxels.dtype)
+    header.set_slope_inter(1, 0)
+    header.set_data_offset(header.single_vox_offset)
+    header["magic"] = header.single_magic
+    contents = header.binaryblock + bytes(4) + voxels.tobytes(order="F")  # four zeros: no extensions
+
+    def write(file: BinaryIO) -> None:
+        # Neither time nor name inside, so that equal volumes make equal files.
+        with gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=file, mtime=0) as stream:
+            stream.write(contents)
+
+    write_atomically(path, write)

@@ -130,6 +130,8 @@ def infer(
     folders = find_cases(data_path)
     for written in filter(None, (output_path, report_path)):
         check_apart(written, data_path)
+    if report_path:
+        check_apart(report_path, output_path)  # whoever scores the output folder opens every file in it
     synthesizer = Synthesizer(weights, loaded, device.value)
     progress = CohortProgress(len(folders))
     outcomes = synthesise_cohort(

@@ -82,14 +82,14 @@ def check_writable(folder: Path) -> None:
             file.flush()
 
 
-def check_apart(target: Path, source: Path) -> None:
-    """Refuse to write into an input, which many who run this program forbid.
+def check_apart(target: Path, kept: Path) -> None:
+    """Refuse to write into a folder that must stay as it is, such as the input.
 
     Raises:
-        InputError: `target` is `source` or lies inside it, links followed.
+        InputError: `target` is `kept` or lies inside it, links followed.
     """
-    if target.resolve().is_relative_to(source.resolve()):
-        raise InputError(f"the output {target} lies in the input {source}, which is only read; choose another folder")
+    if target.resolve().is_relative_to(kept.resolve()):
+        raise InputError(f"{target} lies in {kept}, where nothing else may be written; choose another folder")
 
 
 def remove_stale(folder: Path) -> None:

@@ -1,10 +1,8 @@
 """Physics-based synthetic patients: a folded brain with a glioma, in four contrasts, on demand.
 
-A patient is made in three steps. *Anatomy*: signed distances in millimetres to every structure, computed on a
-fixed 2.5 mm lattice in AC-centred coordinates (x left, y anterior, z superior) and interpolated to the voxels,
-so the same seed is the same brain at any resolution. *Physics*: the layers of tissue become signals through the
-spin-echo and inversion-recovery equations, all contrasts from the same T1, T2 and proton density. *Scanner*:
-resolution, coil bias, Rician noise, intensity scale.
+A patient is made in three steps. *Anatomy* (`anatomy.py`): layers of tissue, the same for the same seed at any
+resolution. *Physics*: the layers become signals through the spin-echo and inversion-recovery equations, all
+contrasts from the same T1, T2 and proton density. *Scanner*: resolution, coil bias, Rician noise, intensity scale.
 
 Sources: M. A. Bernstein, K. F. King, X. J. Zhou, Handbook of MRI Pulse Sequences, 2004 (signal equations);
 G. J. Stanisz et al., Magn Reson Med 54:507, 2005, and J. P. Wansapura et al., J Magn Reson Imaging 9:531,
@@ -12,34 +10,22 @@ G. J. Stanisz et al., Magn Reson Med 54:507, 2005, and J. P. Wansapura et al., J
 S. Patz, Magn Reson Med 34:910, 1995 (Rician noise).
 """
 
-import gzip
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache, partial
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-import nibabel as nib
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage, sparse
-from scipy.spatial.transform import Rotation
+from scipy import ndimage
 
-from cwdm.files import output_errors, write_atomically
+from cwdm.anatomy import Anatomy, AnatomyVariation, Floats, Range, Shape, make_anatomy, smooth_noise
+from cwdm.brats import MODALITIES, output_name, write_nifti
+from cwdm.files import output_errors
 
-Floats = NDArray[np.float32]
-Range = tuple[float, float]
-Axes = tuple[Floats, Floats, Floats]
-
-MODALITIES = ("t1n", "t1c", "t2w", "t2f")
-NECROSIS, OEDEMA, ENHANCING = 1, 2, 3
 GD_R1 = 4.5  # relaxivity of gadolinium chelates at 3 T, 1 / (mM s)
-
-LATTICE_MM = 2.5
-LATTICE_LIMITS_MM = ((-84, 84), (-116, 84), (-74, 88))
-AC_FROM_CENTRE_MM = (0.0, 14.0, -7.0)  # anterior commissure from the centre of the array, where SRI24 has it
 
 
 @dataclass(frozen=True)
@@ -58,24 +44,14 @@ class Phantom:
 
 
 @dataclass(frozen=True)
-class Variation:
+class Variation(AnatomyVariation):
     """How far patients and scanners differ; each range is sampled uniformly once a patient or a contrast.
 
-    `tissue`, `bias` and `noise` are relative, `ventricle_mm` is what the ventricles grow by, `maximum` the
-    brightest voxel; `thick_slice`, `inversion_prepared_t1` and `outlier` (a few voxels up to 5 times as bright
-    as the rest) are the probabilities that a contrast has that feature.
+    `tissue`, `bias` and `noise` are relative, `maximum` is the brightest voxel; `thick_slice`,
+    `inversion_prepared_t1` and `outlier` (a few voxels up to 5 times as bright as the rest) are the
+    probabilities that a contrast has that feature.
     """
 
-    head_scale: Range = (0.9, 1.02)
-    rotation_deg: float = 4.0
-    shift_mm: float = 2.0
-    warp_mm: float = 2.0
-    gyral_wavelength_mm: Range = (17.0, 21.0)
-    sulcal_width_mm: Range = (0.3, 0.9)
-    cortex_mm: Range = (2.0, 2.7)
-    ventricle_mm: Range = (-1.0, 3.0)
-    tumour_radius_mm: Range = (10.0, 24.0)
-    oedema_reach_mm: Range = (8.0, 25.0)
     tissue: float = 0.05
     bias: Range = (0.03, 0.12)
     noise: Range = (0.008, 0.03)
@@ -133,28 +109,17 @@ class Timing:
         return inversion_recovery(pd, t1, t2, self.tr, self.te, self.ti)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A tissue laid over what is already there: `fraction` of the voxels `index` becomes `tissue`."""
-
-    tissue: str
-    index: NDArray[np.intp]
-    fraction: Floats
-
-
-# Physics ------------------------------------------------------------------------------------------------
+# Physics
 
 
 def spin_echo(pd: Floats | np.float32, t1: Floats, t2: Floats, tr: float, te: float) -> Floats:
     """Signal of a spin echo, PD (1 - exp(-TR/T1)) exp(-TE/T2); times in ms. Bernstein et al., 2004."""
-    signal: Floats = pd * (1 - np.exp(-tr / t1)) * np.exp(-te / t2)
-    return signal
+    return pd * (1 - np.exp(-tr / t1)) * np.exp(-te / t2)
 
 
 def inversion_recovery(pd: Floats | np.float32, t1: Floats, t2: Floats, tr: float, te: float, ti: float) -> Floats:
     """Signed signal PD (1 - 2 exp(-TI/T1) + exp(-TR/T1)) exp(-TE/T2); times in ms. Bernstein et al., 2004."""
-    signal: Floats = pd * (1 - 2 * np.exp(-ti / t1) + np.exp(-tr / t1)) * np.exp(-te / t2)
-    return signal
+    return pd * (1 - 2 * np.exp(-ti / t1) + np.exp(-tr / t1)) * np.exp(-te / t2)
 
 
 def nulling_time(t1: float, tr: float) -> float:
@@ -164,417 +129,10 @@ def nulling_time(t1: float, tr: float) -> float:
 
 def shortened_t1(t1: Floats, gadolinium_mM: Floats | float) -> Floats:
     """T1 in ms with gadolinium on board: 1/T1 = 1/T10 + r1 C. Bernstein et al., 2004."""
-    shortened: Floats = t1 / (1 + t1 * np.float32(GD_R1 / 1000) * gadolinium_mM)
-    return shortened
+    return t1 / (1 + t1 * np.float32(GD_R1 / 1000) * gadolinium_mM)
 
 
-# Geometry: signed distances in mm, negative inside --------------------------------------------------------
-
-
-def _ellipsoid(p: Floats, centre: Sequence[float], radii: Sequence[float], power: float = 2) -> Floats:
-    """Distance to an ellipsoid, first-order (exact on its surface); p is (3, ...). Power > 2 makes it boxy."""
-    q = [abs(axis - c) / r for axis, c, r in zip(p, centre, radii, strict=True)]
-    length = (q[0] ** power + q[1] ** power + q[2] ** power) ** (1 / power) + 1e-3
-    slope = [(axis / length) ** (power - 1) / r for axis, r in zip(q, radii, strict=True)]
-    distance: Floats = (length - 1) / np.sqrt(slope[0] ** 2 + slope[1] ** 2 + slope[2] ** 2 + 1e-8)
-    return distance
-
-
-def _tube(p: Floats, knots: Sequence[tuple[float, float, float, float]]) -> Floats:
-    """Distance to a chain of cones through knots (x, y, z, radius)."""
-    distance = np.full(p.shape[1:], np.inf, np.float32)
-    for start, end in pairwise(np.array(knots, np.float32)):
-        along = (end - start)[:3]
-        x, y, z = (axis - s for axis, s in zip(p, start[:3], strict=True))
-        t = np.clip((x * along[0] + y * along[1] + z * along[2]) / (along @ along), 0, 1)
-        square = (x - t * along[0]) ** 2 + (y - t * along[1]) ** 2 + (z - t * along[2]) ** 2
-        distance = np.minimum(distance, np.sqrt(square) - start[3] - t * (end - start)[3])
-    return distance
-
-
-def _smooth_min(a: Floats, b: Floats, width: float) -> Floats:
-    """Union of two distances with a fillet of about `width` mm."""
-    h = np.clip(0.5 + 0.5 * (b - a) / width, 0, 1)
-    union: Floats = b + h * (a - b) - width * h * (1 - h)
-    return union
-
-
-def _spread(*excess: Floats) -> Floats:
-    """Length of the vector whose components are the positive parts of `excess`."""
-    return np.sqrt(sum(np.maximum(e, 0) ** 2 for e in excess))
-
-
-# Interpolation and smooth random fields -------------------------------------------------------------------
-
-
-class _Interpolation:
-    """Carries volumes from one grid to another by a sparse matrix along each axis, (new points, old points).
-
-    Sparse, not BLAS: nearly all entries are zero, and BLAS threads suffer where cores are shared.
-    """
-
-    def __init__(self, x: Floats, y: Floats, z: Floats) -> None:
-        self.shape = len(x), len(y), len(z)
-        self.rows = sparse.kron(sparse.csr_array(x), sparse.csr_array(y), format="csr")
-        self.columns = sparse.csr_array(z)
-
-    def __call__(self, volume: Floats) -> Floats:
-        planes = self.columns @ volume.reshape(-1, volume.shape[2]).T
-        interpolated: Floats = (self.rows @ np.ascontiguousarray(planes.T)).reshape(self.shape)
-        return interpolated
-
-
-def _linear(points: Floats, knots: Floats) -> Floats:
-    """Matrix (points, knots) of linear interpolation, widened to an average where points are sparser."""
-    width = max(knots[1] - knots[0], abs(points[1] - points[0]))
-    weights = np.maximum(0, 1 - abs(points[:, None] - knots) / width)
-    matrix: Floats = (weights / weights.sum(1, keepdims=True)).astype(np.float32)
-    return matrix
-
-
-def _cubic(points: Floats, knots: NDArray[np.floating]) -> Floats:
-    """Matrix (points, knots) of cubic B-splines."""
-    t = abs(points[:, None] - knots) / (knots[1] - knots[0])
-    inner, outer = 2 / 3 - t**2 + t**3 / 2, np.maximum(2 - t, 0) ** 3 / 6
-    matrix: Floats = np.where(t < 1, inner, outer).astype(np.float32)
-    return matrix
-
-
-@cache
-def _lattice_axes() -> Axes:
-    a, b, c = (np.arange(lo, hi + LATTICE_MM, LATTICE_MM, dtype=np.float32) for lo, hi in LATTICE_LIMITS_MM)
-    return a, b, c
-
-
-@cache
-def _spline_to_lattice(scale_mm: float) -> tuple[tuple[int, ...], _Interpolation]:
-    """Number of B-splines `scale_mm` apart along each axis of the lattice, and their sum on the lattice."""
-    knots = [np.arange(lo - 2 * scale_mm, hi + 3 * scale_mm, scale_mm) for lo, hi in LATTICE_LIMITS_MM]
-    matrices = [_cubic(axis, k) for axis, k in zip(_lattice_axes(), knots, strict=True)]
-    return tuple(len(k) for k in knots), _Interpolation(*matrices)
-
-
-def _smooth_noise(rng: np.random.Generator, scale_mm: float) -> Floats:
-    """Gaussian field on the lattice with unit variance and no detail below `scale_mm`."""
-    splines, to_lattice = _spline_to_lattice(scale_mm)
-    std = np.float32(0.479**1.5)  # 0.479: squares of the B-splines that overlap at a point, averaged over points
-    return to_lattice(rng.standard_normal(splines, np.float32)) / std
-
-
-def _gyral_noise(rng: np.random.Generator, p: Floats, wavelength_mm: float) -> Floats:
-    """Band-limited Gaussian field at points p (3, ...): its zero sheets lie half a wavelength apart."""
-    step, size = 3.0, 72
-    k = np.fft.fftfreq(size, step)
-    radius = np.sqrt(k[:, None, None] ** 2 + k[:, None] ** 2 + np.fft.rfftfreq(size, step) ** 2)
-    ring = np.exp(-0.5 * ((radius * wavelength_mm - 1) / 0.28) ** 2)
-    field = np.fft.irfftn(np.fft.rfftn(rng.standard_normal((size,) * 3)) * ring).astype(np.float32)
-    # Without the prefilter the quadratic splines smooth a little, which is welcome here.
-    noise: Floats = ndimage.map_coordinates(field / field.std(), p / step, order=2, mode="grid-wrap", prefilter=False)
-    return noise
-
-
-# Anatomy --------------------------------------------------------------------------------------------------
-
-VENTRICLE = ((12, 32, 2, 4.0), (14, 18, 9, 6.5), (15, 0, 16, 5.5), (21, -25, 16, 6.0), (38, -42, 7, 6.0))
-OCCIPITAL_HORN = ((24, -42, 10, 5.5), (25, -58, 6, 3.0), (23, -72, 4, 1.0))
-TEMPORAL_HORN = ((24, -42, 10, 5.0), (33, -34, -6, 2.5), (34, -14, -17, 1.5))
-CAUDATE = ((11, 20, 3, 5.5), (14, 10, 10, 5.0), (17, -6, 18, 3.5), (20, -22, 20, 2.0))
-HIPPOCAMPUS = ((24, -6, -19, 6.5), (27, -20, -15, 5.0), (26, -34, -5, 4.0))
-CHOROID = ((13, -20, 17, 1.0), (21, -38, 12, 2.5), (27, -36, 0, 1.5))
-SAGITTAL_SINUS = ((0, 68, 20, 1.0), (0, 40, 63, 1.5), (0, -20, 79, 2.5), (0, -75, 60, 3.0), (0, -104, 2, 3.5))
-TRANSVERSE_SINUS = ((0, -102, -2, 3.5), (30, -92, -14, 3.0), (52, -64, -22, 3.0), (56, -45, -28, 2.5))
-STRAIGHT_SINUS = ((0, -38, 4, 1.5), (0, -62, 14, 2.0), (0, -100, 0, 2.5))
-
-
-@dataclass(frozen=True)
-class _Hull:
-    cerebrum: Floats
-    cerebellum: Floats
-    stem: Floats
-
-
-def _hull(p: Floats) -> _Hull:
-    """Outer shape of cerebrum (with its temporal lobes), cerebellum and brainstem."""
-    x, y, z = abs(p[0]), p[1], p[2]
-    egg = np.stack([x * (1 + 0.0008 * (y + 16)), y, z])  # wider behind
-    upper = _ellipsoid(egg, (0, -16, 5), (66, 89, 66), power=2.3)
-    frontal = -21 + 0.12 * x + 0.004 * np.maximum(y - 25, 0) ** 2
-    occipital = -21 + 0.06 * np.maximum(-y - 20, 0) - 0.15 * np.maximum(x - 20, 0)
-    ahead = np.clip((y + 5) / 20, 0, 1)
-    upper = -_smooth_min(-upper, z - occipital - ahead * (frontal - occipital), 5)
-    lean = np.stack([x + 0.12 * (y + 20), y, z + 0.15 * (y + 20)])
-    temporal = _ellipsoid(lean, (45, -14, -19), (23, 38, 22))
-    core = _ellipsoid(p, (0, -4, -6), (36, 34, 16))
-    side = np.stack([x, y, z])
-    hemisphere = _ellipsoid(side, (25, -64, -38), (31, 32, 23))
-    cerebellum = _smooth_min(hemisphere, _ellipsoid(p, (0, -62, -31), (14, 26, 23)), 8)
-    stem = _tube(p, ((0, -22, -9, 11), (0, -23, -18, 13), (0, -27, -31, 16), (0, -33, -48, 9), (0, -40, -72, 8)))
-    # Cerebral peduncles up to the internal capsule, cerebellar ones from the pons backwards.
-    peduncle = _tube(side, ((16, -6, 2, 7), (9, -18, -14, 6), (10, -28, -31, 10), (22, -52, -34, 8)))
-    cerebrum = _smooth_min(_smooth_min(upper, core, 6), temporal, 4)
-    return _Hull(np.maximum(cerebrum, 1.5 - cerebellum), cerebellum, _smooth_min(stem, peduncle, 4))
-
-
-def _fissures(p: Floats, wobble: Floats) -> dict[str, Floats]:
-    """Sheets of the interhemispheric and Sylvian fissures: signed distance across, excess beyond the edge."""
-    x, y, z = abs(p[0]), p[1], p[2]
-    height = np.where(z > 4, (z - 4) / 25, 0.25 * (z - 4) / 25)
-    callosum = np.sqrt(((y + 4) / 36) ** 2 + height**2) - 1
-    sylvian = (z + 0.6 * y) / 1.17 + 3 * wobble
-    return {
-        "mid": p[0] + 1.3 * wobble,
-        "mid_edge": -30 * callosum,
-        "sylvian": sylvian,
-        "sylvian_edge": _spread(39 - x, -44 - y, y - 26),
-        "insula": x - 39 + 0.004 * (y + 2) ** 2 + 0.8 * wobble,
-        "insula_edge": _spread(abs(sylvian - 2) - 13, -26 - y, y - 20),
-    }
-
-
-def _nuclei(p: Floats, ventricle_mm: float) -> dict[str, Floats]:
-    """Ventricles, deep grey matter, corpus callosum, cisterns, choroid plexus and great veins."""
-    side = np.stack([abs(p[0]), p[1], p[2]])
-    # The body is a slanting slit, wider above; the horns are round.
-    slit = np.stack([1.7 * side[0] - 0.5 * (p[2] - 12), p[1], p[2] - 0.25 * side[0]])
-    horns = np.minimum(_tube(side, OCCIPITAL_HORN), _tube(side, TEMPORAL_HORN))
-    lateral = np.minimum(_tube(slit, VENTRICLE) / 1.5, horns)
-    arc = np.sqrt(((p[1] + 4) / 36) ** 2 + ((p[2] - 4) / 25) ** 2) - 1
-    tilt = np.stack([side[0] + 0.25 * p[1], p[1], p[2]])
-    return {
-        "lateral": np.maximum(lateral - 0.5 * ventricle_mm, 0.7 - side[0]),
-        "third": _ellipsoid(side, (0, -10, 0), (1.8 + 0.4 * ventricle_mm, 15, 10)),
-        "fourth": _ellipsoid(side, (0, -43, -32), (6, 3.5, 8)),
-        "cistern": np.minimum(_ellipsoid(side, (0, -42, -2), (13, 4, 6)), _ellipsoid(side, (0, 6, -19), (11, 8, 6))),
-        "callosum": np.maximum(np.maximum(abs(arc * 28 + 4) - 3.2, side[0] - 16), -2 - p[2]),
-        "thalamus": _ellipsoid(tilt, (6.5, -16, 8), (9.5, 14, 9)),
-        "striatum": np.minimum(_tube(side, CAUDATE), _ellipsoid(tilt, (26.5, 4, 1), (5, 17, 11))),
-        "pallidum": _ellipsoid(tilt, (19, -1, -1), (5, 11, 7)),
-        "hippocampus": _tube(side, HIPPOCAMPUS),
-        "choroid": _tube(side, CHOROID),
-        "sinus": np.minimum(
-            np.minimum(_tube(side, SAGITTAL_SINUS), _tube(side, STRAIGHT_SINUS)), _tube(side, TRANSVERSE_SINUS)
-        ),
-    }
-
-
-def _head_coordinates(rng: np.random.Generator, variation: Variation) -> Floats:
-    """AC-centred mm of the average head, (3, X, Y, Z), for the points of the lattice: pose, size, warp."""
-    scale = rng.uniform(*variation.head_scale) * rng.normal(1, 0.02, 3)
-    turn = Rotation.from_euler("xyz", rng.normal(0, variation.rotation_deg / 2, 3), degrees=True)
-    shift = rng.normal(0, variation.shift_mm / 2, 3)
-    p = np.stack(np.meshgrid(*_lattice_axes(), indexing="ij"))
-    centre = np.array([0, -16, 6])  # of the brain, about which it turns and grows
-    matrix = (turn.as_matrix() / scale[:, None]).astype(np.float32)
-    offset = (centre - matrix @ (centre + shift)).astype(np.float32)
-    p = np.stack([a * p[0] + b * p[1] + c * p[2] + o for (a, b, c), o in zip(matrix, offset, strict=True)])
-    warp = [_smooth_noise(rng, 35.0) for _ in range(3)]
-    return p + np.float32(variation.warp_mm) * np.stack(warp)
-
-
-def _pial_distance(fields: Mapping[str, Floats]) -> Floats:
-    """Depth in mm below the folded cortical surface; negative in the CSF."""
-    depth, wide = fields["depth"], fields["sulcal_width"]
-    sheets = [
-        np.hypot(fields["mid"], np.maximum(fields["mid_edge"], 0)) - wide,
-        np.hypot(fields["sylvian"], fields["sylvian_edge"]) - wide,
-        np.hypot(fields["insula"], fields["insula_edge"]) - wide,
-    ]
-    opening = 0.55 + 0.9 * np.exp(-np.maximum(depth, 0) / 5)
-    sheets.append(np.hypot(fields["sulcus"], np.maximum(depth - fields["sulcal_depth"], 0)) - wide * opening)
-    pial: Floats = np.minimum.reduce([depth, *sheets])
-    return pial
-
-
-def _mass_effect(p: Floats, depth: Floats, centre: Sequence[float], radius_mm: float) -> Floats:
-    """Where each point lay before a ball of tissue of `radius_mm` grew at `centre`; the skull does not move."""
-    offset = np.stack([axis - c for axis, c in zip(p, centre, strict=True)])
-    r = np.sqrt((offset**2).sum(0)) + 1e-3
-    before = np.cbrt(np.maximum(r**3 - radius_mm**3 * np.exp(-((r / (3 * radius_mm)) ** 2)), 0))
-    source: Floats = p + offset * ((before / r - 1) * np.clip(depth / 12, 0, 1))
-    return source
-
-
-def _spreading_oedema(tumour: Floats, conduction: Floats, reach_mm: float) -> Floats:
-    """Signed distance (negative inside) of fluid that seeps from the tumour where tissue conducts it.
-
-    Diffusion confined to the conducting tissue runs along white matter and around ventricles and sulci.
-    """
-    inside = np.argwhere(tumour < reach_mm + 16)
-    box = tuple(slice(lo, hi + 1) for lo, hi in zip(inside.min(0), inside.max(0), strict=True))
-    source, open_ = tumour[box] < 0, conduction[box]
-    fluid = source.astype(np.float32)
-    for _ in range(round(3 * reach_mm / LATTICE_MM)):
-        fluid = np.where(source, 1, open_ * ndimage.uniform_filter(fluid, 3))
-    level = np.log(np.maximum(fluid, 1e-30))
-    radius = np.cbrt(3 / (4 * np.pi) * source.sum() * LATTICE_MM**3)
-    wanted = 0.3 * 4 / 3 * np.pi * ((radius + reach_mm) ** 3 - radius**3) / LATTICE_MM**3
-    ranked = np.sort(level[(open_ > 0.5) & ~source])[::-1]
-    edge = max(ranked[min(int(wanted), len(ranked) - 1)], -25.0)
-    slope = np.sqrt(sum(g**2 for g in np.gradient(level, LATTICE_MM)))
-    distance = np.full(tumour.shape, 20, np.float32)
-    distance[box] = np.clip((edge - level) / np.maximum(slope, 0.05), -20, 20)
-    return distance
-
-
-def _lattice_fields(rng: np.random.Generator, variation: Variation) -> dict[str, Floats]:
-    """All of a patient's geometry on the lattice: distances in mm, smooth enough to interpolate."""
-    noise = partial(_smooth_noise, rng)
-    p = _head_coordinates(rng, variation)
-    hull = _hull(p)
-    cerebrum = hull.cerebrum + 0.8 * noise(14.0)
-    brain = _smooth_min(_smooth_min(cerebrum, hull.cerebellum, 14), hull.stem, 14)
-    fields = {"brain": np.maximum(brain - 0.7 + 0.6 * noise(10.0), -59 - p[2])}
-
-    # Tumour: somewhere in a hemisphere, clear of the midline and of the surface.
-    radius = rng.uniform(*variation.tumour_radius_mm)
-    room = (-cerebrum > 0.6 * radius + 5) & (abs(p[0]) > 0.6 * radius + 5) & (p[2] > -22)
-    sites = np.argwhere(room)
-    site = sites[rng.integers(len(sites))]
-    centre = [float(axis[tuple(site)]) for axis in p]
-    q = _mass_effect(p, -cerebrum, centre, rng.uniform(0.3, 0.75) * radius)
-    tumour = _ellipsoid(p, centre, (radius * rng.uniform(0.75, 1.15, 3)).tolist())
-    tumour = np.maximum(tumour + 0.17 * radius * noise(14.0) + 1.2 * noise(6.0), 2 + cerebrum)
-    rim = rng.uniform(1.0, 2.8) * (1 + 0.7 * noise(9.0))
-
-    # Cortex: sulci are zero sheets of noise that is drawn out along the inward normal.
-    sheets = _fissures(q, noise(14.0))
-    depth = np.minimum(-cerebrum, np.hypot(sheets["mid"], np.maximum(sheets["mid_edge"], 0)))
-    smooth_depth = ndimage.gaussian_filter(depth, 1.5)
-    outward = -np.stack(np.gradient(smooth_depth, LATTICE_MM))
-    folds = _gyral_noise(rng, q + 0.55 * np.clip(depth, 0, 25) * outward, rng.uniform(*variation.gyral_wavelength_mm))
-    slope = np.sqrt(sum(g**2 for g in np.gradient(folds, LATTICE_MM)))
-    centre_core = _ellipsoid(q, (0, -6, -4), (34, 34, 27))  # basal ganglia and thalami: no sulci there
-    fields |= sheets | _nuclei(q, rng.uniform(*variation.ventricle_mm))
-    fields |= {
-        "depth": -cerebrum,
-        "sulcus": folds / np.maximum(slope, 0.07),
-        "sulcal_depth": np.minimum(np.maximum(21 + 7 * noise(22.0), 4), 2 + np.maximum(centre_core, 0)),
-        "sulcal_width": rng.uniform(*variation.sulcal_width_mm) * np.maximum(1 + 0.35 * noise(25.0), 0.3),
-        "cortex": rng.uniform(*variation.cortex_mm) * (1 + 0.12 * noise(20.0)),
-        "cerebellum": hull.cerebellum,
-        "stem": hull.stem,
-        "ambient": np.minimum(1.2 + 0.8 * noise(10.0), -4 - p[2]),
-        "folia": 21 * np.arctan2(p[2] + 33, -46 - p[1]) + 0.5 * noise(12.0),
-        "vessel": noise(8.0),
-        "vessel_radius": np.minimum(np.minimum(0.3 + 0.8 * noise(14.0), 1.3), np.minimum(hull.cerebellum, hull.stem)),
-        "tumour": tumour,
-        "rim": rim,
-    }
-    white = np.clip(_pial_distance(fields) - fields["cortex"], 0, 1) * np.clip(fields["lateral"], 0, 1)
-    white *= np.clip(fields["third"], 0, 1)
-    deep = np.minimum(np.minimum(fields["thalamus"], fields["striatum"]), fields["hippocampus"]) < 0
-    white = np.where(deep, 0.3, np.where(fields["callosum"] < 0, 0.8, 1)) * white
-    fields["oedema"] = _spreading_oedema(tumour, white, rng.uniform(*variation.oedema_reach_mm)) + noise(7.0)
-    return fields
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """The voxels near the brain: `box` of the array, its `shape`, and flat indices `near` into the box."""
-
-    box: tuple[slice, slice, slice]
-    shape: tuple[int, int, int]
-    spacing_mm: float
-    near: NDArray[np.intp]
-    from_lattice: _Interpolation
-
-    def sample(self, field: Floats) -> Floats:
-        """Interpolate a lattice field at the voxels `near`."""
-        return self.from_lattice(field).ravel()[self.near]
-
-    def volume(self, values: NDArray[Any]) -> NDArray[Any]:
-        """Values at the voxels `near` as a volume over the box, 0 elsewhere."""
-        volume = np.zeros(self.shape, values.dtype)
-        volume.ravel()[self.near] = values
-        return volume
-
-
-def _voxel_axes(shape: tuple[int, int, int], spacing_mm: float) -> list[Floats]:
-    """Position of every voxel along the three array axes, mm from the anterior commissure, y forward."""
-    return [
-        ((np.arange(n) - (n - 1) / 2) * spacing_mm * sign - ac).astype(np.float32)
-        for n, sign, ac in zip(shape, (1, -1, 1), AC_FROM_CENTRE_MM, strict=True)
-    ]
-
-
-def _grid(brain: Floats, shape: tuple[int, int, int], spacing_mm: float) -> _Grid:
-    """The box of voxels up to a few millimetres outside the brain, so that blurring sees what lies there."""
-    margin = max(4.0, spacing_mm)
-    box, matrices = [], []
-    for k, (axis, knots) in enumerate(zip(_voxel_axes(shape, spacing_mm), _lattice_axes(), strict=True)):
-        reached = knots[(brain < margin).any(tuple({0, 1, 2} - {k}))]
-        hit = np.flatnonzero((axis >= reached[0]) & (axis <= reached[-1]))
-        box.append(slice(int(hit[0]), int(hit[-1]) + 1))
-        matrices.append(_linear(axis[box[-1]], knots))
-    from_lattice = _Interpolation(*matrices)
-    near = np.flatnonzero(from_lattice(brain) < margin)
-    return _Grid((box[0], box[1], box[2]), from_lattice.shape, spacing_mm, near, from_lattice)
-
-
-def _layers(fields: dict[str, Floats], grid: _Grid) -> tuple[list[Layer], NDArray[np.uint8]]:
-    """Tissues from the bottom up, each over the ones before, and the tumour labels; both over `grid.near`."""
-    at = {name: grid.sample(field) for name, field in fields.items()}
-
-    def inside(distance: Floats, width: float = grid.spacing_mm) -> Floats:
-        fraction: Floats = np.clip(0.5 - distance / width, 0, 1)
-        return fraction
-
-    pial = _pial_distance(at)
-    white = inside(at["cortex"] - pial, grid.spacing_mm + 0.6)
-    cerebellum = inside(at["cerebellum"])
-    leaf = abs(np.sin(at["folia"]))  # 0 in the fissure between two folia, 1 amid one
-    leaf_depth = -at["cerebellum"]
-    blocked = np.maximum(inside(at["lateral"]), inside(at["third"]))
-    tumour = inside(at["tumour"], grid.spacing_mm + 0.5) * (1 - blocked)
-    core = inside(at["tumour"] + np.maximum(at["rim"], 0), grid.spacing_mm + 0.5)
-    tube = np.hypot(at["sulcus"], 6 * at["vessel"])
-    vessel = 0.9 * inside(tube - at["vessel_radius"]) * inside(pial - 1)
-    oedema = 0.85 * inside(at["oedema"], 4.0) * white * (1 - blocked)
-    painted = [  # widths above the spacing: borders that are blurred in the brain itself
-        ("csf", np.ones_like(pial)),
-        ("grey", inside(-pial)),
-        ("white", white),
-        ("white", 0.9 * inside(at["callosum"])),
-        ("csf", inside(at["cistern"])),
-        ("csf", inside(at["lateral"])),
-        ("csf", inside(at["third"])),
-        ("thalamus", 0.8 * inside(at["thalamus"], 2.5)),
-        ("striatum", inside(at["striatum"], 1.5)),
-        ("pallidum", 0.9 * inside(at["pallidum"], 2.0)),
-        ("grey", 0.9 * inside(at["hippocampus"], 1.5)),
-        ("csf", inside(at["stem"] - at["ambient"])),
-        ("cerebellar", cerebellum),
-        ("white", cerebellum * inside(8 - leaf_depth + 5 * (1 - leaf), 3.0)),
-        ("csf", 0.7 * cerebellum * inside(leaf_depth - 9, 4.0) * inside(leaf - 0.25, 0.5)),
-        ("brainstem", inside(at["stem"])),
-        ("csf", inside(at["fourth"])),
-        ("vessel", vessel),
-        ("vessel", 0.6 * inside(-1 - at["brain"]) * inside(0.2 - at["vessel_radius"], 1.0)),
-        ("choroid", 0.8 * inside(at["choroid"]) * inside(at["lateral"])),
-        ("vessel", 0.9 * inside(at["sinus"])),
-        ("oedema", oedema),
-        ("enhancing", tumour),
-        ("necrosis", tumour * core),
-    ]
-    seg = np.zeros(pial.shape, np.uint8)
-    seg[oedema > 0.35] = OEDEMA
-    seg[tumour > 0.5] = ENHANCING
-    seg[(tumour > 0.5) & (core > 0.5)] = NECROSIS
-    layers = [Layer(tissue, np.flatnonzero(f > 0.01), f[f > 0.01]) for tissue, f in painted]
-    return layers, seg
-
-
-def _patient(
-    rng: np.random.Generator, shape: tuple[int, int, int], spacing_mm: float, variation: Variation
-) -> tuple[_Grid, NDArray[np.bool_], list[Layer], NDArray[np.uint8]]:
-    """Where the brain is, its mask over the box of the grid, its tissues and its tumour labels."""
-    fields = _lattice_fields(rng, variation)
-    grid = _grid(fields["brain"], shape, spacing_mm)
-    layers, labels = _layers(fields, grid)
-    return grid, grid.volume(grid.sample(fields["brain"]) < 0), layers, labels
-
-
-# Scanner --------------------------------------------------------------------------------------------------
+# Scanner
 
 
 def _protocol(rng: np.random.Generator, variation: Variation) -> dict[str, Timing]:
@@ -608,15 +166,16 @@ def _tissue_factors(rng: np.random.Generator, variation: Variation) -> dict[str,
     return factors
 
 
-def _signals(rng: np.random.Generator, layers: list[Layer], grid: _Grid, variation: Variation) -> dict[str, Floats]:
+def _signals(rng: np.random.Generator, anatomy: Anatomy, variation: Variation) -> dict[str, Floats]:
     """Noise-free signed signal of every contrast over `grid.near`: the fraction-weighted sum of the tissues'."""
+    grid = anatomy.grid
     protocol = _protocol(rng, variation)
     factors = _tissue_factors(rng, variation)
-    smooth = [grid.sample(_smooth_noise(rng, mm)) for mm in (18.0, 18.0, 7.0)]
+    smooth = [grid.sample(smooth_noise(rng, mm)) for mm in (18.0, 18.0, 7.0)]
     t1_map = 0.7 * smooth[0] + 0.7 * smooth[2]
     t2_map = 0.7 * smooth[1] + 0.7 * smooth[2]
     signals = {modality: np.zeros(len(grid.near), np.float32) for modality in MODALITIES}
-    for layer in layers:
+    for layer in anatomy.layers:
         tissue, f, at = TISSUES[layer.tissue], factors[layer.tissue], layer.index
         t1 = np.float32(tissue.t1 * f[0]) * np.exp(np.float32(tissue.patchiness) * t1_map[at])
         t2 = np.float32(tissue.t2 * f[1]) * np.exp(np.float32(tissue.patchiness) * t2_map[at])
@@ -628,11 +187,10 @@ def _signals(rng: np.random.Generator, layers: list[Layer], grid: _Grid, variati
     return signals
 
 
-def _scan(
-    rng: np.random.Generator, signal: Floats, mask: NDArray[np.bool_], grid: _Grid, variation: Variation
-) -> NDArray[np.int16]:
-    """One contrast as the scanner and the BraTS preparation would give it, int16 over the box of `grid`."""
-    bias = np.exp(grid.sample(np.float32(rng.uniform(*variation.bias)) * _smooth_noise(rng, 60.0)))
+def _scan(rng: np.random.Generator, signal: Floats, anatomy: Anatomy, variation: Variation) -> NDArray[np.int16]:
+    """One contrast as the scanner and the BraTS preparation would give it, int16 over the whole array."""
+    grid, mask = anatomy.grid, anatomy.mask
+    bias = np.exp(grid.sample(np.float32(rng.uniform(*variation.bias)) * smooth_noise(rng, 60.0)))
     voxel_mm = np.ones(3)
     if rng.random() < variation.thick_slice:
         voxel_mm[rng.choice(3, p=(0.15, 0.15, 0.7))] = rng.uniform(2.5, 5)
@@ -646,24 +204,16 @@ def _scan(
     if rng.random() < variation.outlier:
         brightest = np.unravel_index(volume.argmax(), volume.shape)
         volume[tuple(slice(max(k - 1, 0), k + 2) for k in brightest)] *= np.float32(rng.uniform(1.5, 5))
-    return np.clip(np.rint(volume), mask, 32767).astype(np.int16)  # nowhere 0 inside the mask
+    return grid.embed(np.clip(np.rint(volume), mask, 32767).astype(np.int16))  # nowhere 0 inside the mask
 
 
 def _blur(volume: Floats, sigma_voxels: NDArray[np.float64] | float) -> Floats:
-    blurred: Floats = ndimage.gaussian_filter(volume, sigma_voxels, truncate=2.5)
-    return blurred
-
-
-def _embed(inner: NDArray[Any], grid: _Grid, shape: tuple[int, int, int]) -> NDArray[Any]:
-    """The whole array, 0 outside the box of the grid."""
-    volume = np.zeros(shape, inner.dtype)
-    volume[grid.box] = inner
-    return volume
+    return ndimage.gaussian_filter(volume, sigma_voxels, truncate=2.5)
 
 
 def make_phantom(
     seed: int | Sequence[int],
-    shape: tuple[int, int, int] = (240, 240, 155),
+    shape: Shape = (240, 240, 155),
     spacing_mm: float = 1.0,
     variation: Variation | None = None,
 ) -> Phantom:
@@ -677,19 +227,17 @@ def make_phantom(
     """
     variation = variation or Variation()
     anatomy_rng, signal_rng, *scan_rngs = np.random.default_rng(seed).spawn(2 + len(MODALITIES))
-    grid, mask, layers, labels = _patient(anatomy_rng, shape, spacing_mm, variation)
-    signals = _signals(signal_rng, layers, grid, variation)
-    scan = partial(_scan, mask=mask, grid=grid, variation=variation)
+    anatomy = make_anatomy(anatomy_rng, shape, spacing_mm, variation)
+    signals = _signals(signal_rng, anatomy, variation)
     with ThreadPoolExecutor(2) as pool:
-        scans = pool.map(scan, scan_rngs, signals.values())
-        volumes = {modality: _embed(scan, grid, shape) for modality, scan in zip(signals, scans, strict=True)}
-    seg = _embed(grid.volume(labels) * mask, grid, shape)
+        scans = pool.map(partial(_scan, anatomy=anatomy, variation=variation), scan_rngs, signals.values())
+        volumes = dict(zip(signals, scans, strict=True))
     affine = np.diag([-spacing_mm, -spacing_mm, spacing_mm, 1.0])
     affine[1, 3] = (shape[1] - 1) * spacing_mm
-    return Phantom(volumes, seg, affine)
+    return Phantom(volumes, anatomy.grid.embed(anatomy.seg), affine)
 
 
-# Files ----------------------------------------------------------------------------------------------------
+# Files
 
 
 def write_phantom(phantom: Phantom, folder: Path, name: str) -> Path:
@@ -703,24 +251,15 @@ def write_phantom(phantom: Phantom, folder: Path, name: str) -> Path:
         case.mkdir(parents=True, exist_ok=True)
     volumes: dict[str, NDArray[Any]] = {**phantom.volumes, "seg": phantom.seg}
     for suffix, volume in volumes.items():
-        write_atomically(case / f"{name}-{suffix}.nii.gz", partial(_write_nifti, volume, phantom.affine))
+        write_nifti(case / output_name(name, suffix), volume, phantom.affine)
     return case
-
-
-def _write_nifti(volume: NDArray[Any], affine: NDArray[np.float64], file: BinaryIO) -> None:
-    image = nib.Nifti1Image(volume, affine)
-    image.set_qform(affine, code=1)
-    image.set_sform(affine, code=1)
-    image.header.set_xyzt_units("mm")
-    # Neither time nor name in the gzip header: the same seed gives the same bytes.
-    file.write(gzip.compress(image.to_bytes(), compresslevel=1, mtime=0))
 
 
 def write_phantoms(
     out: Path,
     cases: int,
     seed: int,
-    shape: tuple[int, int, int] = (240, 240, 155),
+    shape: Shape = (240, 240, 155),
     spacing_mm: float = 1.0,
     on_case: Callable[[str], None] = lambda name: None,
 ) -> list[Path]:
@@ -735,7 +274,7 @@ def write_phantoms(
     for number in range(cases):
         name = f"BraTS-PHANTOM-{number:05d}-000"
         folder = out / name
-        if not all((folder / f"{name}-{suffix}.nii.gz").exists() for suffix in (*MODALITIES, "seg")):
+        if not all((folder / output_name(name, suffix)).exists() for suffix in (*MODALITIES, "seg")):
             write_phantom(make_phantom([seed, number], shape, spacing_mm), out, name)
         folders.append(folder)
         on_case(name)

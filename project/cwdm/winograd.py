@@ -7,6 +7,7 @@ through in tiles so small that everything between reading the input and writing 
 """
 
 import math
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
@@ -23,7 +24,7 @@ Resample = Literal["down", "up"] | None
 OUT = 4  # outputs of a tile along X and along Y
 IN = OUT + 2  # inputs it needs there, and products it is made from
 ROWS = 1024  # rows of a matrix product: enough to reuse the weights, few enough for the cache
-TASKS_PER_THREAD = 4  # so that a thread that is held up does not hold up the others
+BLOCKS_PER_THREAD = 4  # so that a thread that is held up does not hold up the others
 
 # Below these sizes, transforming data and weights costs more than it saves.
 MIN_CHANNELS = 32
@@ -86,7 +87,8 @@ def norm_silu_conv(
         scale, offset = affine(norm, sample, pool)
         residual = None if add is None else channels_last(add.expand(shape)[b])
         sweep = Sweep(sample, scale, offset, resample, weight, conv.bias, residual, channels_last(out[b]))
-        list(pool.map(sweep.run, sweep.tasks(TASKS_PER_THREAD * threads)))
+        blocks = iter(sweep.blocks(BLOCKS_PER_THREAD * threads))
+        list(pool.map(sweep.run, [blocks] * threads))
     return out
 
 
@@ -187,23 +189,25 @@ class Sweep:
     add: Tensor | None
     out: Tensor
 
-    def tasks(self, at_least: int) -> list[tuple[range, range]]:
-        """Planes and rows of the output, cut into about as many blocks."""
+    def blocks(self, wanted: int) -> list[tuple[range, range]]:
+        """Planes and rows of the output, cut into about as many blocks as wanted."""
         planes, rows, depth, _ = self.out.shape
-        stripes = split(rows, OUT * max(1, ROWS // (depth + 2)))
-        blocks = math.ceil(at_least / len(stripes))
-        return list(product(split(planes, OUT * math.ceil(planes / OUT / blocks)), stripes))
+        stripes = split(rows, math.ceil(rows / OUT * (depth + 2) / ROWS))
+        return list(product(split(planes, math.ceil(wanted / len(stripes))), stripes))
 
     @torch.inference_mode()
-    def run(self, block: tuple[range, range]) -> None:
-        """Compute one block, a slab of 4 planes after the other."""
-        planes, rows = block
-        tiles = Tiles(self.weight, math.ceil(len(rows) / OUT), self.out.shape[2])
-        self.read(tiles.window[:2], range(planes.start - 1, planes.start + 1), rows)
-        for start in planes[::OUT]:
-            self.read(tiles.window[2:], range(start + 1, start + 1 + OUT), rows)
-            self.write(tiles.convolve(), range(start, start + OUT), rows)
-            tiles.window[:2] = tiles.window[OUT:]
+    def run(self, blocks: Iterator[tuple[range, range]]) -> None:
+        """Compute blocks of the output until none is left, each a slab of 4 planes after the other."""
+        tiles: Tiles | None = None
+        for planes, rows in blocks:
+            if tiles is None or len(rows) != tiles.rows:
+                tiles = Tiles(self.weight, len(rows), self.out.shape[2])
+            tiles.window.zero_()
+            self.read(tiles.window[:2], range(planes.start - 1, planes.start + 1), rows)
+            for start in planes[::OUT]:
+                self.read(tiles.window[2:], range(start + 1, start + 1 + OUT), rows)
+                self.write(tiles.convolve(), range(start, start + OUT), rows)
+                tiles.window[:2] = tiles.window[OUT:]
 
     def read(self, window: Tensor, planes: range, rows: range) -> None:
         """Activated input of these planes and of these rows and their neighbours, zero beyond the edges."""
@@ -263,18 +267,19 @@ class Tiles:
     """A row of n tiles along Y: its memory, and its convolution.
 
     Attributes:
+        rows: rows of the output.
         window: input with a margin of one voxel, (6, 4n + 2, Z + 2, C).
     """
 
-    def __init__(self, weight: Tensor, n: int, depth: int) -> None:
+    def __init__(self, weight: Tensor, rows: int, depth: int) -> None:
         in_channels, out_channels = weight.shape[-2:]
-        depth += 2
-        self.weight = weight
-        self.window = weight.new_zeros(IN, OUT * n + 2, depth, in_channels)
+        n, depth = math.ceil(rows / OUT), depth + 2
+        self.weight, self.rows = weight, rows
+        self.window = weight.new_empty(IN, OUT * n + 2, depth, in_channels)
         self.mixed = torch.empty_like(self.window)  # transformed along X
         self.data = weight.new_empty(IN, n, depth * in_channels)  # along X and Y, for one frequency of X
         self.products = weight.new_zeros(IN, n, depth * out_channels)
-        self.rows = weight.new_empty(IN, n, OUT, depth * out_channels)  # transformed back along Y
+        self.back = weight.new_empty(IN, n, OUT, depth * out_channels)  # transformed back along Y
         self.result = weight.new_empty(OUT, OUT * n, depth, out_channels)
         forward, _, back = (matrix.float() for matrix in toom_cook())
         self.forward_x, self.back_x = forward, back
@@ -283,12 +288,12 @@ class Tiles:
     def convolve(self) -> Tensor:
         """Convolution of the window: (4, 4n, Z + 2, D); the last two along Z mean nothing."""
         torch.mm(self.forward_x, self.window.flatten(1), out=self.mixed.flatten(1))
-        for mixed, weight, rows in zip(self.mixed, self.weight, self.rows, strict=True):
+        for mixed, weight, back in zip(self.mixed, self.weight, self.back, strict=True):
             tiles = mixed.flatten(1).unfold(0, IN, OUT).transpose(1, 2)  # (n, 6, Z * C), overlapping
             torch.bmm(self.forward_y, tiles, out=self.data.transpose(0, 1))
             self.multiply(weight)
-            torch.bmm(self.back_y, self.products.transpose(0, 1), out=rows)
-        torch.mm(self.back_x, self.rows.flatten(1), out=self.result.flatten(1))
+            torch.bmm(self.back_y, self.products.transpose(0, 1), out=back)
+        torch.mm(self.back_x, self.back.flatten(1), out=self.result.flatten(1))
         return self.result
 
     def multiply(self, weight: Tensor) -> None:

@@ -47,14 +47,14 @@ def golden_model(settings: dict[str, Any]) -> UNet:
 TINY = UNetConfig(in_channels=32, model_channels=32, channel_mult=(1, 2))
 """A conditional network small enough for tests."""
 
-SHAPE = (48, 40, 33)
+SHAPE = (31, 32, 25)
 
 
 @pytest.fixture(scope="session")
 def phantoms(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Folder with three complete small phantoms of 48×40×33 voxels; not to be written to."""
+    """Folder with three complete small phantoms of 31×32×25 voxels; not to be written to."""
     folder = tmp_path_factory.mktemp("phantoms")
-    write_phantoms(folder, 3, seed=0, shape=SHAPE, spacing_mm=5.0)
+    write_phantoms(folder, 3, seed=0, shape=SHAPE, spacing_mm=6.5)
     return folder
 
 
