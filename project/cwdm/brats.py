@@ -10,6 +10,7 @@ promises are read, slice by slice, so that no file can cost more memory than the
 import gzip
 import itertools
 import math
+import os
 import re
 import struct
 import zlib
@@ -40,6 +41,7 @@ _ALIASES = {"t1": "t1n", "t1ce": "t1c", "t1gd": "t1c", "t2": "t2w", "flair": "t2
 _ENDINGS = "|".join((*MODALITIES, *_ALIASES))
 _FILE_NAME = re.compile(rf"(?:.*[-_.])?({_ENDINGS})\.nii(?:\.gz)?", re.IGNORECASE | re.DOTALL)
 
+_MAX_NAME = 255  # bytes that file systems allow
 _MAX_AXIS = 1024
 _MAX_VOXELS = 512**3
 _MAX_OFFSET = 1 << 20  # bytes before the first voxel, extensions included; BraTS files have up to 3 KiB
@@ -236,17 +238,19 @@ def _look_into(entry: Path) -> CaseFolder | None:
     except NotADirectoryError:
         return None
     except OSError as error:
-        problem = f"the folder {entry} cannot be read ({error.strerror}); check its permissions"
-        return CaseFolder(entry.name, entry, {}, problem)
+        unreadable = f"the folder {entry} cannot be read ({error.strerror}); check its permissions"
+        return CaseFolder(entry.name, entry, {}, unreadable)
     files: dict[str, Path] = {}
-    twice = None
+    problem: str | None = None
+    if len(os.fsencode(output_name(entry.name, MODALITIES[0]))) > _MAX_NAME:
+        problem = f"the folder's name is too long for a file named after it ({_MAX_NAME} bytes at most); shorten it"
     for path in paths:
         if (modality := _modality(path.name)) is None:
             continue
         first = files.setdefault(modality, path)
         if first != path:
-            twice = f"expected one file for {modality}, found {first.name} and {path.name}; remove one"
-    return CaseFolder(entry.name, entry, files, twice) if files else None
+            problem = f"expected one file for {modality}, found {first.name} and {path.name}; remove one"
+    return CaseFolder(entry.name, entry, files, problem) if files else None
 
 
 def _modality(file_name: str) -> str | None:
@@ -288,11 +292,11 @@ def _target(folder: CaseFolder) -> str:
 
 
 def _read_volume(path: Path) -> tuple[Volume, nib.Nifti1Header]:
-    if path.is_dir():
-        raise _FileError("is a folder, expected a file")
-    if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-        raise _FileError("is not a regular file")
     try:
+        if path.is_dir():
+            raise _FileError("is a folder, expected a file")
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise _FileError("is not a regular file")
         with _open(path) as stream:
             header = _read_header(stream)
             volume = _read_voxels(stream, header)

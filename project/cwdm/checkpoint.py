@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import pywt
 import safetensors
@@ -24,9 +24,11 @@ from torch import Tensor
 from cwdm.errors import WeightsError
 from cwdm.files import write_atomically
 from cwdm.published import published_config, published_names
+from cwdm.samplers import known_sampler
 from cwdm.unet import UNet, UNetConfig
 
 HEADER_KEY = "cwdm"
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Record(BaseModel):
@@ -45,10 +47,22 @@ class Record(BaseModel):
     modality: str | None = Field(default=None, max_length=64)
     wavelet: str = "haar"
     value_range: tuple[float, float] = (0.0, 1.0)
-    sampler: Literal["ddpm", "ddim", "dpmpp"] = "ddpm"
+    sampler: str = "ddpm"
     steps: int = Field(default=1000, ge=1, le=1000)
     notice: str = Field(default="", max_length=500)
     training: dict[str, Any] = Field(default_factory=dict)
+
+    @field_validator("sampler")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        return known_sampler(name)
+
+    @field_validator("value_range")
+    @classmethod
+    def _rising(cls, value_range: tuple[float, float]) -> tuple[float, float]:
+        if not -1e6 < value_range[0] < value_range[1] < 1e6:
+            raise ValueError(f"not a range of values: {value_range}")
+        return value_range
 
     @field_validator("wavelet")
     @classmethod
@@ -64,7 +78,7 @@ class Checkpoint:
 
     model: UNet
     record: Record
-    path: Path | None = None
+    path: Path = Path()
     sha256: str = ""
     warnings: tuple[str, ...] = ()
 
@@ -98,10 +112,15 @@ def _empty(config: UNetConfig) -> UNet:
 
 
 def _fill(model: UNet, tensors: Mapping[str, Tensor]) -> UNet:
+    odd = [name for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
+    if odd:
+        raise WeightsError(f"expected floating-point numbers, found others in {_some(odd)}")
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise WeightsError(f"NaN or infinity in {_some(broken)}; the file is damaged or its training diverged")
-    model.load_state_dict({name: tensor.float() for name, tensor in tensors.items()}, assign=True)
+    # Copies, because the file behind a memory map may be replaced while the weights are in use.
+    copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
+    model.load_state_dict(copies, assign=True)
     return model.eval().requires_grad_(False)
 
 
@@ -129,15 +148,15 @@ def load(path: Path) -> Checkpoint:
     Raises:
         WeightsError: not readable, damaged, of another architecture, or a pickle that holds more than tensors.
     """
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such weights file")
     try:
+        if not path.is_file():
+            raise WeightsError("no such weights file")
         model, record = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+        return Checkpoint(model, record, path, sha256(path))
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from error
-    return Checkpoint(model, record, path, sha256(path))
 
 
 def save(path: Path, model: UNet, record: Record, dtype: torch.dtype = torch.float32) -> None:
@@ -187,6 +206,13 @@ def _load_pickle(path: Path) -> tuple[UNet, Record]:
     tensors = _read_pickle(path)
     if not isinstance(tensors, Mapping):
         raise WeightsError(f"expected a state dict, found a {type(tensors).__name__}")
+    odd = [
+        str(name)
+        for name, value in tensors.items()
+        if isinstance(value, Tensor) and (value.layout is not torch.strided or value.device.type != "cpu")
+    ]
+    if odd:
+        raise WeightsError(f"expected plain tensors, found sparse or empty-handed ones: {_some(odd)}")
     claimed = sum(value.nbytes for value in tensors.values() if isinstance(value, Tensor))
     if claimed > 2 * path.stat().st_size:  # a block under two names is stored once and counted twice
         raise WeightsError(f"its tensors claim {claimed:,} bytes, more than the file holds; refused")
@@ -207,10 +233,11 @@ def _read_pickle(path: Path) -> Any:
             "the file asks to run code or holds more than tensors, so it was refused; "
             f"save the plain state dict, best as safetensors ({str(error).splitlines()[0]})"
         ) from error
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError) as error:
-        raise WeightsError(
-            f"not a whole PyTorch weights file ({str(error).splitlines()[0]}); copy or download it again"
-        ) from error
+    except (WeightsError, OSError):
+        raise
+    except Exception as error:  # what a damaged pickle can raise has no end
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"not a whole PyTorch weights file ({reason}); copy or download it again") from error
 
 
 _config_type = TypeAdapter(UNetConfig)

@@ -1,11 +1,14 @@
 """The command line: the only place that turns errors into messages and exit codes.
 
-Exit codes: 0 everything done; 1 some cases failed, the others are written; 2 nothing could be done, or the
-output could not be written; 130 and 143 stopped from outside, run again to go on.
+Exit codes: 0 everything done; 1 cases failed, each named, the others are written; 2 the run as a whole could not be
+done or go on (arguments, input, weights, settings, disk); 3 a fault of the program; 130 and 143 stopped from outside,
+run again to go on.
 """
 
+import io
 import signal
 import sys
+import traceback
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, NoReturn
@@ -15,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from cwdm import __version__
-from cwdm.errors import CwdmError
+from cwdm.errors import CwdmError, SettingsError
 
 app = typer.Typer(
     name="cwdm",
@@ -51,11 +54,18 @@ class Modality(StrEnum):
 def main() -> None:
     """Entry point of the `cwdm` command."""
     for stop in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(stop, _stopped)
+        if signal.getsignal(stop) is not signal.SIG_IGN:  # as in a script's background job
+            signal.signal(stop, _stopped)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # names of files can be any bytes
     try:
         app()
     except CwdmError as error:
         _fail(str(error), 2)
+    except Exception:
+        traceback.print_exc()
+        _fail("a fault of the program, not of your data; please report it with the lines above", 3)
 
 
 def _stopped(number: int, _: object) -> NoReturn:
@@ -129,19 +139,25 @@ def infer(
     loaded = load_settings(parameters_file, settings or ())
     folders = find_cases(data_path)
     for written in filter(None, (output_path, report_path)):
-        check_apart(written, data_path)
+        for kept in (data_path, *(folder.folder for folder in folders)):
+            check_apart(written, kept)
     if report_path:
         check_apart(report_path, output_path)  # whoever scores the output folder opens every file in it
     synthesizer = Synthesizer(weights, loaded, device.value)
     progress = CohortProgress(len(folders))
+    progress.log(f"{len(folders)} cases; {synthesizer.summary()}")
+    if loaded.samples > 1 and not report_path:
+        progress.log("warning: the spread over the samples is written only with --report_path")
     outcomes = synthesise_cohort(
         folders, synthesizer, output_path, overwrite=overwrite, report=report_path, progress=progress
     )
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    skipped = sum(outcome.status == "skipped" for outcome in outcomes)
     done = len(outcomes) - len(failed)
-    progress.log(
-        f"{done} of {len(outcomes)} cases are in {output_path}" + (f", {len(failed)} FAILED" if failed else "")
-    )
+    counts = [f"{done} of {len(outcomes)} cases are in {output_path}"]
+    counts += [f"{skipped} of them from before (--overwrite makes them again)"] if skipped else []
+    counts += [f"{len(failed)} FAILED"] if failed else []
+    progress.log(", ".join(counts))
     for outcome in failed:
         progress.log(f"  {outcome.case}: {outcome.reason}")
     if failed:
@@ -183,7 +199,12 @@ def demo(
     ] = None,
 ) -> None:
     """Try everything on synthetic patients: make, drop, synthesise, compare, and draw a picture."""
-    from cwdm.demo import run_demo
+    try:
+        from cwdm.demo import run_demo
+    except ModuleNotFoundError as error:
+        raise CwdmError(
+            f"{error.name} is missing; pip install 'cwdm[report,eval]' brings what the demo needs"
+        ) from error
 
     print(f"look at {run_demo(out, cases, weights)}")
 
@@ -198,7 +219,11 @@ def untrained(
     from cwdm.unet import UNetConfig
     from cwdm.untrained import write_untrained
 
-    for path in write_untrained(folder, UNetConfig(in_channels=32, model_channels=width), Record()):
+    try:
+        config = UNetConfig(in_channels=32, model_channels=width)
+    except ValueError as error:
+        raise SettingsError(f"--width {width}: {error}") from error
+    for path in write_untrained(folder, config, Record()):
         print(path)
 
 
@@ -223,8 +248,9 @@ def download(
 def list_weights(
     weights: Annotated[Path | None, typer.Argument(help="Folder or file. Default: where infer looks.")] = None,
 ) -> None:
-    """Show what is in a folder of weights."""
-    _show_weights(weights)
+    """Show what is in a folder of weights; exit code 1 if a file is not usable."""
+    if not _show_weights(weights):
+        raise typer.Exit(1)
 
 
 @weights_app.command()

@@ -1,21 +1,26 @@
 """Many cases: reading, computing and writing overlap, failures stay apart, a second run does what is left."""
 
+import gc
 import json
+import os
 import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, TypeVar, cast
 
+import torch
+
 from cwdm import __version__
 from cwdm.brats import CaseFolder, output_name, read_case, write_volume
-from cwdm.errors import CaseError, OutputError, WeightsError
+from cwdm.errors import CaseError, CwdmError, OutputError
 from cwdm.files import check_writable, remove_stale, write_atomically
 from cwdm.progress import CohortProgress
-from cwdm.synthesis import Prepared, Synthesis, Synthesizer
+from cwdm.synthesis import Prepared, Samples, Synthesizer
 
 PROGRAM = f"cwdm {__version__}"
 
@@ -55,7 +60,7 @@ def synthesise_cohort(
     is there already is skipped, unless `overwrite`. A case that cannot be used is reported and passed over.
 
     Args:
-        report: folder for a JSON record a case, `run.json` and, with several samples, the spread.
+        report: folder for a JSON record of each case and of the run and, with several samples, the spread.
 
     Returns:
         One outcome a case.
@@ -63,118 +68,170 @@ def synthesise_cohort(
     Raises:
         OutputError: an output folder cannot be written or is full; cases already written stay.
     """
-    progress = progress or CohortProgress(len(folders))
     for folder in (output, report) if report else (output,):
         check_writable(folder)
         remove_stale(folder)
-    run = _Run(synthesizer, output, report, overwrite, progress)
-    outcomes: list[Outcome] = []
+    progress = progress or CohortProgress(len(folders))
+    run = _Run(synthesizer, output, report, overwrite, progress, total=len(folders))
     started = time.time()
-    with progress:
-        for modality, group in groupby(sorted(folders, key=_group), key=_group):
-            for outcome in run.group(modality, list(group)):
-                outcomes.append(outcome)
-                progress.end_case(f"[{len(outcomes)}/{len(folders)}] {_line(outcome)}")
-    if report:
-        record = {
-            "program": PROGRAM,
-            "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
-            "seconds": round(time.time() - started, 3),
-            "settings": synthesizer.settings.model_dump(),
-            "cases": [asdict(outcome) for outcome in outcomes],
-        }
-        _write_json(report / "run.json", record)
-    return outcomes
+    try:
+        with progress:
+            for modality, group in groupby(sorted(folders, key=_group), key=_group):
+                run.group(modality, list(group))
+    finally:
+        if report:
+            run.write_record(report, started)
+    return run.outcomes
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Run:
+    """One pass over a cohort.
+
+    Attributes:
+        outcomes: grows as cases come to their end, on whichever thread.
+        stop: what the writer met that makes going on pointless.
+    """
+
     synthesizer: Synthesizer
     output: Path
     report: Path | None
     overwrite: bool
     progress: CohortProgress
+    total: int
+    outcomes: list[Outcome] = field(default_factory=list)
+    stop: OutputError | None = None
 
-    def group(self, modality: str, folders: list[CaseFolder]) -> Iterator[Outcome]:
-        """Outcomes of the cases that miss one modality, as they come."""
-        todo = []
-        for folder in folders:
-            if not modality:
-                yield self.unusable(folder)
-            elif not self.overwrite and (self.output / output_name(folder.name, modality)).exists():
-                yield Outcome(folder.name, modality, "skipped")
-            else:
-                todo.append(folder)
+    def group(self, modality: str, folders: list[CaseFolder]) -> None:
+        """The cases that miss one modality."""
+        todo = [folder for folder in folders if not self.settled(folder, modality)]
         if not todo:
             return
         try:
             self.synthesizer.load(modality)
-        except WeightsError as error:
-            self.progress.log(f"error: {error}")
-            yield from (
-                Outcome(folder.name, modality, "failed", f"no usable weights for {modality}") for folder in todo
-            )
+        except Exception as error:
+            reason = self.explain(error)
+            self.progress.log(f"error: {reason}")
+            for folder in todo:
+                self.end(Outcome(folder.name, modality, "failed", reason))
             return
-        yield from self.pipeline(todo)
+        self.pipeline(todo)
 
-    def unusable(self, folder: CaseFolder) -> Outcome:
+    def settled(self, folder: CaseFolder, modality: str) -> bool:
+        """Whether nothing is left to do: the case is unusable, or its file is there already."""
+        if not modality:
+            try:
+                read_case(folder)
+            except CaseError as error:
+                self.end(Outcome(folder.name, "", "failed", error.reason))
+            return True
+        path = self.output / output_name(folder.name, modality)
+        if self.overwrite or not (path.is_file() and path.stat().st_size):
+            return False
+        self.end(Outcome(folder.name, modality, "skipped", warnings=self.changes(folder, modality)))
+        return True
+
+    def changes(self, folder: CaseFolder, modality: str) -> tuple[str, ...]:
+        """A warning if the record of a finished case tells of other settings than today's."""
+        path = self.report / f"{folder.name}-{modality}.json" if self.report else None
+        if path is None or not path.is_file():
+            return ()
         try:
-            read_case(folder)
-        except CaseError as error:
-            return Outcome(folder.name, "", "failed", error.reason)
-        raise AssertionError(f"{folder.name} is usable")
+            settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return (f"its record {path.name} cannot be read",)
+        same = settings == self.synthesizer.settings.model_dump(mode="json")
+        return () if same else ("made with other settings; --overwrite makes it again",)
 
-    def pipeline(self, folders: list[CaseFolder]) -> Iterator[Outcome]:
+    def pipeline(self, folders: list[CaseFolder]) -> None:
         """Read the next case and write the last one while the network works on this one."""
         with ThreadPoolExecutor(1, "reader") as reader, ThreadPoolExecutor(1, "writer") as writer:
-            reading = _one_ahead((folder, reader.submit(self.read, folder)) for folder in folders)
-            writing = _one_ahead((folder, self.compute(folder, future, writer)) for folder, future in reading)
-            for folder, future in writing:
-                yield self.settled(folder, future)
+            writing: Future[None] | None = None
+            for folder, reading in _one_ahead((folder, reader.submit(self.read, folder)) for folder in folders):
+                drawn = self.draw(folder, reading)
+                if writing:
+                    writing.result()  # at most one volume waits to be written
+                self.raise_if_stopped()
+                writing = writer.submit(self.write, *drawn) if drawn else None
+        self.raise_if_stopped()
 
     def read(self, folder: CaseFolder) -> Prepared:
         return self.synthesizer.prepare(read_case(folder))
 
-    def compute(self, folder: CaseFolder, reading: Future[Prepared], writer: ThreadPoolExecutor) -> Future[Outcome]:
+    def draw(self, folder: CaseFolder, reading: Future[Prepared]) -> tuple[Prepared, Samples] | None:
+        """The network's part; None if the case failed."""
         try:
             prepared = reading.result()
             self.progress.start_case(folder.name, self.synthesizer.evaluations(prepared.case.target))
-            samples, seconds = self.synthesizer.sample(prepared, self.progress.step)
-        except Exception as error:
-            failed: Future[Outcome] = Future()
-            failed.set_exception(error)
-            return failed
-        return writer.submit(lambda: self.write(self.synthesizer.finish(prepared, samples, seconds)))
-
-    def write(self, result: Synthesis) -> Outcome:
-        case, modality = result.case, result.case.target
-        seconds = round(result.seconds, 3)
-        outcome = Outcome(case.name, modality, "written", seconds=seconds, warnings=result.warnings)
-        if self.report:
-            _write_json(
-                self.report / f"{case.name}-{modality}.json",
-                {"program": PROGRAM, "synthesised": True, **asdict(outcome), **self.synthesizer.describe(modality)},
-            )
-            if result.spread is not None:
-                write_volume(self.report / f"{case.name}-{modality}-spread.nii.gz", result.spread, case, native=False)
-        # Last, because its being there says that the case is finished.
-        native = self.synthesizer.settings.output.intensity == "native"
-        write_volume(self.output / output_name(case.name, modality), result.volume, case, native)
-        return outcome
-
-    def settled(self, folder: CaseFolder, future: Future[Outcome]) -> Outcome:
-        try:
-            return future.result()
+            return prepared, self.synthesizer.sample(prepared, self.step)
         except OutputError:
-            raise  # a full or read-only disk is no fault of this case, and the next one would meet it too
-        except CaseError as error:
-            reason = error.reason
-        except MemoryError:
-            reason = "not enough memory"
+            raise
         except Exception as error:  # whatever it is, it must not take the other cases down
-            self.progress.log("".join(traceback.format_exception(error)))
-            reason = f"unexpected {type(error).__name__}: {error}"
-        return Outcome(folder.name, _group(folder), "failed", reason)
+            self.fail(folder.name, _group(folder), error)
+            return None
+
+    def step(self) -> None:
+        self.raise_if_stopped()
+        self.progress.step()
+
+    def raise_if_stopped(self) -> None:
+        if self.stop:
+            raise self.stop
+
+    def write(self, prepared: Prepared, samples: Samples) -> None:
+        """The writer thread's part; the volume comes last, because its being there says that the case is finished."""
+        case, modality = prepared.case, prepared.case.target
+        name = f"{case.name}-{modality}"
+        try:
+            result = self.synthesizer.finish(prepared, samples)
+            outcome = Outcome(case.name, modality, "written", "", round(result.seconds, 3), result.warnings)
+            if self.report:
+                made_by = self.synthesizer.describe(modality)
+                record = {"program": PROGRAM, "synthesised": True, **asdict(outcome), **made_by}
+                _write_json(self.report / f"{name}.json", record)
+                if result.spread is not None:
+                    write_volume(self.report / f"{name}-spread.nii.gz", result.spread, case, native=False)
+            result.save(self.output / output_name(case.name, modality))
+            self.end(outcome)
+        except OutputError as error:
+            self.stop = error  # a full or read-only disk is no fault of this case, and the next one would meet it too
+        except Exception as error:
+            self.fail(case.name, modality, error)
+
+    def fail(self, case: str, modality: str, error: Exception) -> None:
+        self.end(
+            Outcome(case, modality, "failed", error.reason if isinstance(error, CaseError) else self.explain(error))
+        )
+
+    def explain(self, error: Exception) -> str:
+        """One line about an error; the memory it holds on to is let go."""
+        if isinstance(error, CwdmError):
+            return str(error)
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            error.__traceback__ = None  # its frames keep the network's tensors alive
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            return "not enough memory"
+        self.progress.log("".join(traceback.format_exception(error)))
+        error.__traceback__ = None
+        return f"unexpected {type(error).__name__}: {error}"
+
+    def end(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self.progress.end_case(f"[{len(self.outcomes)}/{self.total}] {_line(outcome)}")
+
+    def write_record(self, report: Path, started: float) -> None:
+        """What this run did, under a name of its own, so that the next run's does not replace it."""
+        moment = datetime.fromtimestamp(started, UTC)
+        record = {
+            "program": PROGRAM,
+            "started": moment.isoformat(timespec="seconds"),
+            "seconds": round(time.time() - started, 3),
+            "settings": self.synthesizer.settings.model_dump(mode="json"),
+            "cases": [asdict(outcome) for outcome in self.outcomes],
+        }
+        _write_json(report / f"run-{moment:%Y%m%dT%H%M%S.%f}-{os.getpid()}.json", record)
 
 
 def _one_ahead(items: Iterable[T]) -> Iterator[T]:
@@ -192,9 +249,9 @@ def _line(outcome: Outcome) -> str:
     name = f"{outcome.case}: {outcome.modality}" if outcome.modality else outcome.case
     if outcome.status == "failed":
         return f"{name} FAILED: {outcome.reason}"
-    if outcome.status == "skipped":
-        return f"{name} is there already"
     warnings = "".join(f"\n    warning: {warning}" for warning in outcome.warnings)
+    if outcome.status == "skipped":
+        return f"{name} is there already{warnings}"
     return f"{name} written after {outcome.seconds:.1f} s of sampling{warnings}"
 
 
@@ -202,6 +259,6 @@ def _write_json(path: Path, content: dict[str, Any]) -> None:
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
     def write(file: BinaryIO) -> None:
-        file.write(text.encode())
+        file.write(text.encode(errors="backslashreplace"))  # names of files can be any bytes
 
     write_atomically(path, write)

@@ -4,12 +4,13 @@ import difflib
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from cwdm.errors import SettingsError
+from cwdm.samplers import known_sampler
 
 
 class _Settings(BaseModel):
@@ -25,7 +26,7 @@ class SamplerSettings(_Settings):
         timesteps: an explicit falling list within 999 to 0, overrides `steps`.
     """
 
-    name: Literal["ddpm", "ddim", "dpmpp"] | None = None
+    name: Annotated[str, AfterValidator(known_sampler)] | None = None
     steps: int | None = Field(default=None, ge=1, le=1000)
     timesteps: list[int] | None = None
 
@@ -93,6 +94,8 @@ def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+            raise SettingsError(f"{path}: is not a file")
         with path.open(encoding="utf-8") as file:
             text = file.read(_MOST_BYTES + 1)
         if len(text) > _MOST_BYTES:
@@ -102,7 +105,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: the settings cannot be read ({error})") from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2024-13-45
         raise SettingsError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if values is None:
         return {}
@@ -127,7 +130,7 @@ def _set(values: dict[str, Any], override: str) -> None:
             raise SettingsError(f"'{override}': {group} holds a value, not further keys")
     try:
         values[name] = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise SettingsError(f"'{override}': the value is not valid YAML") from error
 
 

@@ -9,6 +9,7 @@ from cwdm.brats import CaseFolder, case_folder, find_cases, output_name, read_ca
 from cwdm.checkpoint import Record
 from cwdm.cohort import synthesise_cohort
 from cwdm.drop import drop_modalities
+from cwdm.errors import CaseError
 from cwdm.metrics import psnr, ssim
 from cwdm.phantom import write_phantoms
 from cwdm.preprocess import brain_mask, normalise
@@ -22,7 +23,7 @@ UNTRAINED = UNetConfig(in_channels=32, model_channels=16, channel_mult=(1, 2, 2)
 
 
 def run_demo(out: Path, cases: int, weights: Path | None, log: Callable[[str], None] = print) -> Path:
-    """Run everything into a folder; what is there already is kept.
+    """Run everything into a folder; patients that are there already are kept.
 
     Args:
         weights: folder or file; None makes untrained ones, whose images mean nothing.
@@ -34,22 +35,24 @@ def run_demo(out: Path, cases: int, weights: Path | None, log: Callable[[str], N
     write_phantoms(out / "patients", cases, SEED, on_case=lambda name: log(f"    {name}"))
     log(f"2/4 taking one contrast away from each, into {out / 'input'}")
     dropped = drop_modalities(out / "patients", out / "input", SEED)
-    title = "synthesised on the CPU"
     if weights is None:
         weights = out / "untrained-weights"
-        title = NOTICE
         log(f"    no weights were given: {NOTICE}")
         if not weights.exists():
             write_untrained(weights, UNTRAINED, Record(sampler="dpmpp", steps=4))
     log(f"3/4 synthesising what is missing into {out / 'output'}")
     folders = find_cases(out / "input")
-    synthesise_cohort(folders, Synthesizer(weights, device="cpu"), out / "output", report=out / "report")
+    synthesizer = Synthesizer(weights, device="cpu")
+    outcomes = synthesise_cohort(folders, synthesizer, out / "output", overwrite=True, report=out / "report")
+    if failed := [outcome for outcome in outcomes if outcome.status == "failed"]:
+        raise CaseError(failed[0].case, failed[0].reason)
     log("4/4 comparing with the truth")
     comparisons = [_compare(out, folder, modality) for folder, (_, modality) in zip(folders, dropped, strict=True)]
     for comparison in comparisons:
         log(f"    {comparison.name}: {comparison.target} {comparison.caption}")
     picture = out / "demo.png"
-    draw_comparisons(picture, comparisons, title)
+    notices = {warning for outcome in outcomes for warning in outcome.warnings}
+    draw_comparisons(picture, comparisons, "; ".join(sorted(notices)) or "synthesised on the CPU")
     return picture
 
 

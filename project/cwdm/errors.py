@@ -18,9 +18,6 @@ class CaseError(CwdmError):
         self.case = case
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type["CaseError"], tuple[str, str]]:
-        return type(self), (self.case, self.reason)
-
 
 class InputError(CwdmError):
     """The input folder as a whole cannot be used."""

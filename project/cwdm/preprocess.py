@@ -1,5 +1,6 @@
 """Intensity and geometry between files and network, each with its inverse; tensors and numbers only."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
@@ -17,6 +18,9 @@ AnyType = TypeVar("AnyType", bound=np.generic)
 
 CLIP_QUANTILES = (0.001, 0.999)
 """Of the whole volume, background included, as published."""
+
+MOST_WINDOW_VOXELS = 4 * 224 * 224 * 160
+"""The network's memory grows with the window: beyond this, one case would take down a machine that can do the rest."""
 
 PUBLISHED_WINDOW = (224, 224, 160)
 """Voxels that the published weights see of the 240×240×155 of a BraTS volume."""
@@ -45,7 +49,10 @@ def normalise(volume: Volume) -> tuple[Volume, ClipRange]:
         ValueError: the percentiles are equal.
     """
     low, high = (np.float32(value) for value in _quantiles(volume, CLIP_QUANTILES))
-    span = high - low
+    with np.errstate(over="ignore"):
+        span = high - low
+    if not np.isfinite(span):
+        raise ValueError(f"intensities from {low:g} to {high:g} are more than can be scaled; rescale the image")
     if not span > 0:
         raise ValueError(
             f"99.8 % of the voxels have the same intensity ({low:g}), so there is nothing to scale; "
@@ -157,6 +164,9 @@ def choose_window(
 
     Returns:
         The window, and what is unusual about it in plain words.
+
+    Raises:
+        ValueError: the brain needs a window of more than four times the published one's voxels.
     """
     starts, sizes, warnings = [], [], []
     for axis, length in enumerate(brain_mask.shape):
@@ -178,6 +188,8 @@ def choose_window(
             )
         starts.append(start)
         sizes.append(size)
+    if math.prod(sizes) > MOST_WINDOW_VOXELS:
+        raise ValueError(f"the brain needs a window of {sizes} voxels, too many to compute; resample the case to 1 mm")
     return Window(_three(starts), _three(sizes), _three(brain_mask.shape)), tuple(warnings)
 
 

@@ -1,7 +1,12 @@
 """What a person sees of a long run: bars on a terminal, one plain line an event elsewhere."""
 
+import time
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+SECONDS_BETWEEN_LINES = 60
+"""Where there is no terminal to show a bar."""
 
 
 class CohortProgress:
@@ -15,7 +20,7 @@ class CohortProgress:
     def __init__(self, total: int, console: Console | None = None) -> None:
         self.console = console or Console(stderr=True, highlight=False)
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -26,6 +31,7 @@ class CohortProgress:
         )
         self._cases = self._bars.add_task("cases", total=total)
         self._steps = self._bars.add_task("steps", total=None)
+        self._name, self._done, self._total, self._said = "", 0, 0, time.monotonic()
 
     def __enter__(self) -> "CohortProgress":
         self._bars.start()
@@ -36,11 +42,16 @@ class CohortProgress:
 
     def start_case(self, name: str, steps: int) -> None:
         """The network begins with a case."""
+        self._name, self._done, self._total, self._said = name, 0, steps, time.monotonic()
         self._bars.reset(self._steps, total=steps, description=name)
 
     def step(self) -> None:
         """One evaluation of the network is done."""
         self._bars.advance(self._steps)
+        self._done += 1
+        if not self.console.is_terminal and time.monotonic() - self._said > SECONDS_BETWEEN_LINES:
+            self._said = time.monotonic()
+            self.log(f"{self._name}: step {self._done} of {self._total}")
 
     def end_case(self, line: str) -> None:
         """A case is written, skipped or has failed."""
@@ -49,4 +60,6 @@ class CohortProgress:
 
     def log(self, line: str) -> None:
         """Print a line above the bars, as it is."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        # A folder's name may hold anything, even sequences that would take over the terminal.
+        safe = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in line)
+        self.console.print(safe, markup=False, soft_wrap=True)

@@ -92,6 +92,13 @@ def dpmpp(
 SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}
 
 
+def known_sampler(name: str) -> str:
+    """The name itself; raises ValueError if no sampler has it."""
+    if name not in SAMPLERS:
+        raise ValueError(f"must be one of {', '.join(SAMPLERS)}")
+    return name
+
+
 def _steps(timesteps: Sequence[int]) -> Iterator[tuple[int, float, float]]:
     """(t, ᾱ_t, ᾱ of the next timestep), the last ᾱ being 1: no noise left."""
     timesteps = [int(t) for t in timesteps]

@@ -1,5 +1,6 @@
 """One case in, one volume out."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cwdm.brats import NEAREST, Case, CaseFolder, case_folder, read_case
+from cwdm.brats import NEAREST, Case, CaseFolder, case_folder, read_case, write_volume
 from cwdm.checkpoint import Checkpoint
 from cwdm.config import Settings
 from cwdm.errors import CaseError, SettingsError, WeightsError
@@ -25,9 +26,9 @@ from cwdm.preprocess import (
     foreground,
     normalise,
 )
-from cwdm.samplers import SAMPLERS, Denoise, spaced_timesteps
+from cwdm.samplers import SAMPLERS, Denoise, Sampler, spaced_timesteps
 from cwdm.wavelet import dwt, idwt
-from cwdm.weights import default_folder, load_for
+from cwdm.weights import default_folder, load_for, modality_of
 
 ORIENTATION = "LPS"
 """Voxel order that the weights know: that of BraTS files."""
@@ -63,13 +64,38 @@ class Synthesis:
         volume: (X, Y, Z) float32 in the order of the case's files; scanner-like numbers, or [0, 1] if the
             settings ask for `unit` intensities.
         spread: standard deviation over the samples, in the same numbers; None for a single sample.
+        native: whether the numbers are scanner-like.
         seconds: time spent sampling.
     """
 
     case: Case
     volume: Volume
     spread: Volume | None
+    native: bool
     warnings: tuple[str, ...]
+    seconds: float
+
+    def save(self, path: Path | str) -> None:
+        """Write the volume as .nii.gz with the geometry of the case, whole or not at all.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        write_volume(Path(path), self.volume, self.case, self.native)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the network made of a case, inside the window and in [0, 1], float32 on the CPU.
+
+    Attributes:
+        mean: over the samples, (X, Y, Z).
+        spread: standard deviation over them, (X, Y, Z); None for a single sample.
+        seconds: what it took.
+    """
+
+    mean: Tensor
+    spread: Tensor | None
     seconds: float
 
 
@@ -85,9 +111,12 @@ class Synthesizer:
         weights: folder or file; None for `$CWDM_WEIGHTS` or what `cwdm weights download` fetched.
         settings: see `cwdm.config.Settings`.
         device: "cuda" demands a GPU, "auto" takes one if there is one.
+        sampler: a function like those of `cwdm.samplers`, in place of the one that settings or weights name.
+
+    An instance is for one thread at a time.
 
     Raises:
-        SettingsError: no GPU where one was demanded, or no bf16 where it was.
+        SettingsError: no GPU where one was demanded.
         WeightsError: the weights' folder does not exist.
     """
 
@@ -96,13 +125,18 @@ class Synthesizer:
         weights: Path | str | None = None,
         settings: Settings | None = None,
         device: DeviceName = "auto",
+        sampler: Sampler | None = None,
     ) -> None:
         self.weights = Path(weights) if weights is not None else default_folder()
-        if not self.weights.exists():
-            raise WeightsError(f"no weights at {self.weights}; 'cwdm weights download {self.weights}' fetches them")
+        if not os.path.exists(self.weights):  # noqa: PTH110  # Path.exists raises where a folder may not be entered
+            raise WeightsError(
+                f"no weights at {self.weights}; 'cwdm weights download FOLDER' fetches the published ones"
+            )
+        self.sampler = sampler
         self.settings = settings or Settings()
         self.device = choose_device(device)
         self.dtype = choose_dtype(self.settings.precision, self.device)
+        self._taken_for: dict[Path, str] = {}
         self._loaded: tuple[str, Checkpoint] | None = None
 
     def __call__(self, case: CaseFolder | Path | str, on_step: Callable[[], None] = lambda: None) -> Synthesis:
@@ -114,23 +148,43 @@ class Synthesizer:
         """
         folder = case if isinstance(case, CaseFolder) else case_folder(Path(case))
         prepared = self.prepare(read_case(folder))
-        samples, seconds = self.sample(prepared, on_step)
-        return self.finish(prepared, samples, seconds)
+        return self.finish(prepared, self.sample(prepared, on_step))
 
     def load(self, modality: str) -> Checkpoint:
         """The checkpoint that synthesises `modality`, ready on the device; only the last one stays in memory."""
         if self._loaded is None or self._loaded[0] != modality:
             self._loaded = None  # frees its memory before the next one comes
             checkpoint = load_for(self.weights, modality)
+            self._check_not_shared(modality, checkpoint)
             checkpoint.model.to(self.device, self.dtype)
             self._loaded = modality, checkpoint
         return self._loaded[1]
+
+    def _check_not_shared(self, modality: str, checkpoint: Checkpoint) -> None:
+        """Weights that do not say what they synthesise are believed once, not for one contrast after the other."""
+        if checkpoint.record.modality or modality_of(checkpoint.path):
+            return
+        other = self._taken_for.setdefault(checkpoint.path, modality)
+        if other != modality:
+            raise WeightsError(
+                f"{checkpoint.path} does not say which contrast it synthesises and was taken for {other} in this run, "
+                f"so not for {modality}; put it into a folder named {other}"
+            )
 
     def plan(self, checkpoint: Checkpoint) -> tuple[str, list[int]]:
         """Name of the sampler and the falling timesteps: the checkpoint's unless the settings say otherwise."""
         sampler, record = self.settings.sampler, checkpoint.record
         timesteps = sampler.timesteps or spaced_timesteps(sampler.steps or record.steps)
-        return sampler.name or record.sampler, timesteps
+        name = getattr(self.sampler, "__name__", "own") if self.sampler else sampler.name or record.sampler
+        return name, timesteps
+
+    def summary(self) -> str:
+        """One line about how cases will be computed."""
+        sampler = self.settings.sampler
+        steps = len(sampler.timesteps) if sampler.timesteps else sampler.steps
+        where = torch.cuda.get_device_name() if self.device.type == "cuda" else "the CPU"
+        how = f"{sampler.name or 'recommended sampler'}, {steps or 'recommended'} steps"
+        return f"{how}, {str(self.dtype).removeprefix('torch.')} on {where}, weights {self.weights}"
 
     def evaluations(self, modality: str) -> int:
         """How often the network runs for one case."""
@@ -154,7 +208,7 @@ class Synthesizer:
         """Bring a case into the network's orientation, window and range.
 
         Raises:
-            CaseError: a contrast is constant between its percentiles.
+            CaseError: a contrast is constant between its percentiles, or the brain is too large.
             WeightsError: there are no usable weights for the missing contrast.
         """
         checkpoint = self.load(case.target)
@@ -163,7 +217,10 @@ class Synthesizer:
         mask = brain_mask(list(case.volumes.values()))
         # 32 is the published network's, and smaller ones keep its window.
         multiple = max(32, 2 * checkpoint.model.config.size_multiple)
-        window, window_warnings = choose_window(orientation.apply(mask), multiple)
+        try:
+            window, window_warnings = choose_window(orientation.apply(mask), multiple)
+        except ValueError as error:
+            raise CaseError(case.name, str(error)) from error
         units, clip_ranges = [], {}
         for modality, volume in case.volumes.items():
             try:
@@ -185,45 +242,53 @@ class Synthesizer:
         )
 
     @torch.inference_mode()
-    def sample(self, prepared: Prepared, on_step: Callable[[], None] = lambda: None) -> tuple[Tensor, float]:
-        """Draw the settings' number of samples, one after the other.
-
-        Returns:
-            (N, X, Y, Z) inside the window, in [0, 1], float32 on the CPU; and the seconds it took.
-        """
+    def sample(self, prepared: Prepared, on_step: Callable[[], None] = lambda: None) -> Samples:
+        """Draw the settings' number of samples, one after the other; sample i is what the seed + i alone would give."""
         start = time.perf_counter()
         checkpoint = self.load(prepared.case.target)
         low, high = checkpoint.record.value_range
-        wavelet = checkpoint.record.wavelet
-        condition = dwt(prepared.unit.to(self.device) * (high - low) + low, wavelet)
+        condition = dwt(prepared.unit.to(self.device) * (high - low) + low, checkpoint.record.wavelet)
         denoise = clamped_denoiser(checkpoint, condition, self.dtype, on_step)
-        sampler, timesteps = self.plan(checkpoint)
-        shape = (1, checkpoint.model.config.out_channels, *condition.shape[2:])
-        samples = []
-        for index in range(self.settings.samples):
-            generator = torch.Generator(self.device).manual_seed(self.settings.seed + index)
-            noise = torch.randn(shape, generator=generator, device=self.device)
-            volume = idwt(SAMPLERS[sampler](denoise, noise, timesteps, generator=generator), wavelet)
-            samples.append(((volume - low) / (high - low)).squeeze(1).cpu())
-        return torch.cat(samples), time.perf_counter() - start
+        count, mean, squares = self.settings.samples, torch.zeros(()), torch.zeros(())
+        for index in range(count):
+            volume = self._draw(checkpoint, denoise, condition, self.settings.seed + index)
+            sample = ((volume - low) / (high - low))[0, 0].cpu()
+            # Welford (1962): mean and spread without keeping the samples.
+            difference = sample - mean
+            mean = mean + difference / (index + 1)
+            squares = squares + difference * (sample - mean)
+        spread = (squares / (count - 1)).sqrt() if count > 1 else None
+        return Samples(mean, spread, time.perf_counter() - start)
 
-    def finish(self, prepared: Prepared, samples: Tensor, seconds: float) -> Synthesis:
-        """Bring samples (N, X, Y, Z) back to the grid, orientation and intensities of the case.
+    def _draw(self, checkpoint: Checkpoint, denoise: Denoise, condition: Tensor, seed: int) -> Tensor:
+        """One sampled volume (1, 1, X, Y, Z) in the checkpoint's value range."""
+        name, timesteps = self.plan(checkpoint)
+        sampler = self.sampler or SAMPLERS[name]
+        shape = (1, checkpoint.model.config.out_channels, *condition.shape[2:])
+        generator = torch.Generator(self.device).manual_seed(seed)
+        noise = torch.randn(shape, generator=generator, device=self.device)
+        # float32 means float32: cuDNN would round the factors of its products to TF32's 10 bits.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return idwt(sampler(denoise, noise, timesteps, generator=generator), checkpoint.record.wavelet)
+
+    def finish(self, prepared: Prepared, samples: Samples) -> Synthesis:
+        """Bring the samples back to the grid, orientation and intensities of the case.
 
         Raises:
             CaseError: nothing but background came out.
         """
         output = self.settings.output
-        unit = self._restore(prepared, samples.mean(0))
+        native = output.intensity == "native"
+        unit = self._restore(prepared, samples.mean)
         keep = foreground(unit, output.background, prepared.mask, output.threshold)
-        low, high = prepared.clip_range if output.intensity == "native" else (0.0, 1.0)
+        low, high = prepared.clip_range if native else (0.0, 1.0)
         volume = np.where(keep, denormalise(unit, ClipRange(low, high)), np.float32(0))
         if not volume.any():
             raise CaseError(prepared.case.name, f"the synthesised {prepared.case.target} is empty; check the weights")
         spread = None
-        if len(samples) > 1:
-            spread = np.where(keep, self._restore(prepared, samples.std(0)) * np.float32(high - low), np.float32(0))
-        return Synthesis(prepared.case, volume, spread, prepared.warnings, seconds)
+        if samples.spread is not None:
+            spread = np.where(keep, self._restore(prepared, samples.spread) * np.float32(high - low), np.float32(0))
+        return Synthesis(prepared.case, volume, spread, native, prepared.warnings, samples.seconds)
 
     @staticmethod
     def _restore(prepared: Prepared, inside: Tensor) -> Volume:

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError  # type: ignore[attr-defined]
+from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
 from cwdm import checkpoint
 from cwdm.checkpoint import Checkpoint
@@ -32,7 +32,8 @@ _TRAINED = re.compile(r"brats_(\d{6,})\.pt")
 def default_folder() -> Path:
     """$CWDM_WEIGHTS, or the user's cache: where `cwdm weights download` puts files and `cwdm infer` looks."""
     named = os.environ.get("CWDM_WEIGHTS")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    # Not Path.home(), which fails for a user without name or home, as in many containers.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))  # noqa: PTH111
     return Path(named) if named else cache / "cwdm" / "weights"
 
 
@@ -45,6 +46,13 @@ def find(weights: Path, modality: str) -> Path:
     Raises:
         WeightsError: there is none.
     """
+    try:
+        return _find(weights, modality)
+    except OSError as error:
+        raise WeightsError(f"{weights}: cannot be read ({error.strerror})") from error
+
+
+def _find(weights: Path, modality: str) -> Path:
     if weights.is_file():
         return weights
     names = (f"{modality}.safetensors", PUBLISHED_FILES[modality])
@@ -68,8 +76,17 @@ def load_for(weights: Path, modality: str) -> Checkpoint:
     """
     path = find(weights, modality)
     loaded = checkpoint.load(path)
-    if loaded.model.config.in_channels == loaded.model.config.out_channels:
+    expected = recorded(path.parent).get(path.name, {}).get("sha256", loaded.sha256)
+    if loaded.sha256 != expected:
+        raise WeightsError(f"{path}: sha256 {loaded.sha256}, but {CHECKSUMS} beside it says {expected}; fetch it again")
+    config = loaded.model.config
+    if config.in_channels == config.out_channels:
         raise WeightsError(f"{path}: an unconditional network, which cannot synthesise {modality} of a patient")
+    if (config.in_channels, config.out_channels) != (32, 8):
+        raise WeightsError(
+            f"{path}: a network of {config.in_channels} inputs and {config.out_channels} outputs; "
+            "one that synthesises a contrast from three others has 32 and 8"
+        )
     known = loaded.record.modality or modality_of(path)
     if known not in (modality, None):
         raise WeightsError(f"{path}: synthesises {known}, but {modality} is missing")
@@ -81,9 +98,9 @@ def load_for(weights: Path, modality: str) -> Checkpoint:
 def modality_of(path: Path) -> str | None:
     """Contrast that a weights file is for, as far as its name tells."""
     for modality, published in PUBLISHED_FILES.items():
-        if path.name in (published, f"{modality}.safetensors") or path.parent.name == modality:
+        if path.name in (published, f"{modality}.safetensors"):
             return modality
-    return None
+    return path.parent.name if path.parent.name in PUBLISHED_FILES else None
 
 
 def _trained(folder: Path) -> list[Path]:
@@ -127,7 +144,7 @@ def _download_one(folder: Path, repo: str, revision: str, name: str) -> Path:
         metadata = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
         commit = metadata.commit_hash or revision
         path = Path(str(hf_hub_download(repo, name, revision=commit, local_dir=folder)))
-    except (HTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise WeightsError(f"{name} could not be downloaded from {repo} ({revision}): {error}") from error
     found = checkpoint.sha256(path)
     # The hub tags large files with their sha256; small ones carry a git hash, which says nothing about content.
@@ -146,6 +163,8 @@ def convert(source: Path, target: Path, modality: str | None, dtype: torch.dtype
     Raises:
         WeightsError: the source is not usable, or no one knows which contrast it synthesises.
     """
+    if target.suffix != ".safetensors":
+        raise WeightsError(f"{target}: the converted file is a safetensors file and must be named so")
     loaded = checkpoint.load(source)
     conditional = loaded.model.config.in_channels > loaded.model.config.out_channels
     modality = modality or loaded.record.modality or modality_of(source)
@@ -202,6 +221,9 @@ def inspect(weights: Path) -> Iterator[Listed]:
     for path in paths:
         if path.suffix in (".pt", ".safetensors"):
             yield _inspect_one(path)
+    for name in recorded(folder) if folder == weights else ():
+        if not (folder / name).exists():
+            yield Listed(folder / name, None, None, f"{folder / name}: recorded in {CHECKSUMS}, but not there")
 
 
 def _inspect_one(path: Path) -> Listed:
@@ -209,7 +231,7 @@ def _inspect_one(path: Path) -> Listed:
     try:
         loaded = checkpoint.load(path)
     except WeightsError as error:
-        return Listed(path, None, None if expected is None else checkpoint.sha256(path) == expected, str(error))
+        return Listed(path, None, None, str(error))
     if expected is None:
         return Listed(path, loaded, None)
     same = loaded.sha256 == expected

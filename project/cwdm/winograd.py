@@ -42,9 +42,8 @@ def supports(x: Tensor) -> bool:
 
 
 def pays(x: Tensor, conv: nn.Conv3d, resample: Resample = None) -> bool:
-    """Whether `norm_silu_conv` may be used, and is faster than the plain modules."""
-    channels = min(conv.in_channels, conv.out_channels)
-    return supports(x) and channels >= MIN_CHANNELS and math.prod(resized(x, resample)) >= MIN_VOXELS
+    """Whether `convolve` may be used, and is faster than the plain modules."""
+    return supports(x) and conv.in_channels >= MIN_CHANNELS and math.prod(resized(x, resample)) >= MIN_VOXELS
 
 
 def resized(x: Tensor, resample: Resample) -> list[int]:
@@ -54,39 +53,49 @@ def resized(x: Tensor, resample: Resample) -> list[int]:
 
 def resize(x: Tensor, resample: Resample) -> Tensor:
     """Halve by averaging or double by nearest neighbour, each spatial axis of (B, C, X, Y, Z)."""
-    if resample == "down":
-        return F.avg_pool3d(x, 2)
     if resample == "up":
         return F.interpolate(x, scale_factor=2.0, mode="nearest")
-    return x
+    if resample == "down" and x.device.type == "cpu":
+        # The same mean of eight neighbours; avg_pool3d is 40 times slower in channels_last, and knows no bfloat16.
+        return F.interpolate(x, scale_factor=0.5, mode="trilinear")
+    return F.avg_pool3d(x, 2) if resample == "down" else x
 
 
-def norm_silu_conv(
-    x: Tensor, norm: nn.GroupNorm, conv: nn.Conv3d, resample: Resample = None, add: Tensor | None = None
+def convolve(
+    x: Tensor,
+    conv: nn.Conv3d,
+    norm: nn.GroupNorm | None = None,
+    resample: Resample = None,
+    add: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
-    """`conv(resize(silu(norm(x)), resample)) + add`, without gradients.
+    """`conv(resize(silu(norm(x)), resample)) + add`, or `conv(x)` if there is no norm; without gradients.
 
     Args:
         x: (B, C, X, Y, Z), float32; best in `channels_last_3d`.
+        conv: C to D channels, 3×3×3, padding 1.
         norm: over the C channels, with weight and bias.
-        conv: C to D channels, 3×3×3, padding 1, with bias.
         resample: halve or double the sizes before the convolution.
         add: broadcastable to the result.
+        overwrite: the result, of the same shape, may take the memory of `add`.
 
     Returns:
         (B, D, X', Y', Z'), in `channels_last_3d`.
     """
     x = x.contiguous(memory_format=torch.channels_last_3d)
     shape = (x.shape[0], conv.out_channels, *resized(x, resample))
-    out = torch.empty(shape, memory_format=torch.channels_last_3d)
+    if add is not None and overwrite:
+        add = out = add.contiguous(memory_format=torch.channels_last_3d)
+    else:
+        out = torch.empty(shape, memory_format=torch.channels_last_3d)
     threads = torch.get_num_threads()
     pool = workers(threads)
     weight = transform_weight(conv.weight)
     for b in range(len(x)):
         sample = channels_last(x[b])
-        scale, offset = affine(norm, sample, pool)
+        normalisation = None if norm is None else affine(norm, sample, pool)
         residual = None if add is None else channels_last(add.expand(shape)[b])
-        sweep = Sweep(sample, scale, offset, resample, weight, conv.bias, residual, channels_last(out[b]))
+        sweep = Sweep(sample, normalisation, resample, weight, conv.bias, residual, channels_last(out[b]))
         blocks = iter(sweep.blocks(BLOCKS_PER_THREAD * threads))
         list(pool.map(sweep.run, [blocks] * threads))
     return out
@@ -101,8 +110,8 @@ def channels_last(x: Tensor) -> Tensor:
 def workers(threads: int) -> ThreadPoolExecutor:
     """Threads that each compute on one core.
 
-    Each takes whole tiles, so that nobody waits at the end of every small operation, as operations shared among
-    threads do: on a busy machine that waiting took most of the time.
+    Each takes whole tiles. Operations shared among threads wait for the slowest at the end of each one; with the many
+    small operations here and other programs on the same cores, that waiting was measured to take most of the time.
     """
     everyone = Barrier(threads)
 
@@ -121,16 +130,16 @@ def workers(threads: int) -> ThreadPoolExecutor:
 def toom_cook() -> tuple[Tensor, Tensor, Tensor]:
     """Transforms of F(4, 3) for data (6, 6), filter (6, 3) and result (4, 6), float64.
 
-    y = result @ ((filter @ g) * (data @ d)) are the 4 outputs of filter g on 6 inputs d: the transpose of multiplying
-    polynomials by their values at 6 points (Toom and Cook). Points 0, ±√½, ±√2 and infinity lose 2.7 times less
-    precision in float32 than the usual 0, ±1, ±2 and infinity: 1.1e-6 instead of 3.1e-6 of the result's RMS in two
-    axes, where direct summation loses 0.2e-6.
+    `result @ ((filter @ g) * (data @ d))` are the 4 outputs of filter g on 6 inputs d: the transpose of multiplying
+    polynomials by way of their values at 6 points (Toom and Cook). The points 0, ±√½, ±√2 and infinity lose 2.7 times
+    less precision than the usual 0, ±1, ±2 and infinity: in two axes the error in float32 is 1.1e-6 of the result's
+    RMS instead of 3.1e-6, where direct summation has 0.2e-6.
     """
     points = torch.tensor([0, math.sqrt(0.5), -math.sqrt(0.5), math.sqrt(2), -math.sqrt(2)], dtype=torch.float64)
 
     def values(coefficients: int) -> Tensor:
-        leading = F.one_hot(torch.tensor([coefficients - 1]), coefficients)  # the value at infinity
-        return torch.cat((points[:, None] ** torch.arange(coefficients), leading))
+        at_infinity = F.one_hot(torch.tensor([coefficients - 1]), coefficients)
+        return torch.cat((points[:, None] ** torch.arange(coefficients), at_infinity))
 
     return torch.linalg.inv(values(IN)).T, values(3), values(OUT).T
 
@@ -144,45 +153,43 @@ def transform_weight(weight: Tensor) -> Tensor:
 
 
 def affine(norm: nn.GroupNorm, x: Tensor, pool: ThreadPoolExecutor) -> tuple[Tensor, Tensor]:
-    """Scale and offset (C,) of each channel that do what `norm` does to x (X, Y, Z, C)."""
-    sums, squares = (torch.stack(part).double() for part in zip(*pool.map(moments, x), strict=True))
-    plane = x[0, :, :, 0].numel()
-    mean = grouped_mean(sums / plane, norm.num_groups)
-    variance = grouped_mean(squares / plane + (sums / plane - mean) ** 2, norm.num_groups)
+    """Scale and offset (C,) of the channels that do what `norm` does to x (X, Y, Z, C)."""
+    means, variances = (torch.stack(planes).double() for planes in zip(*pool.map(moments, x), strict=True))
+    mean = grouped_mean(means, norm.num_groups)
+    variance = grouped_mean(variances + (means - mean) ** 2, norm.num_groups)
     scale = norm.weight / (variance + norm.eps).sqrt()
     return scale.float(), (norm.bias - scale * mean).float()
 
 
 @torch.inference_mode()
 def moments(plane: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum, and sum of squared distances from the mean, of each channel of (Y, Z, C)."""
-    total = plane.sum((0, 1))
-    return total, (plane - total / plane[..., 0].numel()).square_().sum((0, 1))
+    """Mean and variance (C,) of a plane (Y, Z, C)."""
+    mean = plane.mean((0, 1))
+    return mean, (plane - mean).square_().mean((0, 1))
 
 
 def grouped_mean(x: Tensor, groups: int) -> Tensor:
-    """Mean over planes and the channels of a group, (X, C) -> (C,)."""
+    """Mean over planes and over the channels of a group, for each channel: (X, C) -> (C,)."""
     channels = x.shape[1]
     return x.mean(0).view(groups, -1).mean(1).repeat_interleave(channels // groups)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """One sample's way from input to output.
+    """The way of one sample from input to output.
 
     Attributes:
         x: input, (X, Y, Z, C).
-        scale, offset: normalisation, (C,).
-        resample: change of size after SiLU.
+        normalisation: scale and offset (C,), followed by SiLU.
+        resample: change of size after that.
         weight: transformed, (6, 6, 3, C, D).
         bias: (D,).
         add: (X', Y', Z', D).
-        out: written, (X', Y', Z', D).
+        out: to be written, (X', Y', Z', D).
     """
 
     x: Tensor
-    scale: Tensor
-    offset: Tensor
+    normalisation: tuple[Tensor, Tensor] | None
     resample: Resample
     weight: Tensor
     bias: Tensor | None
@@ -197,20 +204,20 @@ class Sweep:
 
     @torch.inference_mode()
     def run(self, blocks: Iterator[tuple[range, range]]) -> None:
-        """Compute blocks of the output until none is left, each a slab of 4 planes after the other."""
+        """Compute blocks of the output until none is left, each in slabs of 4 planes."""
         tiles: Tiles | None = None
         for planes, rows in blocks:
-            if tiles is None or len(rows) != tiles.rows:
+            if tiles is None or tiles.rows != len(rows):
                 tiles = Tiles(self.weight, len(rows), self.out.shape[2])
             tiles.window.zero_()
             self.read(tiles.window[:2], range(planes.start - 1, planes.start + 1), rows)
             for start in planes[::OUT]:
                 self.read(tiles.window[2:], range(start + 1, start + 1 + OUT), rows)
-                self.write(tiles.convolve(), range(start, start + OUT), rows)
+                self.write(tiles.convolve(self.weight), range(start, start + OUT), rows)
                 tiles.window[:2] = tiles.window[OUT:]
 
     def read(self, window: Tensor, planes: range, rows: range) -> None:
-        """Activated input of these planes and of these rows and their neighbours, zero beyond the edges."""
+        """Activated input of these planes, and of these rows and their neighbours; zero beyond the edges."""
         rows = range(rows.start - 1, rows.stop + 1)
         x, y = inside(planes, self.out.shape[0]), inside(rows, self.out.shape[1])
         if len(x) < len(planes):
@@ -219,17 +226,24 @@ class Sweep:
             return
         target = window[within(x, planes), within(y, rows), 1:-1]
         if self.resample is None:
-            torch.addcmul(self.offset, self.x[span(x), span(y)], self.scale, out=target)
-            F.silu(target, inplace=True)
+            self.activate(self.x[span(x), span(y)], target)
             return
         source_x, source_y = source(x, self.resample), source(y, self.resample)
-        h = F.silu(torch.addcmul(self.offset, self.x[span(source_x), span(source_y)], self.scale), inplace=True)
+        h = self.x[span(source_x), span(source_y)]
+        h = self.activate(h, torch.empty_like(h, memory_format=torch.contiguous_format))
         h = channels_last(resize(h.permute(3, 0, 1, 2)[None], self.resample)[0])
-        skip_x, skip_y = (x.start % 2, y.start % 2) if self.resample == "up" else (0, 0)
-        target.copy_(h[skip_x : skip_x + len(x), skip_y : skip_y + len(y)])
+        whole_x, whole_y = (resized_range(r, self.resample) for r in (source_x, source_y))
+        target.copy_(h[within(x, whole_x), within(y, whole_y)])
+
+    def activate(self, x: Tensor, out: Tensor) -> Tensor:
+        """Normalisation and SiLU of (..., C)."""
+        if self.normalisation is None:
+            return out.copy_(x)
+        scale, offset = self.normalisation
+        return F.silu(torch.addcmul(offset, x, scale, out=out), inplace=True)
 
     def write(self, result: Tensor, planes: range, rows: range) -> None:
-        """Result (4, rows, Z' + 2, D) to the output, with the bias and what is added."""
+        """Result of a row of tiles, with the bias and what is added, to the output."""
         out = self.out[span(planes), span(rows)]
         result = result[: out.shape[0], : out.shape[1], : out.shape[2]]
         if self.bias is not None:
@@ -254,13 +268,18 @@ def span(r: range) -> slice:
 
 
 def within(r: range, whole: range) -> slice:
-    """Where r lies in the range that `whole` covers."""
+    """Where r lies in what covers `whole`."""
     return slice(r.start - whole.start, r.stop - whole.start)
 
 
 def source(r: range, resample: Resample) -> range:
-    """What of the input `resize` makes r from."""
+    """Input that `resize` makes r from."""
     return range(2 * r.start, 2 * r.stop) if resample == "down" else range(r.start // 2, (r.stop + 1) // 2)
+
+
+def resized_range(r: range, resample: Resample) -> range:
+    """What `resize` makes of r."""
+    return range(r.start // 2, r.stop // 2) if resample == "down" else range(2 * r.start, 2 * r.stop)
 
 
 class Tiles:
@@ -274,34 +293,34 @@ class Tiles:
     def __init__(self, weight: Tensor, rows: int, depth: int) -> None:
         in_channels, out_channels = weight.shape[-2:]
         n, depth = math.ceil(rows / OUT), depth + 2
-        self.weight, self.rows = weight, rows
-        self.window = weight.new_empty(IN, OUT * n + 2, depth, in_channels)
-        self.mixed = torch.empty_like(self.window)  # transformed along X
-        self.data = weight.new_empty(IN, n, depth * in_channels)  # along X and Y, for one frequency of X
-        self.products = weight.new_zeros(IN, n, depth * out_channels)
-        self.back = weight.new_empty(IN, n, OUT, depth * out_channels)  # transformed back along Y
-        self.result = weight.new_empty(OUT, OUT * n, depth, out_channels)
-        forward, _, back = (matrix.float() for matrix in toom_cook())
-        self.forward_x, self.back_x = forward, back
-        self.forward_y, self.back_y = forward.expand(n, -1, -1), back.expand(n, -1, -1)
+        self.rows = rows
+        self.window = torch.empty(IN, OUT * n + 2, depth, in_channels)
+        self.along_x = torch.empty_like(self.window)  # transformed along X
+        self.along_xy = torch.empty(IN, n, depth * in_channels)  # and along Y, for one frequency of X
+        self.products = torch.zeros(IN, n, depth * out_channels)
+        self.back_along_y = torch.empty(IN, n, OUT, depth * out_channels)
+        self.result = torch.empty(OUT, OUT * n, depth, out_channels)
+        self.forward, _, self.back = (matrix.float() for matrix in toom_cook())
 
-    def convolve(self) -> Tensor:
-        """Convolution of the window: (4, 4n, Z + 2, D); the last two along Z mean nothing."""
-        torch.mm(self.forward_x, self.window.flatten(1), out=self.mixed.flatten(1))
-        for mixed, weight, back in zip(self.mixed, self.weight, self.back, strict=True):
-            tiles = mixed.flatten(1).unfold(0, IN, OUT).transpose(1, 2)  # (n, 6, Z * C), overlapping
-            torch.bmm(self.forward_y, tiles, out=self.data.transpose(0, 1))
-            self.multiply(weight)
-            torch.bmm(self.back_y, self.products.transpose(0, 1), out=back)
-        torch.mm(self.back_x, self.back.flatten(1), out=self.result.flatten(1))
+    def convolve(self, weight: Tensor) -> Tensor:
+        """Convolution of the window, (4, 4n, Z + 2, D), of which the last two along Z mean nothing."""
+        torch.mm(self.forward, self.window.flatten(1), out=self.along_x.flatten(1))
+        n = self.products.shape[1]
+        forward, back = self.forward.expand(n, -1, -1), self.back.expand(n, -1, -1)
+        for frequency in range(IN):
+            tiles = self.along_x[frequency].flatten(1).unfold(0, IN, OUT).transpose(1, 2)  # (n, 6, Z * C), overlapping
+            torch.bmm(forward, tiles, out=self.along_xy.transpose(0, 1))
+            self.multiply(weight[frequency])
+            torch.bmm(back, self.products.transpose(0, 1), out=self.back_along_y[frequency])
+        torch.mm(self.back, self.back_along_y.flatten(1), out=self.result.flatten(1))
         return self.result
 
     def multiply(self, weight: Tensor) -> None:
-        """Products of the 6 frequencies of Y, (6, 3, C, D), each a convolution along Z."""
+        """Products for the 6 frequencies of Y, each a convolution along Z with (6, 3, C, D)."""
         in_channels, out_channels = weight.shape[-2:]
-        data = self.data.view(IN, -1, in_channels)
-        n = data.shape[1] - 2
-        products = self.products.view(IN, -1, out_channels)[:, :n]
-        torch.bmm(data[:, :n], weight[:, 0], out=products)
-        products.baddbmm_(data[:, 1 : n + 1], weight[:, 1])
+        data = self.along_xy.view(IN, -1, in_channels)
+        count = data.shape[1] - 2
+        products = self.products.view(IN, -1, out_channels)[:, :count]
+        torch.bmm(data[:, :count], weight[:, 0], out=products)
+        products.baddbmm_(data[:, 1 : count + 1], weight[:, 1])
         products.baddbmm_(data[:, 2:], weight[:, 2])

@@ -1,8 +1,10 @@
+import contextlib
 import json
 import pickle
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -137,6 +139,51 @@ def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path: Path)
         checkpoint.load(tmp_path / "t1_gen.pt")
 
 
+@pytest.mark.parametrize(
+    "odd",
+    [
+        torch.zeros(128).to_sparse(),
+        torch.empty(128, device="meta"),
+        torch.zeros(128, dtype=torch.complex64),
+        torch.zeros(128, dtype=torch.int64),
+        [1.0] * 128,
+    ],
+    ids=["sparse", "meta", "complex", "integer", "list"],
+)
+def test_tensors_of_another_kind_are_refused(tmp_path: Path, odd: object) -> None:
+    state: dict[str, object] = dict(untrained_state(TINY))
+    state["time_embed.0.bias"] = odd
+    torch.save(state, tmp_path / "t1_gen.pt")
+    with pytest.raises(WeightsError):
+        checkpoint.load(tmp_path / "t1_gen.pt")
+
+
+def test_damaged_pickles_are_refused_whatever_they_raise(tmp_path: Path) -> None:
+    config = UNetConfig(in_channels=32, model_channels=8, channel_mult=(1,), num_res_blocks=1, groups=1)
+    torch.save(untrained_state(config), tmp_path / "whole.pt")
+    random = np.random.RandomState(0)
+    with zipfile.ZipFile(tmp_path / "whole.pt") as whole:
+        entries = {name: whole.read(name) for name in whole.namelist()}
+    pickled = next(name for name in entries if name.endswith("data.pkl"))
+    for _ in range(60):
+        damaged = bytearray(entries[pickled])
+        for position in random.randint(0, len(damaged), 3):
+            damaged[position] = random.randint(0, 256)
+        with zipfile.ZipFile(tmp_path / "t1_gen.pt", "w") as archive:
+            for name, data in entries.items():
+                archive.writestr(name, bytes(damaged) if name == pickled else data)
+        with contextlib.suppress(WeightsError):  # it may also be read: not every byte matters
+            checkpoint.load(tmp_path / "t1_gen.pt")
+
+
+def test_loaded_weights_do_not_hang_on_the_file(tmp_path: Path) -> None:
+    torch.save(untrained_state(TINY), tmp_path / "t1_gen.pt")
+    model = checkpoint.load(tmp_path / "t1_gen.pt").model
+    before = model.stem.weight.clone()
+    (tmp_path / "t1_gen.pt").write_bytes(b"")
+    assert torch.equal(model.stem.weight, before)
+
+
 def test_compressed_archives_are_refused(tmp_path: Path) -> None:
     torch.save(untrained_state(TINY), tmp_path / "plain.pt")
     with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "t1_gen.pt", "w") as packed:
@@ -158,6 +205,7 @@ def test_compressed_archives_are_refused(tmp_path: Path) -> None:
         ),
         (json.dumps({"config": {"in_channels": 32}, "record": {"steps": 0}}), "cannot be understood"),
         (json.dumps({"config": {"in_channels": 32}, "record": {"sampler": "magic"}}), "cannot be understood"),
+        (json.dumps({"config": {"in_channels": 32}, "record": {"value_range": [0, 0]}}), "cannot be understood"),
         (json.dumps({"config": {"in_channels": 32}, "record": {"wavelet": "magic"}}), "cannot be understood"),
     ],
 )

@@ -12,10 +12,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import link_case
 from typer.testing import CliRunner, Result
 
+from cwdm import Synthesizer
+from cwdm.brats import find_cases
 from cwdm.cli import app
+from cwdm.cohort import synthesise_cohort
 
 CWDM = [sys.executable, "-m", "cwdm"]
 FAST = ["sampler.timesteps=[1, 0]", "--device", "cpu"]
@@ -84,7 +88,8 @@ def test_report_says_what_was_done(cohort: Path, weights_folder: Path, tmp_path:
     report = tmp_path / "report"
     infer(cohort, tmp_path / "out", weights_folder, "--report_path", str(report), "samples=2", "seed=9")
     assert names(tmp_path / "out") == EXPECTED
-    run = json.loads((report / "run.json").read_text())
+    (run_file,) = report.glob("run-*.json")
+    run = json.loads(run_file.read_text())
     assert [case["status"] for case in run["cases"]] == ["written"] * 3
     record = json.loads((report / "BraTS-PHANTOM-00001-000-t2f.json").read_text())
     assert record["synthesised"] is True
@@ -95,6 +100,87 @@ def test_report_says_what_was_done(cohort: Path, weights_folder: Path, tmp_path:
     assert any("instead of the 1 mm" in warning for warning in record["warnings"])
     spread = nib.load(report / "BraTS-PHANTOM-00001-000-t2f-spread.nii.gz")
     assert spread.get_fdata().max() > 0
+
+
+def test_a_finished_case_made_with_other_settings_is_said(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    report = ["--report_path", str(tmp_path / "report")]
+    infer(cohort, tmp_path / "out", weights_folder, *report, "seed=1")
+    same = infer(cohort, tmp_path / "out", weights_folder, *report, "seed=1")
+    other = infer(cohort, tmp_path / "out", weights_folder, *report, "seed=2")
+    assert "other settings" not in same.output
+    assert other.output.count("made with other settings") == 3
+    assert "3 of 3 cases" in other.output
+    assert "3 of them from before" in other.output
+    assert len(list((tmp_path / "report").glob("run-*.json"))) == 3
+
+
+@pytest.mark.parametrize("there", ["empty", "folder"])
+def test_only_a_file_with_something_in_it_counts_as_finished(
+    there: str, cohort: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    if there == "empty":
+        (out / EXPECTED[0]).touch()
+    else:
+        (out / EXPECTED[0]).mkdir()
+    result = shell(cohort, out, weights_folder)
+    assert result.returncode == (0 if there == "empty" else 2)
+    assert "Traceback" not in result.stderr
+    assert there == "folder" or names(out) == EXPECTED
+
+
+def test_stopped_run_leaves_a_record_and_no_one_writes_into_a_linked_case(
+    cohort: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    name = names(cohort)[0]
+    (linked / name).symlink_to(cohort / name)
+    result = shell(linked, cohort / name, weights_folder)
+    assert result.returncode == 2
+    assert "choose another folder" in result.stderr
+
+
+def test_out_of_memory_is_one_cases_fault(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    calls = []
+
+    def greedy(denoise, noise, timesteps, generator):
+        calls.append(1)
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return denoise(noise, 0)
+
+    outcomes = synthesise_cohort(
+        find_cases(cohort), Synthesizer(weights_folder, device="cpu", sampler=greedy), tmp_path / "out"
+    )
+    assert [(outcome.status, outcome.reason) for outcome in outcomes if outcome.reason] == [
+        ("failed", "not enough memory")
+    ]
+    assert len(names(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("name", ["caf\udce9", "red\x1b[31m", "new\nline", "[bold]x"])
+def test_odd_names_of_cases_work(name: str, phantoms: Path, weights_folder: Path, tmp_path: Path) -> None:
+    link_case(sorted(phantoms.iterdir())[0], tmp_path / "input", "t1n", name)
+    result = shell(tmp_path / "input", tmp_path / "out", weights_folder, "--report_path", str(tmp_path / "report"))
+    assert result.returncode == 0, result.stderr
+    assert names(tmp_path / "out") == [f"{name}-t1n.nii.gz"]
+    assert "\x1b" not in result.stderr
+
+
+def test_a_name_too_long_for_its_output_is_that_cases_fault(
+    phantoms: Path, cohort: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    source = sorted(phantoms.iterdir())[0]
+    long = cohort / ("a" * 250)
+    long.mkdir()
+    for modality in ("t1n", "t1c", "t2w"):
+        (long / f"{modality}.nii.gz").symlink_to(source / f"{source.name}-{modality}.nii.gz")
+    result = shell(cohort, tmp_path / "out", weights_folder)
+    assert result.returncode == 1
+    assert "name is too long" in result.stderr
+    assert names(tmp_path / "out") == EXPECTED
 
 
 def truncate(path: Path) -> None:
@@ -120,7 +206,8 @@ def test_one_bad_case_does_not_take_the_others_down(
     assert "truncated: truncated-t2f.nii.gz: " in result.stderr
     assert "3 of 6 cases" in result.stderr
     assert "Traceback" not in result.stderr
-    run = json.loads((tmp_path / "report" / "run.json").read_text())
+    (run_file,) = (tmp_path / "report").glob("run-*.json")
+    run = json.loads(run_file.read_text())
     assert sorted(case["status"] for case in run["cases"]) == ["failed"] * 3 + ["written"] * 3
 
 

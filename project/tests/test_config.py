@@ -78,6 +78,8 @@ def test_overrides_win(tmp_path: Path) -> None:
         ("a: !!python/object/apply:os.system [true]", "not valid YAML"),
         ("a: &x [1]\nb: *x", "aliases"),
         ("[" * 5000, "not valid YAML"),
+        ("seed: 2024-13-45", "not valid YAML"),
+        ("seed: 0x_", "not valid YAML"),
         ("#" * (1 << 21), "larger than 1 MiB"),
     ],
 )
@@ -92,7 +94,9 @@ def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
     assert len(str(error.value).splitlines()) == 3
 
 
-@pytest.mark.parametrize("override", ["seed", "=3", "seed.a=3", "sampler=", "sampler.steps=[", "steps=3"])
+@pytest.mark.parametrize(
+    "override", ["seed=2024-13-45", "seed", "=3", "seed.a=3", "sampler=", "sampler.steps=[", "steps=3"]
+)
 def test_bad_overrides_are_named(tmp_path: Path, override: str) -> None:
     path = tmp_path / "p.yaml"
     path.write_text("seed: 3")

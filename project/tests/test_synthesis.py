@@ -1,3 +1,4 @@
+import dataclasses
 import json
 from pathlib import Path
 
@@ -8,19 +9,21 @@ import torch
 from conftest import CASES, SHAPE, SHARED, TINY, golden, link_case, needs_cases
 
 from cwdm import Settings, Synthesizer, checkpoint
-from cwdm.brats import MODALITIES, NEAREST, read_case, write_volume
+from cwdm.brats import MODALITIES, NEAREST, read_case
 from cwdm.brats import case_folder as find_case
 from cwdm.checkpoint import Record, load_published
 from cwdm.config import load_settings
 from cwdm.errors import CaseError, SettingsError, WeightsError
 from cwdm.preprocess import normalise
+from cwdm.samplers import ddim
+from cwdm.synthesis import Samples
 from cwdm.untrained import untrained_state
 
 FOUR_STEPS = "sampler.timesteps=[3, 2, 1, 0]"
 
 
 def synthesizer(weights: Path, *overrides: str) -> Synthesizer:
-    return Synthesizer(weights, load_settings(overrides=(FOUR_STEPS, *overrides)), "cpu")
+    return Synthesizer(weights, load_settings(overrides=("precision=fp32", FOUR_STEPS, *overrides)), "cpu")
 
 
 @needs_cases
@@ -116,6 +119,7 @@ def test_a_file_that_does_not_say_its_orientation_is_left_as_it_is(
         image = nib.load(path)
         header = image.header.copy()
         header["qform_code"] = header["sform_code"] = 0
+        header["vox_offset"] = 352
         (bare / path.name.removesuffix(".gz")).write_bytes(
             header.binaryblock + bytes(4) + image.dataobj.get_unscaled().tobytes("F")
         )
@@ -166,6 +170,37 @@ def test_bfloat16_stays_close_to_float32(case: Path, weights_folder: Path) -> No
     assert 0 < rms < 0.02
 
 
+def test_a_sampler_of_ones_own(case: Path, weights_folder: Path) -> None:
+    calls = []
+
+    def mine(denoise, noise, timesteps, generator):
+        calls.append(list(timesteps))
+        return ddim(denoise, noise, timesteps, generator)
+
+    settings = load_settings(overrides=("precision=fp32", FOUR_STEPS))
+    made = Synthesizer(weights_folder, settings, "cpu", sampler=mine)
+    expected = synthesizer(weights_folder, "sampler.name=ddim")(case).volume
+    assert np.array_equal(made(case).volume, expected)
+    assert calls == [[3, 2, 1, 0]]
+    assert made.describe("t1n")["sampler"] == "mine"
+
+
+def test_a_brain_too_large_to_compute_is_the_cases_fault(case: Path, weights_folder: Path) -> None:
+    read = read_case(find_case(case))
+    large = {name: np.ones((400, 400, 256), np.float32) for name in read.volumes}
+    with pytest.raises(CaseError, match="resample the case to 1 mm"):
+        synthesizer(weights_folder).prepare(dataclasses.replace(read, volumes=large))
+
+
+def test_unlabelled_weights_are_believed_for_one_contrast_only(weights_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "brats_1200000.pt").symlink_to(weights_folder / "t1_gen.pt")
+    made = synthesizer(tmp_path)
+    made.load("t1n")
+    with pytest.raises(WeightsError, match="was taken for t1n"):
+        made.load("t2f")
+    made.load("t1n")
+
+
 def test_value_range_of_the_checkpoint_is_mapped_to_unit(case: Path, tmp_path: Path) -> None:
     record = Record(modality="t1n", value_range=(-1, 1))
     checkpoint.save(tmp_path / "t1n.safetensors", load_published(untrained_state(TINY)), record)
@@ -206,8 +241,7 @@ def test_real_cases_are_read_prepared_and_written_with_their_geometry(
     # The nearest contrast stands in for the network, which would take minutes here.
     order = [modality for modality in MODALITIES if modality != missing]
     stand_in = prepared.unit[:, order.index(NEAREST[missing])]
-    result = made.finish(prepared, stand_in, 0.0)
-    write_volume(tmp_path / "out.nii.gz", result.volume, case)
+    made.finish(prepared, Samples(stand_in[0], None, 0.0)).save(tmp_path / "out.nii.gz")
     written, nearest = nib.load(tmp_path / "out.nii.gz"), nib.load(CASES / name / f"{name}-{NEAREST[missing]}.nii.gz")
     np.testing.assert_array_equal(written.affine, nearest.affine)
     assert written.shape == (240, 240, 155)

@@ -208,6 +208,30 @@ def test_convert_needs_to_know_the_contrast(published_file: Path, tmp_path: Path
     assert checkpoint.load(tmp_path / "a.safetensors").record.modality == "t1c"
 
 
+def test_weights_that_differ_from_their_checksum_are_not_used(published_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "t1_gen.pt").write_bytes(published_file.read_bytes())
+    weights.record(tmp_path, "t1_gen.pt", {"sha256": "0" * 64})
+    weights.record(tmp_path, "t2_gen.pt", {"sha256": "0" * 64})
+    with pytest.raises(WeightsError, match=r"checksums\.json beside it says 0000"):
+        weights.load_for(tmp_path, "t1n")
+    faults = [listed.fault for listed in weights.inspect(tmp_path)]
+    assert "recorded 0000" in faults[0]
+    assert "not there" in faults[1]
+
+
+def test_networks_for_another_number_of_conditions_are_refused(tmp_path: Path) -> None:
+    config = UNetConfig(in_channels=24, model_channels=32, channel_mult=(1, 2))
+    torch.save(untrained_state(config), tmp_path / "t1_gen.pt")
+    with pytest.raises(WeightsError, match="24 inputs and 8 outputs"):
+        weights.load_for(tmp_path, "t1n")
+
+
+def test_a_files_name_tells_more_than_its_folders() -> None:
+    assert weights.modality_of(Path("t1n/flair_gen.pt")) == "t2f"
+    assert weights.modality_of(Path("t1n/brats_100000.pt")) == "t1n"
+    assert weights.modality_of(Path("somewhere/brats_100000.pt")) is None
+
+
 def test_damaged_checksums_are_said(published_file: Path, tmp_path: Path) -> None:
     (tmp_path / "t1_gen.pt").write_bytes(published_file.read_bytes())
     (tmp_path / "checksums.json").write_text("{")
