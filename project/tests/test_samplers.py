@@ -81,7 +81,7 @@ def test_against_diffusers(name: str, sampler, steps: int) -> None:
         # Its next timestep is a fixed stride below, so each step gets a schedule with the stride that we take.
         for t, following in zip(timesteps, [*timesteps[1:], -1], strict=True):
             theirs.num_inference_steps = 1
-            theirs.config["num_train_timesteps"] = t - following
+            theirs.register_to_config(num_train_timesteps=t - following)
             x = theirs.step(denoise(x, t), t, x).prev_sample
     else:
         theirs.set_timesteps(timesteps=timesteps)
@@ -90,16 +90,27 @@ def test_against_diffusers(name: str, sampler, steps: int) -> None:
     torch.testing.assert_close(sampler(denoise, noise, timesteps), x, atol=1e-5, rtol=1e-5)
 
 
-def test_dpmpp_is_second_order_and_beats_ddim() -> None:
+def even_in_log_snr(steps: int) -> list[int]:
+    """Timesteps from 999 to 0 between which log(ᾱ / (1 − ᾱ)) changes evenly."""
+    log_snr = torch.logit(alpha_bars())
+    wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
+    return sorted({int((log_snr - value).abs().argmin()) for value in wanted}, reverse=True)
+
+
+def test_dpmpp_is_of_higher_order_than_ddim() -> None:
     noise = torch.linspace(-2, 2, 9, dtype=torch.float64)
     denoise = gaussian_denoiser(0.3, 0.4)
+    # What the probability flow makes of x_T: the Gaussian's own transport to t = 0, then the denoiser.
+    variance = alpha_bars() * 0.4**2 + 1 - alpha_bars()
+    x = alpha_bars()[0] ** 0.5 * 0.3 + (variance[0] / variance[-1]).sqrt() * (noise - alpha_bars()[-1] ** 0.5 * 0.3)
+    exact = denoise(x, 0)
 
     def error(sampler, steps: int) -> float:
-        # Stops at timestep 10, where both samplers still integrate the same differential equation.
-        exact = ddim(denoise, noise, spaced_timesteps(1000))
-        return float((sampler(denoise, noise, spaced_timesteps(steps)) - exact).abs().max())
+        return float((sampler(denoise, noise, even_in_log_snr(steps)) - exact).abs().max())
 
-    assert error(dpmpp, 40) < error(ddim, 40) / 2
+    assert error(dpmpp, 20) < error(ddim, 20) / 4
+    assert error(dpmpp, 40) < error(dpmpp, 20) / 2.5
+    assert error(ddim, 40) > error(ddim, 20) / 2.5
 
 
 def test_ddim_with_eta_one_on_the_full_schedule_is_ddpm_with_the_small_variance() -> None:
