@@ -18,7 +18,7 @@ demo: $(STAMP)
 	$(VENV)/bin/cwdm demo demo
 
 test: lint
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto project/tests -c project/pyproject.toml --rootdir project
+	$(VENV)/bin/python -m pytest project/tests -c project/pyproject.toml --rootdir project
 
 lint: $(STAMP)
 	cd project && ../$(VENV)/bin/ruff check . && ../$(VENV)/bin/ruff format --check . && ../$(VENV)/bin/mypy cwdm
