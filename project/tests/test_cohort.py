@@ -1,4 +1,5 @@
 import contextlib
+import io
 import json
 import os
 import pty
@@ -18,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from cwdm import Synthesizer
 from cwdm.brats import find_cases
-from cwdm.cli import app
+from cwdm.cli import app, main
 from cwdm.cohort import synthesise_cohort
 
 CWDM = [sys.executable, "-m", "cwdm"]
@@ -33,7 +34,23 @@ def infer(data: Path, out: Path, weights: Path, *more: str) -> Result:
 
 def shell(data: Path, out: Path, weights: Path, *more: str) -> subprocess.CompletedProcess[str]:
     paths = ["--data_path", str(data), "--output_path", str(out), "--weights", str(weights)]
-    return subprocess.run([*CWDM, "infer", *paths, *FAST, *more], capture_output=True, text=True, check=False)
+    return command("infer", *paths, *FAST, *more)
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """What the `cwdm` command does, without the seconds that a new process takes to import PyTorch."""
+    stdout, stderr, code = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
+        patch.setattr(sys, "argv", ["cwdm", *arguments])
+        try:
+            main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
 
 
 EXPECTED = [
@@ -249,14 +266,19 @@ def test_unusable_weights_are_one_clear_message(fault: str, cohort: Path, tmp_pa
     ],
 )
 def test_wrong_arguments_are_one_clear_message(
-    change: dict[str, str], match: str, cohort: Path, weights_folder: Path, tmp_path: Path
+    change: dict[str, str],
+    match: str,
+    cohort: Path,
+    weights_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "a_file").touch()
     (tmp_path / "wrong.yaml").write_text("stepz: 3")
     arguments = {"--data_path": "input", "--output_path": "out", "--weights": str(weights_folder), **change}
-    command = [*CWDM, "infer", *(text for pair in arguments.items() for text in pair)]
-    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    monkeypatch.chdir(tmp_path)
+    result = command("infer", *(text for pair in arguments.items() for text in pair))
     assert result.returncode == 2
     assert match in result.stderr
     assert "Traceback" not in result.stderr
