@@ -180,6 +180,21 @@ def read_volume(path: Path) -> Volume:
         raise InputError(f"{path}: {error}") from error
 
 
+def read_grid(path: Path) -> tuple[Volume, Affine]:
+    """Read one file of finite numbers with its affine (4, 4), voxel indices to mm.
+
+    Raises:
+        InputError: it is damaged, is not one 3D volume of finite real numbers, or its affine is not invertible.
+    """
+    try:
+        volume, header = _read_volume(path)
+        if not np.isfinite(volume).all():
+            raise _FileError("holds NaN or infinity; replace them, with 0 outside the brain")
+        return volume, _affine(header)
+    except _FileError as error:
+        raise InputError(f"{path}: {error}") from error
+
+
 def output_name(case: str, modality: str) -> str:
     """Name of the file for one volume of a case."""
     return f"{case}-{modality}.nii.gz"
@@ -209,13 +224,14 @@ def write_volume(path: Path, volume: npt.ArrayLike, like: Case, native: bool = T
     _write(path, voxels, header)
 
 
-def write_nifti(path: Path, voxels: npt.NDArray[np.generic], affine: Affine) -> None:
+def write_nifti(path: Path, voxels: npt.NDArray[np.generic], affine: Affine, description: str = "") -> None:
     """Write a volume that belongs to no case yet as .nii.gz, in the type it has; same input, same bytes.
 
     Args:
         path: the file; appears whole or not at all.
         voxels: (X, Y, Z) real numbers.
         affine: (4, 4), voxel indices to mm.
+        description: for the header, at most 79 characters.
 
     Raises:
         OutputError: the file cannot be written.
@@ -225,6 +241,7 @@ def write_nifti(path: Path, voxels: npt.NDArray[np.generic], affine: Affine) -> 
     header.set_qform(affine, code=1)
     header.set_sform(affine, code=1)
     header.set_xyzt_units("mm")
+    header["descrip"] = description
     _write(path, voxels, header)
 
 

@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, Literal
 
 import pywt
 import safetensors
@@ -28,6 +28,7 @@ from cwdm.samplers import known_sampler
 from cwdm.unet import UNet, UNetConfig
 
 HEADER_KEY = "cwdm"
+ANY = "any"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -35,7 +36,9 @@ class Record(BaseModel):
     """What a network is for and how it came about; the header of our safetensors.
 
     Attributes:
-        modality: contrast that a conditional network synthesises; None where the file does not say.
+        modality: contrast that a conditional network synthesises, `ANY` for one that is told which of the four;
+            None where the file does not say.
+        window: `published`, or `brain` for a network that knows the box around the brain alone.
         value_range: range that the predicted volume is clamped to at every step.
         sampler, steps: what the makers of the weights recommend.
         notice: what every user of the outputs must know, such as "trained on phantoms, not for clinical use".
@@ -45,6 +48,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     modality: str | None = Field(default=None, max_length=64)
+    window: Literal["published", "brain"] = "published"
     wavelet: str = "haar"
     value_range: tuple[float, float] = (0.0, 1.0)
     sampler: str = "ddpm"
@@ -164,11 +168,7 @@ def save(path: Path, model: UNet, record: Record, dtype: torch.dtype = torch.flo
     tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
     header = {"config": asdict(model.config), "record": record.model_dump(mode="json")}
     data = safetensors.torch.save(tensors, metadata={"format": "pt", HEADER_KEY: json.dumps(header)})
-
-    def write(file: BinaryIO) -> None:
-        file.write(data)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: file.write(data))
 
 
 def sha256(path: Path) -> str:

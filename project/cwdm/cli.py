@@ -30,6 +30,8 @@ app = typer.Typer(
 )
 weights_app = typer.Typer(no_args_is_help=True, help="Download, list, convert and verify weights.")
 app.add_typer(weights_app, name="weights")
+prepare_app = typer.Typer(no_args_is_help=True, help="Bring other data into the form that training reads.")
+app.add_typer(prepare_app, name="prepare")
 
 
 class Device(StrEnum):
@@ -107,7 +109,9 @@ def infer(
     ],
     weights: Annotated[
         Path | None,
-        typer.Option(help="Folder or file of weights. Default: $CWDM_WEIGHTS, or what 'weights download' fetched."),
+        typer.Option(
+            help="Folder or file of weights, or 'bundled'. Default: $CWDM_WEIGHTS, or what 'weights download' fetched."
+        ),
     ] = None,
     parameters_file: Annotated[
         Path | None,
@@ -183,11 +187,12 @@ def phantom(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the case folders.")],
     cases: Annotated[int, typer.Option(min=1, help="How many synthetic patients.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Same seed, same patients.")] = 0,
+    wide: Annotated[bool, typer.Option("--wide", help="Let them differ more than patients do, for training.")] = False,
 ) -> None:
     """Make synthetic patients: four contrasts and a segmentation each, in the BraTS layout."""
-    from cwdm.phantom import write_phantoms
+    from cwdm.phantom import WIDE, write_phantoms
 
-    write_phantoms(out, cases, seed, on_case=print)
+    write_phantoms(out, cases, seed, variation=WIDE if wide else None, on_case=print)
 
 
 @app.command()
@@ -207,6 +212,71 @@ def demo(
         ) from error
 
     print(f"look at {run_demo(out, cases, weights)}")
+
+
+@app.command()
+def train(
+    config: Annotated[str, typer.Argument(help="A ready configuration, such as cwdm-t1n, or a YAML file.")],
+    settings: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override it: data.path=DIR and out=DIR at least."),
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest state in the run's folder.")] = False,
+) -> None:
+    """Train a network. Ready: cwdm-t1n, -t1c, -t2w, -t2f, -any; wdm-unet-128, -256, wdm-wavunet-128, -256; bundled.
+
+    Several GPUs: devices=8; several machines: start it with torchrun or Slurm. A stopped run goes on with --resume.
+    """
+    from cwdm.train_config import load_training_settings
+
+    loaded = load_training_settings(config, settings or [])
+    try:
+        from cwdm.training import train as run
+    except ModuleNotFoundError as error:
+        raise CwdmError(f"{error.name} is missing; pip install 'cwdm[train]' brings what training needs") from error
+    print(run(loaded, resume))
+
+
+@app.command()
+def sample(
+    weights: Annotated[Path, typer.Argument(help="Weights of an unconditional network.")],
+    out: Annotated[Path, typer.Option(help="Folder for sample-00000.nii.gz and on.")],
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="How many volumes.")] = 1,
+    size: Annotated[
+        tuple[int, int, int] | None, typer.Option(help="Voxels. Default: what the network was trained on.")
+    ] = None,
+    device: Annotated[Device, typer.Option(help="'cuda' fails without a GPU, 'auto' falls back.")] = Device.auto,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for infer: seed=1, sampler.steps=50.")
+    ] = None,
+) -> None:
+    """Generate whole volumes. Those that are there already stay, so a stopped run goes on where it was."""
+    from cwdm.config import load_settings
+    from cwdm.generation import Generator, write_samples
+    from cwdm.progress import CohortProgress
+
+    generator = Generator(weights, load_settings(None, settings or ()), size, device.value)
+    with CohortProgress(count) as progress:
+        write_samples(
+            generator,
+            count,
+            out,
+            lambda path, new: progress.end_case(f"{path}: {'written' if new else 'there already'}"),
+        )
+
+
+@prepare_app.command()
+def lidc(
+    dicom: Annotated[Path, typer.Argument(metavar="DICOM_DIR", help="Folder of LIDC-IDRI or other CT; only read.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for one .nii.gz a series.")],
+) -> None:
+    """CT from DICOM: 1 mm, 256³ around the centre, -1000 HU to the 0.999 quantile as [0, 1]."""
+    try:
+        from cwdm.lidc import prepare_lidc
+    except ModuleNotFoundError as error:
+        raise CwdmError(f"{error.name} is missing; pip install 'cwdm[train]' brings what this needs") from error
+    if prepare_lidc(dicom, out, print):
+        raise typer.Exit(1)
 
 
 @weights_app.command()
@@ -279,9 +349,9 @@ def convert(
 
 def _show_weights(weights: Path | None) -> bool:
     """Print a table of weights files; whether all of them are sound."""
-    from cwdm.weights import default_folder, inspect, modality_of
+    from cwdm.weights import folder_of, inspect, modality_of
 
-    weights = weights or default_folder()
+    weights = folder_of(weights)
     marks: dict[bool | None, str] = {True: "as recorded", False: "DIFFERS", None: "none recorded"}
     table = Table("file", "synthesises", "network", "parameters", "checksum", title=str(weights))
     faults = []

@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import chain, groupby, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, TypeVar, cast
+from typing import Literal, TypeVar, cast
 
 import torch
 
 from cwdm import __version__
 from cwdm.brats import CaseFolder, output_name, read_case, write_volume
 from cwdm.errors import CaseError, CwdmError, OutputError
-from cwdm.files import check_writable, remove_stale, write_atomically
+from cwdm.files import check_writable, remove_stale, write_json
 from cwdm.progress import CohortProgress
 from cwdm.synthesis import Prepared, Samples, Synthesizer
 
@@ -188,7 +188,7 @@ class _Run:
             if self.report:
                 made_by = self.synthesizer.describe(modality)
                 record = {"program": PROGRAM, "synthesised": True, **asdict(outcome), **made_by}
-                _write_json(self.report / f"{name}.json", record)
+                write_json(self.report / f"{name}.json", record)
                 if result.spread is not None:
                     write_volume(self.report / f"{name}-spread.nii.gz", result.spread, case, native=False)
             result.save(self.output / output_name(case.name, modality))
@@ -231,7 +231,7 @@ class _Run:
             "settings": self.synthesizer.settings.model_dump(mode="json"),
             "cases": [asdict(outcome) for outcome in self.outcomes],
         }
-        _write_json(report / f"run-{moment:%Y%m%dT%H%M%S.%f}-{os.getpid()}.json", record)
+        write_json(report / f"run-{moment:%Y%m%dT%H%M%S.%f}-{os.getpid()}.json", record)
 
 
 def _one_ahead(items: Iterable[T]) -> Iterator[T]:
@@ -253,12 +253,3 @@ def _line(outcome: Outcome) -> str:
     if outcome.status == "skipped":
         return f"{name} is there already{warnings}"
     return f"{name} written after {outcome.seconds:.1f} s of sampling{warnings}"
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-
-    def write(file: BinaryIO) -> None:
-        file.write(text.encode(errors="backslashreplace"))  # names of files can be any bytes
-
-    write_atomically(path, write)

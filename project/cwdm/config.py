@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -13,11 +13,13 @@ from cwdm.errors import SettingsError
 from cwdm.samplers import known_sampler
 
 
-class _Settings(BaseModel):
+class StrictSettings(BaseModel):
+    """Settings of which every key must be known and of the right type."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
-class SamplerSettings(_Settings):
+class SamplerSettings(StrictSettings):
     """How noise becomes an image; None leaves it to what the checkpoint recommends.
 
     Attributes:
@@ -41,7 +43,7 @@ class SamplerSettings(_Settings):
         return timesteps
 
 
-class OutputSettings(_Settings):
+class OutputSettings(StrictSettings):
     """What is written.
 
     Attributes:
@@ -57,7 +59,7 @@ class OutputSettings(_Settings):
     orient: bool = True
 
 
-class Settings(_Settings):
+class Settings(StrictSettings):
     """Everything that decides what a case's output looks like.
 
     Attributes:
@@ -75,6 +77,8 @@ class Settings(_Settings):
 
 _MOST_BYTES = 1 << 20
 
+Model = TypeVar("Model", bound=BaseModel)
+
 
 def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Settings:
     """Settings from a YAML file (may be empty, every key optional), then overrides such as `sampler.steps=10`.
@@ -82,14 +86,19 @@ def load_settings(path: Path | None = None, overrides: Iterable[str] = ()) -> Se
     Raises:
         SettingsError: not readable, not YAML, an unknown key, or a value of the wrong type or range.
     """
+    return read_settings(Settings, path, overrides)
+
+
+def read_settings(model: type[Model], path: Path | None, overrides: Iterable[str]) -> Model:
+    """Like `load_settings`, for any model of settings."""
     values = _read_yaml(path) if path else {}
     source = str(path) if path else "settings"
     for override in overrides:
         _set(values, override)
     try:
-        return Settings.model_validate(_without_nulls(values))
+        return model.model_validate(_without_nulls(values))
     except ValidationError as error:
-        raise SettingsError("\n".join(f"{source}: {_explain(fault)}" for fault in error.errors())) from error
+        raise SettingsError("\n".join(f"{source}: {_explain(model, fault)}" for fault in error.errors())) from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -143,15 +152,29 @@ def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _explain(fault: Any) -> str:
+def _explain(model: type[BaseModel], fault: Any) -> str:
     keys = [str(key) for key in fault["loc"]]
     where = ".".join(keys)
+    if fault["type"] == "missing":
+        return f"{where} is needed; give it in the file or as {where}=VALUE"
     if fault["type"] != "extra_forbidden":
-        return f"{where}: {fault['msg'].removeprefix('Value error, ')}, found {fault['input']!r}"
-    model = Settings
-    for key in keys[:-1]:
-        model = Settings.model_fields[key].annotation  # type: ignore[assignment]  # groups are one level deep
-    known = list(model.model_fields)
+        found = "" if isinstance(fault["input"], dict) else f", found {fault['input']!r}"
+        return f"{where or 'settings'}: {fault['msg'].removeprefix('Value error, ')}{found}"
+    known = list(_group(model, keys[:-1]).model_fields)
     guess = difflib.get_close_matches(keys[-1], known, n=1)
     hint = f"did you mean '{guess[0]}'?" if guess else f"known here: {', '.join(known)}"
     return f"unknown key '{where}'; {hint}"
+
+
+def _group(model: type[BaseModel], keys: list[str]) -> type[BaseModel]:
+    """The model of the settings under these keys, lists and unions passed through."""
+    for key in keys:
+        annotation = None if key.isdecimal() else model.model_fields[key].annotation
+        models = [kind for kind in _leaves(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        model = models[0] if models else model
+    return model
+
+
+def _leaves(annotation: Any) -> list[Any]:
+    inside = get_args(annotation)
+    return [leaf for part in inside for leaf in _leaves(part)] if inside else [annotation]

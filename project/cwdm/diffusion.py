@@ -55,4 +55,4 @@ def subband_losses(
     x_t = add_noise(x0, dwt(noise, wavelet, lll_divisor=1.0), t)
     if conditions is not None:
         x_t = torch.cat((x_t, dwt(conditions, wavelet)), dim=1)
-    return (model(x_t, t) - x0).square().mean(dim=(2, 3, 4))
+    return (model(x_t, t).float() - x0).square().mean(dim=(2, 3, 4))

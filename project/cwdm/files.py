@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import json
 import os
 import re
 import secrets
@@ -11,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from cwdm.errors import InputError, OutputError
 
@@ -40,7 +41,7 @@ def output_errors(folder: Path) -> Iterator[None]:
         raise OutputError(f"cannot write to {folder}: {advice}") from error
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Create or replace a file so that no one, at any moment, finds it half written.
 
     Where the file system can (Linux, O_TMPFILE), the file has no name until it is complete, so that
@@ -67,6 +68,13 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
                 # No /proc, or a file system that opens such files and then cannot name them.
                 unnamed.seek(0)
                 _write_under_hidden_name(path, lambda named: shutil.copyfileobj(unnamed, named))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON, whole or not at all; raises OutputError like `write_atomically`."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    contents = text.encode(errors="backslashreplace")  # names of files can be any bytes
+    write_atomically(path, lambda file: file.write(contents))
 
 
 def check_writable(folder: Path) -> None:
@@ -118,7 +126,7 @@ def _open_unnamed(folder: Path) -> BinaryIO | None:
     return _lock(descriptor)
 
 
-def _write_under_hidden_name(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def _write_under_hidden_name(path: Path, write: Callable[[BinaryIO], object]) -> None:
     hidden, file = _open_hidden(path.parent)
     with file, _removed_on_error(hidden):
         _fill(file, write)
@@ -154,7 +162,7 @@ def _link(unnamed: BinaryIO, path: Path) -> None:
         os.close(folder)
 
 
-def _fill(file: BinaryIO, write: Callable[[BinaryIO], None]) -> None:
+def _fill(file: BinaryIO, write: Callable[[BinaryIO], object]) -> None:
     write(file)
     file.flush()
     os.fsync(file.fileno())

@@ -61,6 +61,26 @@ class Variation(AnatomyVariation):
     outlier: float = 0.2
 
 
+WIDE = Variation(
+    head_scale=(0.85, 1.08),
+    rotation_deg=10.0,
+    shift_mm=6.0,
+    warp_mm=3.5,
+    gyral_wavelength_mm=(14.0, 24.0),
+    sulcal_width_mm=(0.2, 1.6),
+    cortex_mm=(1.6, 3.4),
+    ventricle_mm=(-2.0, 6.0),
+    tumour_radius_mm=(4.0, 30.0),
+    oedema_reach_mm=(3.0, 35.0),
+    tissue=0.12,
+    bias=(0.0, 0.25),
+    noise=(0.003, 0.05),
+    outlier=0.3,
+)
+"""Wider than patients differ, to train networks that must also cope with what no phantom shows; after Billot et al.,
+SynthSeg, Med Image Anal 86:102789, 2023."""
+
+
 @dataclass(frozen=True)
 class Tissue:
     """Relaxation times at 3 T in ms, proton density relative to water, gadolinium taken up in mM.
@@ -261,6 +281,7 @@ def write_phantoms(
     seed: int,
     shape: Shape = (240, 240, 155),
     spacing_mm: float = 1.0,
+    variation: Variation | None = None,
     on_case: Callable[[str], None] = lambda name: None,
 ) -> list[Path]:
     """Write cases BraTS-PHANTOM-00000-000 and on; returns their folders. Finished cases are left as they are.
@@ -275,7 +296,7 @@ def write_phantoms(
         name = f"BraTS-PHANTOM-{number:05d}-000"
         folder = out / name
         if not all((folder / output_name(name, suffix)).exists() for suffix in (*MODALITIES, "seg")):
-            write_phantom(make_phantom([seed, number], shape, spacing_mm), out, name)
+            write_phantom(make_phantom([seed, number], shape, spacing_mm, variation), out, name)
         folders.append(folder)
         on_case(name)
     return folders

@@ -48,6 +48,15 @@ def normalise(volume: Volume) -> tuple[Volume, ClipRange]:
     Raises:
         ValueError: the percentiles are equal.
     """
+    low, high = (np.float32(value) for value in clip_range(volume))
+    unit = np.clip(volume, low, high)
+    unit -= low
+    unit /= high - low
+    return unit, ClipRange(float(low), float(high))
+
+
+def clip_range(volume: Volume) -> ClipRange:
+    """The intensities that `normalise` maps to 0 and 1; raises ValueError if they are equal."""
     low, high = (np.float32(value) for value in _quantiles(volume, CLIP_QUANTILES))
     with np.errstate(over="ignore"):
         span = high - low
@@ -58,10 +67,7 @@ def normalise(volume: Volume) -> tuple[Volume, ClipRange]:
             f"99.8 % of the voxels have the same intensity ({low:g}), so there is nothing to scale; "
             "check that the image is complete"
         )
-    unit = np.clip(volume, low, high)
-    unit -= low
-    unit /= span
-    return unit, ClipRange(float(low), float(high))
+    return ClipRange(float(low), float(high))
 
 
 def denormalise(unit: Volume, clip_range: ClipRange) -> Volume:
@@ -188,9 +194,30 @@ def choose_window(
             )
         starts.append(start)
         sizes.append(size)
+    _check_size(sizes)
+    return Window(_three(starts), _three(sizes), _three(brain_mask.shape)), tuple(warnings)
+
+
+def tight_window(brain_mask: Mask, multiple: int, least: tuple[int, int, int] = (0, 0, 0)) -> Window:
+    """The smallest window that holds the brain, of sizes that are multiples of `multiple` and at least `least`.
+
+    Raises:
+        ValueError: the brain needs a window of more than four times the published one's voxels.
+    """
+    starts, sizes = [], []
+    for axis, length in enumerate(brain_mask.shape):
+        occupied = np.flatnonzero(brain_mask.any(axis=tuple({0, 1, 2} - {axis})))
+        first, end = (int(occupied[0]), int(occupied[-1]) + 1) if occupied.size else (0, 0)
+        size = max(_round_up(end - first, multiple), _round_up(least[axis], multiple), multiple)
+        sizes.append(size)
+        starts.append(max(0, min((first + end - size) // 2, length - size)))
+    _check_size(sizes)
+    return Window(_three(starts), _three(sizes), _three(brain_mask.shape))
+
+
+def _check_size(sizes: list[int]) -> None:
     if math.prod(sizes) > MOST_WINDOW_VOXELS:
         raise ValueError(f"the brain needs a window of {sizes} voxels, too many to compute; resample the case to 1 mm")
-    return Window(_three(starts), _three(sizes), _three(brain_mask.shape)), tuple(warnings)
 
 
 def _round_up(length: int, multiple: int) -> int:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -59,10 +58,7 @@ def draw_comparisons(path: Path, comparisons: Sequence[Comparison], title: str) 
             0.0, -0.04, comparison.name, color="white", fontsize=9, ha="left", va="top", transform=row[0].transAxes
         )
 
-    def write(file: BinaryIO) -> None:
-        figure.savefig(file, format="png", dpi=100)
-
-    write_atomically(path, write)
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=100))
 
 
 def _around(image: Volume, margin: int = 4) -> tuple[slice, slice]:

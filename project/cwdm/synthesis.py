@@ -12,8 +12,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cwdm.brats import NEAREST, Case, CaseFolder, case_folder, read_case, write_volume
-from cwdm.checkpoint import Checkpoint
+from cwdm.brats import MODALITIES, NEAREST, Case, CaseFolder, case_folder, read_case, write_volume
+from cwdm.checkpoint import ANY, Checkpoint
 from cwdm.config import Settings
 from cwdm.errors import CaseError, SettingsError, WeightsError
 from cwdm.preprocess import (
@@ -25,10 +25,11 @@ from cwdm.preprocess import (
     denormalise,
     foreground,
     normalise,
+    tight_window,
 )
 from cwdm.samplers import SAMPLERS, Denoise, Sampler, spaced_timesteps
 from cwdm.wavelet import dwt, idwt
-from cwdm.weights import default_folder, load_for, modality_of
+from cwdm.weights import find, folder_of, load_for, modality_of
 
 ORIENTATION = "LPS"
 """Voxel order that the weights know: that of BraTS files."""
@@ -42,7 +43,8 @@ class Prepared:
     """A case ready for the network, with what it takes to come back.
 
     Attributes:
-        unit: conditions (1, 3, X, Y, Z) in [0, 1], inside the window, float32 on the CPU.
+        unit: conditions (1, 3, X, Y, Z) in [0, 1], inside the window, float32 on the CPU; for a network that makes
+            any contrast (1, 4, X, Y, Z), with zeros in place of the missing one.
         mask: brain of the conditions (X, Y, Z), in the order of the file.
         clip_range: of the nearest contrast, whose intensities the result will have.
     """
@@ -108,7 +110,8 @@ class Synthesizer:
     (240, 240, 155)
 
     Args:
-        weights: folder or file; None for `$CWDM_WEIGHTS` or what `cwdm weights download` fetched.
+        weights: folder or file, or "bundled" for the small ones that come with cwdm; None for `$CWDM_WEIGHTS` or
+            what `cwdm weights download` fetched.
         settings: see `cwdm.config.Settings`.
         device: "cuda" demands a GPU, "auto" takes one if there is one.
         sampler: a function like those of `cwdm.samplers`, in place of the one that settings or weights name.
@@ -127,17 +130,19 @@ class Synthesizer:
         device: DeviceName = "auto",
         sampler: Sampler | None = None,
     ) -> None:
-        self.weights = Path(weights) if weights is not None else default_folder()
+        self.weights = folder_of(weights)
         if not os.path.exists(self.weights):  # noqa: PTH110  # Path.exists raises where a folder may not be entered
             raise WeightsError(
-                f"no weights at {self.weights}; 'cwdm weights download FOLDER' fetches the published ones"
+                f"no weights at {self.weights}; 'cwdm weights download FOLDER' fetches the published ones, "
+                "--weights bundled takes the small ones that come with cwdm"
             )
         self.sampler = sampler
         self.settings = settings or Settings()
         self.device = choose_device(device)
         self.dtype = choose_dtype(self.settings.precision, self.device)
         self._taken_for: dict[Path, str] = {}
-        self._loaded: tuple[str, Checkpoint] | None = None
+        self._loaded: Checkpoint | None = None
+        self._modality = ""
 
     def __call__(self, case: CaseFolder | Path | str, on_step: Callable[[], None] = lambda: None) -> Synthesis:
         """Read a case folder and synthesise what is missing; `on_step` is called after every network evaluation.
@@ -152,13 +157,22 @@ class Synthesizer:
 
     def load(self, modality: str) -> Checkpoint:
         """The checkpoint that synthesises `modality`, ready on the device; only the last one stays in memory."""
-        if self._loaded is None or self._loaded[0] != modality:
-            self._loaded = None  # frees its memory before the next one comes
-            checkpoint = load_for(self.weights, modality)
-            self._check_not_shared(modality, checkpoint)
-            checkpoint.model.to(self.device, self.dtype)
-            self._loaded = modality, checkpoint
-        return self._loaded[1]
+        if self._loaded is None or self._modality != modality:
+            self._loaded = self._for_any(modality) or self._fresh(modality)
+            self._modality = modality
+        return self._loaded
+
+    def _for_any(self, modality: str) -> Checkpoint | None:
+        """The loaded checkpoint if its file is also the one for another contrast."""
+        loaded, self._loaded = self._loaded, None  # frees its memory before the next one comes
+        same = loaded and loaded.record.modality == ANY and find(self.weights, modality) == loaded.path
+        return loaded if same else None
+
+    def _fresh(self, modality: str) -> Checkpoint:
+        checkpoint = load_for(self.weights, modality)
+        self._check_not_shared(modality, checkpoint)
+        checkpoint.model.to(self.device, self.dtype)
+        return checkpoint
 
     def _check_not_shared(self, modality: str, checkpoint: Checkpoint) -> None:
         """Weights that do not say what they synthesise are believed once, not for one contrast after the other."""
@@ -215,14 +229,21 @@ class Synthesizer:
         orient = self.settings.output.orient and case.has_orientation
         orientation = Orientation.to(ORIENTATION, case.affine) if orient else Orientation.identity()
         mask = brain_mask(list(case.volumes.values()))
-        # 32 is the published network's, and smaller ones keep its window.
-        multiple = max(32, 2 * checkpoint.model.config.size_multiple)
+        multiple = 2 * checkpoint.model.config.size_multiple
+        window_warnings: tuple[str, ...] = ()
         try:
-            window, window_warnings = choose_window(orientation.apply(mask), multiple)
+            if checkpoint.record.window == "brain":
+                window = tight_window(orientation.apply(mask), multiple)
+            else:  # 32 is the published network's multiple, and smaller ones keep its window
+                window, window_warnings = choose_window(orientation.apply(mask), max(32, multiple))
         except ValueError as error:
             raise CaseError(case.name, str(error)) from error
         units, clip_ranges = [], {}
-        for modality, volume in case.volumes.items():
+        for modality in MODALITIES if checkpoint.model.config.targets else case.volumes:
+            if modality == case.target:
+                units.append(np.zeros(window.size, np.float32))
+                continue
+            volume = case.volumes[modality]
             try:
                 unit, clip_ranges[modality] = normalise(volume)
             except ValueError as error:
@@ -248,7 +269,8 @@ class Synthesizer:
         checkpoint = self.load(prepared.case.target)
         low, high = checkpoint.record.value_range
         condition = dwt(prepared.unit.to(self.device) * (high - low) + low, checkpoint.record.wavelet)
-        denoise = clamped_denoiser(checkpoint, condition, self.dtype, on_step)
+        target = MODALITIES.index(prepared.case.target)
+        denoise = clamped_denoiser(checkpoint, condition, self.dtype, on_step, target)
         count, mean, squares = self.settings.samples, torch.zeros(()), torch.zeros(())
         for index in range(count):
             volume = self._draw(checkpoint, denoise, condition, self.settings.seed + index)
@@ -296,19 +318,25 @@ class Synthesizer:
 
 
 def clamped_denoiser(
-    checkpoint: Checkpoint, condition: Tensor | None, dtype: torch.dtype, on_step: Callable[[], None] = lambda: None
+    checkpoint: Checkpoint,
+    condition: Tensor | None,
+    dtype: torch.dtype,
+    on_step: Callable[[], None] = lambda: None,
+    target: int = 0,
 ) -> Denoise:
     """`denoise(x, t)` of a network: the predicted volume is clamped to the value range at every step, as published.
 
     Args:
         condition: coefficients (B, 8 N, X, Y, Z) that go beside the noisy ones; None for an unconditional network.
+        target: number of the volume to make, for a network of several.
     """
     model, record = checkpoint.model, checkpoint.record
 
     def denoise(x: Tensor, t: int) -> Tensor:
         inputs = x if condition is None else torch.cat((x, condition), dim=1)
         steps = torch.full((x.shape[0],), t, device=x.device)
-        prediction = model(inputs.to(dtype), steps).float()
+        targets = (torch.full_like(steps, target),) if model.config.targets else ()
+        prediction = model(inputs.to(dtype), steps, *targets).float()
         x0 = dwt(idwt(prediction, record.wavelet).clamp_(*record.value_range), record.wavelet)
         on_step()
         return x0

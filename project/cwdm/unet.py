@@ -29,6 +29,7 @@ class UNetConfig:
         channel_mult: width of each level as a multiple of `model_channels`.
         num_res_blocks: residual blocks a level (the decoder of `concat` and `additive` has one more).
         groups: groups of every GroupNorm.
+        targets: kinds of volume that one network makes, told apart by an embedding; 0: one kind, as published.
     """
 
     in_channels: int
@@ -38,12 +39,15 @@ class UNetConfig:
     num_res_blocks: int = 2
     groups: int = 32
     skips: Literal["concat", "additive", "wavelet"] = "concat"
+    targets: int = 0
 
     def __post_init__(self) -> None:
         # Bounds, because a configuration may come from a file that someone else made.
         sizes = (self.in_channels, self.out_channels, self.num_res_blocks, self.groups, self.model_channels)
         if not 1 <= len(self.channel_mult) <= 8 or self.num_res_blocks > 16 or min(*sizes, *self.channel_mult) < 1:
             raise ValueError(f"not a usable network: {self}")
+        if not 0 <= self.targets <= 1024:
+            raise ValueError(f"not a usable number of targets: {self.targets}")
         if max(*self.widths, self.in_channels, self.out_channels) > 8192:
             raise ValueError(f"a network wider than 8192 channels: {self}")
         if self.model_channels % 2 or any(width % self.groups for width in self.widths):
@@ -70,7 +74,8 @@ class UNet(nn.Module):
     """Predicts clean wavelet coefficients from noisy ones.
 
     `UNet(config)(x, t)`: x (B, in_channels, X, Y, Z), t (B,) integer timesteps -> (B, out_channels, X, Y, Z).
-    X, Y and Z must be multiples of `config.size_multiple`.
+    X, Y and Z must be multiples of `config.size_multiple`. A network of several targets takes their numbers (B,)
+    as a third argument and adds their embedding to the timestep's (Dhariwal and Nichol, 2021, as for classes).
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -80,11 +85,13 @@ class UNet(nn.Module):
         self.time_embed = nn.ModuleList(
             [nn.Linear(width, config.embedding), nn.Linear(config.embedding, config.embedding)]
         )
+        if config.targets:
+            self.target_embed = nn.Embedding(config.targets, config.embedding)
         self.stem = Conv3(config.in_channels, width)
         self.body = WaveletBody(config) if config.skips == "wavelet" else SkipBody(config)
         self.head = NormSiLUConv(width, config.out_channels, config.groups, zero=True)
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, target: Tensor | None = None) -> Tensor:
         multiple = self.config.size_multiple
         if x.ndim != 5 or x.shape[1] != self.config.in_channels or any(n % multiple for n in x.shape[2:]):
             raise ValueError(
@@ -94,6 +101,10 @@ class UNet(nn.Module):
         emb = timestep_embedding(t, self.config.model_channels).to(x.dtype)
         first, second = self.time_embed
         emb = second(F.silu(first(emb)))
+        if self.config.targets:
+            if target is None:
+                raise ValueError(f"which of the {self.config.targets} targets? Give their numbers, (B,)")
+            emb = emb + self.target_embed(target)
         output: Tensor = self.head(self.body(self.stem(x), x, emb))
         return output
 

@@ -6,19 +6,22 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
 
 from cwdm import checkpoint
-from cwdm.checkpoint import Checkpoint
+from cwdm.checkpoint import ANY, Checkpoint
 from cwdm.errors import WeightsError
-from cwdm.files import output_errors, write_atomically
+from cwdm.files import output_errors, write_json
 
 PUBLISHED_REPO = "pfriedri/cwdm"
 PUBLISHED_FILES = {"t1n": "t1_gen.pt", "t1c": "t1ce_gen.pt", "t2w": "t2_gen.pt", "t2f": "flair_gen.pt"}
+BUNDLED = "bundled"
+"""In place of a folder: the small weights that come with the package."""
+
 CHECKSUMS = "checksums.json"
 """Beside the weights: file name -> sha256 and where it came from, written by download and convert."""
 
@@ -37,11 +40,19 @@ def default_folder() -> Path:
     return Path(named) if named else cache / "cwdm" / "weights"
 
 
+def folder_of(weights: Path | str | None) -> Path:
+    """Folder or file that a choice of weights means: `BUNDLED`, a path, or None for the default folder."""
+    if weights is None:
+        return default_folder()
+    return Path(__file__).parent / BUNDLED if str(weights) == BUNDLED else Path(weights)
+
+
 def find(weights: Path, modality: str) -> Path:
     """File with the weights that synthesise `modality`.
 
-    `weights` is a file, taken as it is, or a folder with `t1n.safetensors` (ours), `t1_gen.pt` (published) or
-    `t1n/brats_1200000.pt` or `brats_1200000.pt` (the published training code's; the newest step wins).
+    `weights` is a file, taken as it is, or a folder with `t1n.safetensors` (ours), `t1_gen.pt` (published),
+    `any.safetensors` (ours, for all contrasts), or `t1n/brats_1200000.pt` or `brats_1200000.pt` (the published
+    training code's; the newest step wins).
 
     Raises:
         WeightsError: there is none.
@@ -55,7 +66,7 @@ def find(weights: Path, modality: str) -> Path:
 def _find(weights: Path, modality: str) -> Path:
     if weights.is_file():
         return weights
-    names = (f"{modality}.safetensors", PUBLISHED_FILES[modality])
+    names = (f"{modality}.safetensors", PUBLISHED_FILES[modality], f"{ANY}.safetensors")
     for path in (weights / name for name in names):
         if path.is_file():
             return path
@@ -63,7 +74,7 @@ def _find(weights: Path, modality: str) -> Path:
         if trained := _trained(folder):
             return trained[-1]
     raise WeightsError(
-        f"no weights for {modality} in {weights}: looked for {names[0]}, {names[1]} and brats_<step>.pt; "
+        f"no weights for {modality} in {weights}: looked for {', '.join(names)} and brats_<step>.pt; "
         f"'cwdm weights download {weights}' fetches the published ones, --weights names another folder or file"
     )
 
@@ -82,13 +93,17 @@ def load_for(weights: Path, modality: str) -> Checkpoint:
     config = loaded.model.config
     if config.in_channels == config.out_channels:
         raise WeightsError(f"{path}: an unconditional network, which cannot synthesise {modality} of a patient")
-    if (config.in_channels, config.out_channels) != (32, 8):
+    if (config.in_channels, config.out_channels, config.targets) not in ((32, 8, 0), (40, 8, len(PUBLISHED_FILES))):
         raise WeightsError(
-            f"{path}: a network of {config.in_channels} inputs and {config.out_channels} outputs; "
-            "one that synthesises a contrast from three others has 32 and 8"
+            f"{path}: a network of {config.in_channels} inputs, {config.out_channels} outputs and {config.targets} "
+            "targets; one that synthesises a contrast from three others has 32, 8 and 0, one for any contrast 40, 8, 4"
         )
     known = loaded.record.modality or modality_of(path)
-    if known not in (modality, None):
+    if (known == ANY) != (config.targets > 0):
+        raise WeightsError(
+            f"{path}: says that it synthesises {known}, which a network of {config.targets} targets cannot"
+        )
+    if known not in (modality, ANY, None):
         raise WeightsError(f"{path}: synthesises {known}, but {modality} is missing")
     unknown = f"{path.name} does not say which contrast it synthesises; taken for {modality}"
     notice = loaded.record.notice
@@ -96,7 +111,9 @@ def load_for(weights: Path, modality: str) -> Checkpoint:
 
 
 def modality_of(path: Path) -> str | None:
-    """Contrast that a weights file is for, as far as its name tells."""
+    """Contrast that a weights file is for, or `ANY`, as far as its name tells."""
+    if path.name == f"{ANY}.safetensors":
+        return ANY
     for modality, published in PUBLISHED_FILES.items():
         if path.name in (published, f"{modality}.safetensors"):
             return modality
@@ -178,12 +195,7 @@ def convert(source: Path, target: Path, modality: str | None, dtype: torch.dtype
 
 def record(folder: Path, name: str, entry: dict[str, Any]) -> None:
     """Add one file's entry to the checksums beside the weights."""
-    text = json.dumps({**recorded(folder), name: entry}, indent=2, sort_keys=True) + "\n"
-
-    def write(file: BinaryIO) -> None:
-        file.write(text.encode())
-
-    write_atomically(folder / CHECKSUMS, write)
+    write_json(folder / CHECKSUMS, dict(sorted({**recorded(folder), name: entry}.items())))
 
 
 def recorded(folder: Path) -> dict[str, dict[str, Any]]:

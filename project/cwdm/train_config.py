@@ -1,0 +1,222 @@
+"""Settings of a training run: a YAML file of ours or yours, then `key=value` overrides."""
+
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from cwdm.config import StrictSettings, read_settings
+from cwdm.errors import SettingsError
+from cwdm.samplers import known_sampler
+from cwdm.unet import UNetConfig
+
+Size = Annotated[list[Annotated[int, Field(ge=2, le=1024)]], Field(min_length=3, max_length=3)]
+Range = Annotated[list[float], Field(min_length=2, max_length=2)]
+Positive = Annotated[int, Field(ge=1)]
+Folder = Annotated[Path, Field(strict=False)]
+
+
+class ImageSettings(StrictSettings):
+    """One image of a case in the layout `files`.
+
+    Attributes:
+        file: its path inside the data folder, with `{case}` where the case's name stands.
+        labels: for a label map: the values that become one channel of 0 and 1 each.
+        intensity: how its numbers become [0, 1]: clipped to the 0.1 and 99.9 percentiles, or to a range such as
+            [-1000, 1000] HU.
+    """
+
+    file: str
+    labels: list[int] | None = None
+    intensity: Literal["percentiles"] | Range = "percentiles"
+
+
+class DataSettings(StrictSettings):
+    """What is trained on.
+
+    Attributes:
+        path: folder of the cases.
+        validation_path: folder of held-out cases; None: no validation.
+        layout: `brats` for case folders with the four contrasts, `files` for images described one by one.
+        target, condition_on: for `brats`: the contrast to synthesise; the contrasts it is made from, "any" for one
+            network that makes each of the four from the others, or nothing for an unconditional network.
+        most_missing: with "any", how many of the four may be missing at once.
+        images: for `files`: the target first, then the conditions.
+        window: voxels that are kept of a volume, or "brain" for a box that holds the brain.
+        padding: where zeros go if the volume is smaller: at the `end`, as cWDM does, or on both sides, as WDM does.
+        downsample: edge in voxels of the cubes that are averaged.
+        crop: size of the random part that is trained on; None: everything.
+        mirror: left and right change places at random.
+        jitter: standard deviation, in gamma's logarithm, of a random change of contrast of each condition.
+        cache: folder for the decoded volumes; None: `cache` in the run's folder.
+        workers: processes that read.
+    """
+
+    path: Folder
+    validation_path: Folder | None = None
+    layout: Literal["brats", "files"] = "brats"
+    target: Literal["t1n", "t1c", "t2w", "t2f"] | None = None
+    condition_on: Literal["others", "any", "nothing"] = "others"
+    most_missing: int = Field(default=1, ge=1, le=3)
+    images: list[ImageSettings] | None = None
+    window: Size | Literal["brain"] = Field(default=[224, 224, 160])
+    padding: Literal["end", "centre"] = "end"
+    downsample: int = Field(default=1, ge=1, le=8)
+    crop: Size | None = None
+    mirror: bool = False
+    jitter: float = Field(default=0.0, ge=0, le=1)
+    cache: Folder | None = None
+    workers: int = Field(default=4, ge=0, le=64)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "DataSettings":
+        if self.layout == "files":
+            if not self.images or self.images[0].labels is not None:
+                raise ValueError("layout 'files' needs 'images', the target (no label map) first")
+            if self.condition_on == "any" or self.target is not None:
+                raise ValueError("'target' and condition_on 'any' belong to layout 'brats'")
+        elif (self.target is None) != (self.condition_on == "any"):
+            raise ValueError("layout 'brats' needs a 'target', and with condition_on 'any' none")
+        if self.most_missing > 1 and self.condition_on != "any":
+            raise ValueError("'most_missing' needs condition_on 'any'")
+        return self
+
+
+class NetworkSettings(StrictSettings):
+    """Shape of the network; see `cwdm.unet.UNetConfig`."""
+
+    model_channels: Positive = 64
+    channel_mult: list[Positive] = Field(default=[1, 2, 2, 4, 4])
+    num_res_blocks: Positive = 2
+    groups: Positive = 32
+    skips: Literal["concat", "additive", "wavelet"] = "concat"
+    wavelet: str = "haar"
+
+
+class OptimiserSettings(StrictSettings):
+    """AdamW, with what happens to its results.
+
+    Attributes:
+        batch_size: volumes a step, over all devices together.
+        accumulate: parts that a device's share of them is computed in.
+        warmup_steps: steps in which the learning rate rises from 0.
+        final_lr: share of the learning rate that is left at the last step, by a cosine; 1 keeps it constant.
+        ema_decay: of the running mean of the weights, which is what is saved for inference.
+        clip_norm: longest gradient; None: any.
+    """
+
+    lr: float = Field(default=1e-5, gt=0, strict=False)  # YAML 1.1 reads 1e-5 as text
+    weight_decay: float = Field(default=0.0, ge=0)
+    batch_size: Positive = 1
+    accumulate: Positive = 1
+    warmup_steps: int = Field(default=0, ge=0)
+    final_lr: float = Field(default=1.0, ge=0, le=1)
+    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
+    clip_norm: float | None = Field(default=None, gt=0)
+
+
+class LossSettings(StrictSettings):
+    """What is minimised.
+
+    Attributes:
+        over: `coefficients` gives each of the eight subbands the same weight, as published; `voxels` weights LLL,
+            which is stored divided by 3, so that the sum is the squared error of the volume.
+        timestep_power: timesteps are drawn as 1000 u^(1/power) with u uniform: 1 as published, more for noisier ones,
+            which are what few steps of sampling see.
+    """
+
+    over: Literal["coefficients", "voxels"] = "coefficients"
+    timestep_power: float = Field(default=1.0, gt=0, le=100)
+
+
+class RecordSettings(StrictSettings):
+    """What the weights will say about themselves.
+
+    Attributes:
+        sampler, steps: recommended, and used for validation.
+        notice: what every user of their images must know.
+    """
+
+    sampler: Annotated[str, AfterValidator(known_sampler)] = "ddpm"
+    steps: int = Field(default=1000, ge=1, le=1000)
+    notice: str = Field(default="", max_length=500)
+
+
+class TrainingSettings(StrictSettings):
+    """A whole run.
+
+    Attributes:
+        out: folder of the run.
+        steps: of the optimiser.
+        value_range: of the volumes that the network sees and makes.
+        precision: bf16 keeps weights in float32 and multiplies in bfloat16.
+        recompute: activations of residual blocks are computed a second time instead of kept.
+        devices, nodes: of each machine, and machines; what `torchrun` or Slurm started wins.
+        log_every, validate_every, save_every: steps.
+        validation_cases: at most so many are synthesised.
+    """
+
+    data: DataSettings
+    out: Folder
+    network: NetworkSettings = NetworkSettings()
+    optimiser: OptimiserSettings = OptimiserSettings()
+    loss: LossSettings = LossSettings()
+    record: RecordSettings = RecordSettings()
+    steps: Positive = 1_200_000
+    value_range: Range = Field(default=[0.0, 1.0])
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    devices: Positive = 1
+    nodes: Positive = 1
+    precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: bool = False
+    log_every: Positive = 50
+    validate_every: Positive = 10_000
+    save_every: Positive = 1_000
+    validation_cases: Positive = 4
+
+    @model_validator(mode="after")
+    def _buildable(self) -> "TrainingSettings":
+        multiple = 2 * self.unet().size_multiple
+        for name, size in (("data.window", self.data.window), ("data.crop", self.data.crop)):
+            for edge in size if isinstance(size, list) else ():
+                voxels = edge // self.data.downsample if name == "data.window" else edge
+                if voxels % multiple:
+                    raise ValueError(f"{name} {size}: each must come to a multiple of {multiple} for this network")
+        return self
+
+    @property
+    def channels(self) -> int:
+        """Images that the network is given beside the noise."""
+        data = self.data
+        if data.layout == "brats":
+            return {"others": 3, "any": 4, "nothing": 0}[data.condition_on]
+        return sum(1 if image.labels is None else len(image.labels) for image in (data.images or [])[1:])
+
+    def unet(self) -> UNetConfig:
+        """The network's configuration."""
+        network = self.network.model_dump(exclude={"wavelet"})
+        targets = 4 if self.data.condition_on == "any" else 0
+        shape = {**network, "channel_mult": tuple(network["channel_mult"])}
+        return UNetConfig(in_channels=8 * (1 + self.channels), targets=targets, **shape)
+
+
+def ready_configurations() -> list[str]:
+    """Names of the configurations that come with the package."""
+    return sorted(
+        entry.name.removesuffix(".yaml") for entry in files("cwdm.configs").iterdir() if entry.name[-5:] == ".yaml"
+    )
+
+
+def load_training_settings(config: str, overrides: list[str]) -> TrainingSettings:
+    """Settings from one of the `ready_configurations` or a file, then overrides such as `optimiser.lr=1e-4`.
+
+    Raises:
+        SettingsError: no such configuration, or a key or value in it is wrong.
+    """
+    ready = ready_configurations()
+    path = Path(str(files("cwdm.configs") / f"{config}.yaml")) if config in ready else Path(config)
+    if not path.is_file():
+        raise SettingsError(f"no configuration '{config}': neither a file nor one of {', '.join(ready)}")
+    return read_settings(TrainingSettings, path, overrides)

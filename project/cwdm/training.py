@@ -1,0 +1,534 @@
+"""The training loop: the published loss, AdamW, a running mean of the weights, and nothing lost when it is stopped.
+
+The state after a step is a function of the settings, the data and the step's number alone, so a resumed run ends with
+the same weights, bit for bit on the CPU, as one that was never stopped, and several processes with the same global
+batch see the same losses as one.
+"""
+
+import copy
+import json
+import math
+import resource
+import signal
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from lightning_fabric import Fabric
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.data import DataLoader
+
+from cwdm import __version__, checkpoint
+from cwdm.checkpoint import ANY, Checkpoint, Record
+from cwdm.datasets import Cache, Samples, Sampling, Subject, find_subjects
+from cwdm.diffusion import subband_losses
+from cwdm.errors import CwdmError, SettingsError
+from cwdm.files import check_apart, check_writable, remove_stale, write_atomically, write_json
+from cwdm.metrics import psnr, ssim
+from cwdm.samplers import SAMPLERS, spaced_timesteps
+from cwdm.synthesis import clamped_denoiser
+from cwdm.train_config import TrainingSettings
+from cwdm.unet import ResBlock, UNet
+from cwdm.wavelet import LLL_DIVISOR, dwt, idwt
+
+BANDS = ("LLL", "LLH", "LHL", "LHH", "HLL", "HLH", "HHL", "HHH")
+KEPT_STATES = 2
+MOST_BAD_STEPS = 20
+"""Steps in a row whose loss or gradient is not finite before the run gives up."""
+
+
+class TrainingError(CwdmError):
+    """The run cannot go on."""
+
+
+def train(settings: TrainingSettings, resume: bool = False) -> Path:
+    """Train a network and keep its newest and best weights, ready for `cwdm infer` or `cwdm sample`.
+
+    In the run's folder: `newest/` and `best/` (weights), `states/` (what `resume` needs), `settings.json`, and
+    TensorBoard's files in `log/`.
+
+    Args:
+        resume: go on from the newest whole state; without one, from the start.
+
+    Returns:
+        The newest weights.
+
+    Raises:
+        SettingsError: settings that do not fit the machine or the run's folder.
+        InputError, CaseError: no usable data.
+        TrainingError: the loss stayed without a finite value.
+        OutputError: the disk is full or not writable; the states that were written stay whole.
+    """
+    fabric = _launch(settings)
+    run = _prepare(settings, fabric, resume)
+    run.loop()
+    return run.newest
+
+
+def _launch(settings: TrainingSettings) -> Fabric:
+    """Devices and processes; under `torchrun` or Slurm Fabric takes its place among those that are there."""
+    accelerator = {"auto": "auto", "cpu": "cpu", "cuda": "cuda"}[settings.device]
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device=cuda, but PyTorch finds no GPU; check the driver, or train with device=cpu")
+    precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed"}[settings.precision]
+    fabric = Fabric(accelerator=accelerator, devices=settings.devices, num_nodes=settings.nodes, precision=precision)
+    fabric.launch()
+    if settings.optimiser.batch_size % (fabric.world_size * settings.optimiser.accumulate):
+        raise SettingsError(
+            f"optimiser.batch_size {settings.optimiser.batch_size} cannot be shared evenly among "
+            f"{fabric.world_size} devices in {settings.optimiser.accumulate} parts"
+        )
+    return fabric
+
+
+def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run":
+    data, out = settings.data, settings.out
+    for folder in filter(None, (data.path, data.validation_path)):
+        check_apart(out, folder)
+    for folder in (out, out / "states", out / "newest", out / "best"):
+        check_writable(folder)
+        remove_stale(folder)
+    cache = Cache(data.cache or out / "cache", data, 2 * settings.unet().size_multiple)
+    subjects = find_subjects(data.path, data)
+    held_out = find_subjects(data.validation_path, data)[: settings.validation_cases] if data.validation_path else []
+    if fabric.is_global_zero:
+        _decode_all(cache, [*subjects, *held_out])
+    fabric.barrier()
+    torch.manual_seed(settings.seed)
+    model = UNet(settings.unet())
+    ema = copy.deepcopy(model).requires_grad_(False).eval().to(fabric.device)
+    layout = torch.channels_last_3d if fabric.device.type == "cuda" else torch.contiguous_format
+    model.to(memory_format=layout)  # type: ignore[call-overload]
+    if settings.recompute:
+        for block in model.modules():
+            if isinstance(block, ResBlock):
+                block.forward = partial(recompute, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    optimiser = torch.optim.AdamW(
+        model.parameters(), lr=settings.optimiser.lr, weight_decay=settings.optimiser.weight_decay
+    )
+    wrapped, wrapped_optimiser = fabric.setup(model, optimiser)
+    run = _Run(settings, fabric, model, wrapped, ema, wrapped_optimiser, cache, subjects, held_out)
+    if resume:
+        run.resume()
+    elif list((out / "states").glob("*.safetensors")):
+        raise SettingsError(f"{out} holds a run already; give --resume to go on with it, or another folder")
+    if fabric.is_global_zero:
+        write_json(out / "settings.json", settings.model_dump(mode="json"))
+    return run
+
+
+def _decode_all(cache: Cache, subjects: Sequence[Subject]) -> None:
+    with _bar() as bar:
+        for subject in bar.track(subjects, description="decoding"):
+            cache.load(subject)
+
+
+def _bar() -> Progress:
+    console = Console(stderr=True, highlight=False)
+    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(
+        TextColumn("{task.description}", markup=False), *columns, console=console, disable=not console.is_terminal
+    )
+
+
+@dataclass
+class _Run:
+    """A run under way.
+
+    Attributes:
+        model: the network's own parameters; `wrapped` is the same with gradients exchanged among processes.
+        ema: running mean of the weights.
+        step: steps done.
+        best: PSNR of the best validation.
+    """
+
+    settings: TrainingSettings
+    fabric: Fabric
+    model: UNet
+    wrapped: nn.Module
+    ema: UNet
+    optimiser: Any
+    cache: Cache
+    subjects: list[Subject]
+    held_out: list[Subject]
+    step: int = 0
+    best: float = -math.inf
+    stopped_by: int = 0
+    log: "_Log" = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.log = _Log(self.settings.out / "log", self.fabric.is_global_zero)
+
+    # ------------------------------------------------------------------------------------------------- the loop
+
+    def loop(self) -> None:
+        """Train to the last step; on SIGTERM or SIGINT save and leave."""
+        settings = self.settings
+        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with _bar() as bar:
+                task = bar.add_task("training", total=settings.steps, completed=self.step)
+                for batches in self._batches():
+                    self._one_step(batches)
+                    bar.update(task, completed=self.step, description=self.log.line or "training")
+                    last = self.step == settings.steps
+                    if self.held_out and (last or self.step % settings.validate_every == 0):
+                        self._validate()
+                    stopped = self._any_stopped()
+                    if last or stopped or self.step % settings.save_every == 0:
+                        self.save()
+                    if stopped:
+                        raise SystemExit(128 + stopped)
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+            self.log.close()
+
+    def _stop(self, number: int, _: object) -> None:
+        self.stopped_by = number
+
+    def _any_stopped(self) -> int:
+        """The signal that any of the processes was stopped by, the same answer in all of them."""
+        if self.fabric.world_size == 1:
+            return self.stopped_by
+        return int(cast(Tensor, self.fabric.all_reduce(torch.tensor(self.stopped_by), reduce_op="max")))
+
+    def _batches(self) -> Iterator[list[dict[str, Tensor]]]:
+        """What this process computes in each step that is left, in parts."""
+        optimiser, fabric = self.settings.optimiser, self.fabric
+        share = optimiser.batch_size // fabric.world_size
+        numbers = [
+            step * optimiser.batch_size + fabric.global_rank * share + i
+            for step in range(self.step, self.settings.steps)
+            for i in range(share)
+        ]
+        data = self.settings.data
+        low, high = self.settings.value_range
+        sampling = Sampling(data, self.settings.seed, (low, high), self.settings.loss.timestep_power)
+        loader = DataLoader(
+            Samples(self.subjects, self.cache, sampling),
+            batch_size=share // optimiser.accumulate,
+            sampler=numbers,
+            num_workers=data.workers,
+            pin_memory=fabric.device.type == "cuda",
+            worker_init_fn=_ignore_interrupts,
+            persistent_workers=data.workers > 0,
+        )
+        batches = iter(loader)
+        while self.step < self.settings.steps:
+            start = time.perf_counter()
+            parts = [next(batches) for _ in range(optimiser.accumulate)]
+            self.log.waited += time.perf_counter() - start
+            yield parts
+
+    def _one_step(self, parts: list[dict[str, Tensor]]) -> None:
+        optimiser = self.settings.optimiser
+        lr = optimiser.lr * _schedule(self.step, self.settings)
+        for group in self.optimiser.param_groups:
+            group["lr"] = lr
+        losses, timesteps = [], []
+        for i, batch in enumerate(parts):
+            with self.fabric.no_backward_sync(self.wrapped, enabled=i < len(parts) - 1):  # type: ignore[arg-type]
+                bands = self._losses(batch)
+                self.fabric.backward(self._total(bands) / len(parts))
+            losses.append(bands.detach())
+            timesteps.append(batch["t"])
+        norm = nn.utils.clip_grad_norm_(self.model.parameters(), optimiser.clip_norm or math.inf)
+        finite = bool(torch.isfinite(norm))
+        if finite:
+            self.optimiser.step()
+            self._average()
+        self.optimiser.zero_grad(set_to_none=True)
+        self.step += 1
+        bands, t = torch.cat(losses).float(), torch.cat(timesteps)
+        if self.fabric.world_size > 1:
+            bands = cast(Tensor, self.fabric.all_gather(bands)).flatten(0, 1)
+            t = cast(Tensor, self.fabric.all_gather(t.to(self.fabric.device))).flatten(0, 1)
+        self.log.add(bands.cpu(), t.cpu(), finite)
+        if self.log.bad_in_a_row >= MOST_BAD_STEPS:
+            raise TrainingError(
+                f"loss or gradient not finite for {MOST_BAD_STEPS} steps before step {self.step}; the states in "
+                f"{self.settings.out / 'states'}, if any, are from before; a lower optimiser.lr may help"
+            )
+        if self.step % self.settings.log_every == 0:
+            self.log.write(self.step, lr)
+
+    def _losses(self, batch: dict[str, Tensor]) -> Tensor:
+        batch = {name: tensor.to(self.fabric.device, non_blocking=True) for name, tensor in batch.items()}
+        targets = (batch["target"],) if self.model.config.targets else ()
+        conditions = batch["conditions"] if batch["conditions"].shape[1] else None
+        wavelet = self.settings.network.wavelet
+        return subband_losses(
+            lambda x, t: self.wrapped(x, t, *targets), batch["volume"], conditions, batch["t"], batch["noise"], wavelet
+        )
+
+    def _total(self, bands: Tensor) -> Tensor:
+        """The loss of (B, 8) subband errors."""
+        if self.settings.loss.over == "coefficients":
+            return bands.mean()
+        return bands[:, 0].mean() * LLL_DIVISOR**2 / 8 + bands[:, 1:].mean() * 7 / 8
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Running mean of the weights; at first over fewer steps, so that the start is soon forgotten."""
+        decay = min(self.settings.optimiser.ema_decay, (1 + self.step) / (10 + self.step))
+        for mean, value in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+            mean.lerp_(value, 1 - decay)
+
+    # ----------------------------------------------------------------------------------------------- validation
+
+    def record(self) -> Record:
+        """What the weights say about themselves."""
+        settings = self.settings
+        data, (low, high) = settings.data, settings.value_range
+        best = {"best_psnr_db": round(self.best, 2)} if math.isfinite(self.best) else {}
+        return Record(
+            modality=ANY if data.condition_on == "any" else data.target,
+            window="brain" if data.window == "brain" else "published",
+            wavelet=settings.network.wavelet,
+            value_range=(low, high),
+            sampler=settings.record.sampler,
+            steps=settings.record.steps,
+            notice=settings.record.notice,
+            training={
+                "program": f"cwdm {__version__}",
+                "steps": self.step,
+                "cases": len(self.subjects),
+                "most_missing": data.most_missing,
+                **best,
+                "settings": settings.model_dump(
+                    mode="json", exclude={"data": {"path", "validation_path", "cache"}, "out": True}
+                ),
+            },
+        )
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Synthesise the held-out cases; the processes share them out."""
+        rank, world = self.fabric.global_rank, self.fabric.world_size
+        scores = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
+        for number, subject in list(enumerate(self.held_out))[rank::world]:
+            truth, synthesis, mask = self._synthesise(subject, number)
+            figures = psnr(synthesis, truth, mask), ssim(synthesis, truth, mask)
+            scores += torch.tensor([*figures, 1.0], dtype=torch.float64, device=self.fabric.device)
+            self.log.picture(self.step, subject.name, truth, synthesis)
+        if world > 1:
+            scores = cast(Tensor, self.fabric.all_reduce(scores, reduce_op="sum"))
+        mean_psnr, mean_ssim = (float(value / scores[2]) for value in scores[:2])
+        self.log.scores(self.step, mean_psnr, mean_ssim)
+        if mean_psnr > self.best:
+            self.best = mean_psnr
+            self._save_weights(self.settings.out / "best")
+
+    def _synthesise(self, subject: Subject, number: int) -> tuple[Any, Any, Any]:
+        """Truth, synthesis and mask of a held-out case, (X, Y, Z) in [0, 1]."""
+        settings, device = self.settings, self.fabric.device
+        unit = self.cache.load(subject).unit()
+        low, high = settings.value_range
+        target = number % len(unit) if settings.data.condition_on == "any" else 0
+        conditions = unit.copy() if settings.data.condition_on == "any" else unit[1:]
+        if settings.data.condition_on == "any":
+            conditions[target] = 0
+        mask = (conditions if len(conditions) else unit).any(axis=0)
+        condition = None
+        if len(conditions):
+            condition = dwt(
+                torch.from_numpy(conditions)[None].to(device) * (high - low) + low, settings.network.wavelet
+            )
+        record = self.record()
+        denoise = clamped_denoiser(Checkpoint(self.ema, record), condition, torch.float32, target=target)
+        generator = torch.Generator().manual_seed(settings.seed)
+        shape = (1, 8, *(n // 2 for n in unit.shape[1:]))
+        noise = torch.randn(shape, generator=generator).to(device)
+        with torch.inference_mode():
+            x = SAMPLERS[record.sampler](
+                denoise, noise, spaced_timesteps(record.steps), generator=torch.Generator(device).manual_seed(0)
+            )
+            volume = (idwt(x, settings.network.wavelet)[0, 0] - low) / (high - low)
+        return unit[target], np.where(mask, volume.cpu().numpy(), np.float32(0)), mask
+
+    # -------------------------------------------------------------------------------------- nothing gets lost
+
+    @property
+    def newest(self) -> Path:
+        """The newest weights for inference."""
+        return self.settings.out / "newest" / self._weights_name()
+
+    def _weights_name(self) -> str:
+        data = self.settings.data
+        kind = ANY if data.condition_on == "any" else data.target or "weights"
+        return f"{kind}.safetensors" if data.condition_on != "nothing" else "unconditional.safetensors"
+
+    def _save_weights(self, folder: Path) -> None:
+        if self.fabric.is_global_zero:
+            checkpoint.save(folder / self._weights_name(), self.ema, self.record())
+
+    def save(self) -> None:
+        """Write the newest weights and the state, whole or not at all; older states go once it is there.
+
+        Weights that are not finite are not worth keeping, and would push out those that are.
+        """
+        finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
+        if self.log.bad_in_a_row or not finite:
+            self.log.say(f"warning: weights or gradient not finite at step {self.step}, nothing saved")
+            return
+        self._save_weights(self.settings.out / "newest")
+        if self.fabric.is_global_zero:
+            folder = self.settings.out / "states"
+            header = {"step": self.step, "best": self.best if math.isfinite(self.best) else None, **self._identity()}
+            data = safetensors.torch.save(self._state(), {"cwdm": json.dumps(header)})
+            write_atomically(folder / f"{self.step:09d}.safetensors", lambda file: file.write(data))
+            for old in sorted(folder.glob("*.safetensors"))[:-KEPT_STATES]:
+                old.unlink()
+        self.fabric.barrier()
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change between a state and the run that goes on from it."""
+        keep = self.settings.model_dump(
+            mode="json", include={"network", "optimiser", "loss", "seed", "value_range", "precision"}
+        )
+        data = self.settings.data.model_dump(mode="json", exclude={"path", "validation_path", "cache", "workers"})
+        return {"settings": {**keep, "data": data}, "cases": [subject.name for subject in self.subjects]}
+
+    def _state(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name, parameter in self.model.named_parameters():
+            tensors[f"model.{name}"] = parameter
+            for key, value in self.optimiser.state.get(parameter, {}).items():
+                tensors[f"optimiser.{key}.{name}"] = value
+        tensors.update({f"ema.{name}": value for name, value in self.ema.named_parameters()})
+        return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+    def resume(self) -> None:
+        """Go on from the newest state that is whole.
+
+        Raises:
+            SettingsError: the state belongs to other settings or other cases.
+        """
+        for path in sorted((self.settings.out / "states").glob("*.safetensors"), reverse=True):
+            try:
+                with safetensors.safe_open(path, framework="pt") as file:
+                    header = json.loads((file.metadata() or {})["cwdm"])
+                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+                self.log.say(f"warning: {path} is not whole ({error}); trying the one before")
+                continue
+            self._check_identity(path, header)
+            self._take(tensors)
+            self.step, self.best = int(header["step"]), header["best"] or -math.inf
+            self.log.say(f"going on after step {self.step} from {path}")
+            return
+        self.log.say("no state to go on from; starting at the first step")
+
+    def _check_identity(self, path: Path, header: Mapping[str, Any]) -> None:
+        mine = self._identity()
+        for key in ("settings", "cases"):
+            if header[key] != json.loads(json.dumps(mine[key])):
+                raise SettingsError(
+                    f"{path} belongs to other {key}; go on with the same ones, or train into another folder"
+                )
+
+    @torch.no_grad()
+    def _take(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, mean in self.ema.named_parameters():
+            mean.copy_(tensors[f"ema.{name}"])
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(tensors[f"model.{name}"])
+            prefix = "optimiser.{}." + name
+            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if prefix.format(key) in tensors]
+            # AdamW counts steps on the CPU.
+            self.optimiser.state[parameter] = {
+                key: tensors[prefix.format(key)].to("cpu" if key == "step" else parameter.device) for key in keys
+            }
+
+
+def _ignore_interrupts(_: int) -> None:
+    """Ctrl-C and a scheduler's SIGTERM reach every process of a group; the loop alone decides when to stop."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def _schedule(step: int, settings: TrainingSettings) -> float:
+    """Factor of the learning rate: a linear rise, then a cosine down to `final_lr`."""
+    optimiser = settings.optimiser
+    rise = min(1.0, (step + 1) / (optimiser.warmup_steps + 1))
+    fall = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    return rise * (optimiser.final_lr + (1 - optimiser.final_lr) * fall)
+
+
+class _Log:
+    """TensorBoard's scalars and pictures, and the line beside the progress bar."""
+
+    def __init__(self, folder: Path, active: bool) -> None:
+        self.writer = SummaryWriter(str(folder)) if active else None
+        self.console = Console(stderr=True, highlight=False, quiet=not active)
+        self.line = ""
+        self.bad_in_a_row = 0
+        self.waited = 0.0
+        self._bands: list[Tensor] = []
+        self._t: list[Tensor] = []
+        self._since = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def add(self, bands: Tensor, t: Tensor, finite: bool) -> None:
+        """Errors (B, 8) at timesteps (B,) of one step."""
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        self._bands.append(bands)
+        self._t.append(t)
+
+    def write(self, step: int, lr: float) -> None:
+        """Means since the last call."""
+        bands, t = torch.cat(self._bands), torch.cat(self._t)
+        elapsed = time.perf_counter() - self._since
+        rate, waiting = len(bands) / elapsed, self.waited / elapsed
+        memory_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        scalars = {"loss": float(bands.mean()), "lr": lr, "volumes a second": rate, "share of time waiting": waiting}
+        scalars["memory GiB"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else memory_gib
+        scalars.update(
+            {f"loss by subband/{name}": float(value) for name, value in zip(BANDS, bands.mean(0), strict=True)}
+        )
+        for start in range(0, 1000, 250):
+            inside = (t >= start) & (t < start + 250)
+            if inside.any():
+                scalars[f"loss by timestep/{start} to {start + 249}"] = float(bands[inside].mean())
+        if self.writer:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+        self.line = f"loss {scalars['loss']:.4g}"
+        if not self.console.is_terminal:
+            self.say(
+                f"step {step}: {self.line}, {rate:.2f} volumes a second, waiting {waiting:.0%}, {memory_gib:.1f} GiB"
+            )
+        self._bands, self._t, self.waited, self._since = [], [], 0.0, time.perf_counter()
+
+    def scores(self, step: int, mean_psnr: float, mean_ssim: float) -> None:
+        if self.writer:
+            self.writer.add_scalar("validation/PSNR dB", mean_psnr, step)
+            self.writer.add_scalar("validation/SSIM", mean_ssim, step)
+        self.say(f"step {step}: validation PSNR {mean_psnr:.2f} dB, SSIM {mean_ssim:.4f}")
+
+    def picture(self, step: int, name: str, truth: Any, synthesis: Any) -> None:
+        """Middle slices: truth, synthesis, difference."""
+        if self.writer is None:
+            return
+        middle = truth.shape[2] // 2
+        slices = [volume[:, :, middle].T for volume in (truth, synthesis, np.abs(truth - synthesis))]
+        self.writer.add_image(f"validation/{name}", np.clip(np.concatenate(slices, axis=1), 0, 1)[None], step)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()

@@ -1,0 +1,244 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import SHAPE, link_case
+from safetensors.torch import load_file
+from tensorboardX.proto.event_pb2 import Event
+
+from cwdm import Synthesizer, checkpoint
+from cwdm.checkpoint import ANY
+from cwdm.diffusion import subband_losses
+from cwdm.errors import CaseError, OutputError, SettingsError
+from cwdm.train_config import TrainingSettings, load_training_settings, ready_configurations
+from cwdm.training import TrainingError, train
+
+COMMAND = [sys.executable, "-m", "cwdm", "train"]
+
+SMALL = """
+data: {condition_on: any, window: brain, crop: [16, 16, 16], mirror: true, jitter: 0.1, workers: 0}
+network: {model_channels: 16, channel_mult: [1, 2], num_res_blocks: 1, groups: 8}
+optimiser: {lr: 1e-3, batch_size: 2, ema_decay: 0.9, warmup_steps: 2, final_lr: 0.1}
+loss: {over: voxels, timestep_power: 2}
+record: {sampler: dpmpp, steps: 2, notice: for tests}
+device: cpu
+steps: 6
+save_every: 2
+log_every: 2
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path, phantoms: Path) -> Path:
+    """A configuration that lacks `out` alone."""
+    path = tmp_path / "small.yaml"
+    path.write_text(SMALL.replace("data: {", f"data: {{path: {phantoms}, cache: {tmp_path / 'cache'}, "))
+    return path
+
+
+def settings(config: Path, out: Path, *overrides: str) -> TrainingSettings:
+    return load_training_settings(str(config), [f"out={out}", *overrides])
+
+
+def losses(folder: Path) -> list[float]:
+    """What TensorBoard would show as the loss."""
+    found = []
+    for path in sorted((folder / "log").iterdir()):
+        data = path.read_bytes()
+        while data:
+            length = int.from_bytes(data[:8], "little")
+            event = Event.FromString(data[12 : 12 + length])
+            found += [value.simple_value for value in event.summary.value if value.tag == "loss"]
+            data = data[16 + length :]
+    return found
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(sorted((folder / "states").glob("*.safetensors"))[-1])
+
+
+def newest_state(folder: Path) -> str:
+    return max((path.name for path in folder.glob("states/*.safetensors")), default="")
+
+
+def assert_same_weights(a: Path, b: Path) -> None:
+    first, second = weights_of(a), weights_of(b)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name", ready_configurations())
+def test_ready_configurations_are_whole_and_describe_their_network(name: str) -> None:
+    found = load_training_settings(name, ["data.path=in", "out=out"])
+    unet = found.unet()
+    if name.startswith("cwdm"):
+        assert (unet.model_channels, unet.channel_mult, unet.skips) == (64, (1, 2, 2, 4, 4), "concat")
+        assert unet.in_channels == (40 if name.endswith("any") else 32)
+    if name.startswith("wdm"):
+        assert unet.in_channels == 8
+        assert unet.skips == ("wavelet" if "wav" in name else "additive")
+        assert found.value_range == [-1, 1]
+
+
+def test_a_network_for_any_contrast_is_trained_and_synthesises_each_of_them(
+    small: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    newest = train(settings(small, out, f"data.validation_path={phantoms}", "validate_every=3", "validation_cases=2"))
+    assert newest == out / "newest" / "any.safetensors"
+    assert (out / "best" / "any.safetensors").exists()
+    record = checkpoint.load(newest).record
+    assert (record.modality, record.window, record.notice) == (ANY, "brain", "for tests")
+    assert record.training["steps"] == 6
+    assert [path.name for path in sorted((out / "states").iterdir())] == [
+        "000000004.safetensors",
+        "000000006.safetensors",
+    ]
+    assert len(losses(out)) == 3
+    synthesizer = Synthesizer(out / "newest", device="cpu")
+    volumes = []
+    for modality in ("t1n", "t1c", "t2w", "t2f"):
+        case = link_case(sorted(phantoms.iterdir())[0], tmp_path / modality, modality)
+        result = synthesizer(case)
+        assert "for tests" in result.warnings
+        assert result.volume.shape == SHAPE
+        volumes.append(result.volume)
+    assert len({volume.tobytes() for volume in volumes}) == 4
+
+
+def test_training_lowers_the_loss(small: Path, tmp_path: Path) -> None:
+    train(settings(small, tmp_path / "run", "steps=60", "log_every=15", "save_every=60"))
+    found = losses(tmp_path / "run")
+    assert found[-1] < 0.7 * found[0]
+
+
+def test_the_loss_that_is_logged_is_the_published_one(small: Path, tmp_path: Path) -> None:
+    """Computed again by `subband_losses`, which the golden losses hold, from the first weights and samples."""
+    from cwdm.datasets import Cache, Samples, Sampling, find_subjects
+    from cwdm.unet import UNet
+
+    config = settings(small, tmp_path / "run", "steps=1", "log_every=1", "loss.over=coefficients")
+    train(config)
+    torch.manual_seed(config.seed)
+    model = UNet(config.unet())
+    cache = Cache(tmp_path / "cache", config.data, 4)
+    sampling = Sampling(config.data, config.seed, (0.0, 1.0), config.loss.timestep_power)
+    samples = Samples(find_subjects(config.data.path, config.data), cache, sampling)
+    expected = []
+    for n in range(2):
+        s = {name: tensor[None] for name, tensor in samples[n].items()}
+        bands = subband_losses(
+            lambda x, t, s=s: model(x, t, s["target"]), s["volume"], s["conditions"], s["t"], s["noise"]
+        )
+        expected.append(float(bands.mean()))
+    assert losses(tmp_path / "run") == pytest.approx([np.mean(expected)], rel=1e-6)
+
+
+def test_stopped_killed_and_resumed_run_ends_with_the_same_weights(small: Path, tmp_path: Path) -> None:
+    train(settings(small, tmp_path / "whole", "steps=100"))
+    out = tmp_path / "stopped"
+    for kind in (signal.SIGTERM, signal.SIGKILL):
+        before = newest_state(out)
+        command = [*COMMAND, str(small), f"out={out}", "steps=100", "data.workers=1", "--resume"]
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
+        while process.poll() is None and newest_state(out) == before:
+            time.sleep(0.005)
+        os.killpg(process.pid, kind)  # as schedulers do, the reading processes too
+        process.communicate(timeout=60)
+        assert process.returncode == (128 + kind if kind == signal.SIGTERM else -kind)
+    assert newest_state(out) < "000000100"
+    train(settings(small, out, "steps=100"), resume=True)
+    assert_same_weights(tmp_path / "whole", out)
+
+
+def test_a_damaged_state_is_passed_over(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(settings(small, out))
+    newest = sorted((out / "states").iterdir())[-1]
+    whole = newest.read_bytes()
+    newest.write_bytes(whole[:-100])
+    train(settings(small, out), resume=True)
+    assert newest.read_bytes() == whole
+
+
+def test_accumulated_parts_are_the_same_batch(small: Path, tmp_path: Path) -> None:
+    train(settings(small, tmp_path / "one"))
+    train(settings(small, tmp_path / "parts", "optimiser.accumulate=2"))
+    assert losses(tmp_path / "one") == pytest.approx(losses(tmp_path / "parts"), rel=1e-5)
+
+
+def test_recomputed_activations_change_nothing(small: Path, tmp_path: Path) -> None:
+    train(settings(small, tmp_path / "kept"))
+    train(settings(small, tmp_path / "recomputed", "recompute=true"))
+    assert_same_weights(tmp_path / "kept", tmp_path / "recomputed")
+
+
+def test_two_processes_see_the_losses_of_one(small: Path, tmp_path: Path) -> None:
+    train(settings(small, tmp_path / "one"))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cwdm"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    arguments = ["train", str(small), f"out={tmp_path / 'two'}", "devices=2"]
+    result = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
+    assert result.returncode == 0, result.stderr
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=2e-4, rtol=1e-3)
+
+
+def test_another_run_in_the_folder_is_not_overwritten(small: Path, tmp_path: Path) -> None:
+    train(settings(small, tmp_path / "run", "steps=2"))
+    with pytest.raises(SettingsError, match="--resume"):
+        train(settings(small, tmp_path / "run", "steps=2"))
+    with pytest.raises(SettingsError, match="other settings"):
+        train(settings(small, tmp_path / "run", "optimiser.lr=0.1"), resume=True)
+
+
+def test_a_loss_that_stays_infinite_ends_the_run(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="not finite for 20 steps"):
+        train(settings(small, tmp_path / "run", "steps=40", "optimiser.lr=1e38"))
+    assert not list((tmp_path / "run" / "states").iterdir())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_full_disk_while_saving_leaves_whole_states(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2500k", "tmpfs", str(out)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        with pytest.raises(OutputError, match="disk is full"):
+            train(settings(small, out))
+        for path in (out / "states").iterdir():
+            load_file(path)
+    finally:
+        subprocess.run(["umount", str(out)], check=True)
+
+
+def test_what_is_wrong_with_the_data_or_settings_is_said(small: Path, tmp_path: Path, phantoms: Path) -> None:
+    link_case(sorted(phantoms.iterdir())[0], tmp_path / "data", "t2w")
+    with pytest.raises(CaseError, match="t2w missing"):
+        train(settings(small, tmp_path / "run", f"data.path={tmp_path / 'data'}"))
+    with pytest.raises(SettingsError, match="did you mean 'batch_size'"):
+        settings(small, tmp_path / "run", "optimiser.batchsize=2")
+    with pytest.raises(SettingsError, match="shared evenly"):
+        train(settings(small, tmp_path / "run", "optimiser.batch_size=3", "optimiser.accumulate=2"))
+    with pytest.raises(SettingsError, match="multiple of 4"):
+        settings(small, tmp_path / "run", "data.crop=[16, 16, 18]")
+    with pytest.raises(SettingsError, match="neither a file nor one of"):
+        load_training_settings("cwdm-t9", [])
+    with pytest.raises(SettingsError, match="data is needed"):
+        load_training_settings(str(tmp_path / "small.yaml"), ["data=null", "out=x"])
+
+
+def test_settings_of_the_run_are_kept_beside_it(small: Path, tmp_path: Path) -> None:
+    train(settings(small, tmp_path / "run", "steps=2", "seed=5"))
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["seed"] == 5
