@@ -1,9 +1,9 @@
-# make setup | demo | test | lint | bench; each sets up .venv first, which takes no time once it is done.
+# make setup | demo | test | test-full | lint | bench; each sets up .venv first, which takes no time once it is done.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test lint bench clean
+.PHONY: setup demo test test-full lint bench clean
 
 setup: $(STAMP)
 
@@ -17,8 +17,13 @@ $(STAMP): requirements.txt project/pyproject.toml
 demo: $(STAMP)
 	$(VENV)/bin/cwdm demo demo
 
+PYTEST := $(VENV)/bin/python -m pytest project/tests -c project/pyproject.toml --rootdir project
+
 test: lint
-	$(VENV)/bin/python -m pytest project/tests -c project/pyproject.toml --rootdir project
+	$(PYTEST) -m "not full_size"
+
+test-full: $(STAMP)
+	$(PYTEST) -m full_size
 
 lint: $(STAMP)
 	cd project && ../$(VENV)/bin/ruff check . && ../$(VENV)/bin/ruff format --check . && ../$(VENV)/bin/mypy cwdm

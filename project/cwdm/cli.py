@@ -200,8 +200,8 @@ def demo(
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for patients, results and the picture.")],
     cases: Annotated[int, typer.Option(min=1, max=16, help="How many synthetic patients.")] = 2,
     weights: Annotated[
-        Path | None, typer.Option(help="Folder or file of weights. Default: untrained ones, whose images mean nothing.")
-    ] = None,
+        str, typer.Option(help="Folder or file of weights. Default: the small ones that come with cwdm.")
+    ] = "bundled",
 ) -> None:
     """Try everything on synthetic patients: make, drop, synthesise, compare, and draw a picture."""
     try:

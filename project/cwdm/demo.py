@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 
 from cwdm.brats import CaseFolder, case_folder, find_cases, output_name, read_case, read_volume
-from cwdm.checkpoint import Record
 from cwdm.cohort import synthesise_cohort
 from cwdm.drop import drop_modalities
 from cwdm.errors import CaseError
@@ -15,18 +14,16 @@ from cwdm.phantom import write_phantoms
 from cwdm.preprocess import brain_mask, normalise
 from cwdm.report import Comparison, draw_comparisons
 from cwdm.synthesis import Synthesizer
-from cwdm.unet import UNetConfig
-from cwdm.untrained import NOTICE, write_untrained
+from cwdm.weights import BUNDLED
 
 SEED = 20
-UNTRAINED = UNetConfig(in_channels=32, model_channels=16, channel_mult=(1, 2, 2), groups=8)
 
 
-def run_demo(out: Path, cases: int, weights: Path | None, log: Callable[[str], None] = print) -> Path:
+def run_demo(out: Path, cases: int, weights: Path | str = BUNDLED, log: Callable[[str], None] = print) -> Path:
     """Run everything into a folder; patients that are there already are kept.
 
     Args:
-        weights: folder or file; None makes untrained ones, whose images mean nothing.
+        weights: folder or file, or the small ones that come with cwdm.
 
     Returns:
         The picture: conditions, synthesis, truth and difference of every case.
@@ -35,11 +32,6 @@ def run_demo(out: Path, cases: int, weights: Path | None, log: Callable[[str], N
     write_phantoms(out / "patients", cases, SEED, on_case=lambda name: log(f"    {name}"))
     log(f"2/4 taking one contrast away from each, into {out / 'input'}")
     dropped = drop_modalities(out / "patients", out / "input", SEED)
-    if weights is None:
-        weights = out / "untrained-weights"
-        log(f"    no weights were given: {NOTICE}")
-        if not weights.exists():
-            write_untrained(weights, UNTRAINED, Record(sampler="dpmpp", steps=4))
     log(f"3/4 synthesising what is missing into {out / 'output'}")
     folders = find_cases(out / "input")
     synthesizer = Synthesizer(weights, device="cpu")

@@ -102,8 +102,8 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
     cache = Cache(data.cache or out / "cache", data, 2 * settings.unet().size_multiple)
     subjects = find_subjects(data.path, data)
     held_out = find_subjects(data.validation_path, data)[: settings.validation_cases] if data.validation_path else []
-    if fabric.is_global_zero:
-        _decode_all(cache, [*subjects, *held_out])
+    if fabric.local_rank == 0:  # each machine may have a cache of its own
+        _decode_all(cache, [*subjects, *held_out], fabric.is_global_zero)
     fabric.barrier()
     torch.manual_seed(settings.seed)
     model = UNet(settings.unet())
@@ -128,17 +128,20 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
     return run
 
 
-def _decode_all(cache: Cache, subjects: Sequence[Subject]) -> None:
-    with _bar() as bar:
+def _decode_all(cache: Cache, subjects: Sequence[Subject], shown: bool) -> None:
+    with _bar(shown) as bar:
         for subject in bar.track(subjects, description="decoding"):
             cache.load(subject)
 
 
-def _bar() -> Progress:
+def _bar(shown: bool) -> Progress:
     console = Console(stderr=True, highlight=False)
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(
-        TextColumn("{task.description}", markup=False), *columns, console=console, disable=not console.is_terminal
+        TextColumn("{task.description}", markup=False),
+        *columns,
+        console=console,
+        disable=not (shown and console.is_terminal),
     )
 
 
@@ -177,7 +180,7 @@ class _Run:
         settings = self.settings
         handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
-            with _bar() as bar:
+            with _bar(self.fabric.is_global_zero) as bar:
                 task = bar.add_task("training", total=settings.steps, completed=self.step)
                 for batches in self._batches():
                     self._one_step(batches)
@@ -315,7 +318,8 @@ class _Run:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Synthesise the held-out cases; the processes share them out."""
+        """Synthesise the held-out cases; the processes share them out. Without conditions there is no right answer:
+        then a sample is drawn beside each case, for the eye."""
         rank, world = self.fabric.global_rank, self.fabric.world_size
         scores = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
         for number, subject in list(enumerate(self.held_out))[rank::world]:
@@ -325,6 +329,8 @@ class _Run:
             self.log.picture(self.step, subject.name, truth, synthesis)
         if world > 1:
             scores = cast(Tensor, self.fabric.all_reduce(scores, reduce_op="sum"))
+        if not self.settings.channels:
+            return
         mean_psnr, mean_ssim = (float(value / scores[2]) for value in scores[:2])
         self.log.scores(self.step, mean_psnr, mean_ssim)
         if mean_psnr > self.best:
@@ -495,9 +501,11 @@ class _Log:
         bands, t = torch.cat(self._bands), torch.cat(self._t)
         elapsed = time.perf_counter() - self._since
         rate, waiting = len(bands) / elapsed, self.waited / elapsed
-        memory_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        memory_gib = (
+            torch.cuda.max_memory_allocated() / 2**30 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        )
         scalars = {"loss": float(bands.mean()), "lr": lr, "volumes a second": rate, "share of time waiting": waiting}
-        scalars["memory GiB"] = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else memory_gib
+        scalars["memory GiB"] = memory_gib
         scalars.update(
             {f"loss by subband/{name}": float(value) for name, value in zip(BANDS, bands.mean(0), strict=True)}
         )
@@ -511,7 +519,7 @@ class _Log:
         self.line = f"loss {scalars['loss']:.4g}"
         if not self.console.is_terminal:
             self.say(
-                f"step {step}: {self.line}, {rate:.2f} volumes a second, waiting {waiting:.0%}, {memory_gib:.1f} GiB"
+                f"step {step}: {self.line}, {rate:.3g} volumes a second, waiting {waiting:.0%}, {memory_gib:.1f} GiB"
             )
         self._bands, self._t, self.waited, self._since = [], [], 0.0, time.perf_counter()
 

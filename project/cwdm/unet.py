@@ -46,6 +46,8 @@ class UNetConfig:
         sizes = (self.in_channels, self.out_channels, self.num_res_blocks, self.groups, self.model_channels)
         if not 1 <= len(self.channel_mult) <= 8 or self.num_res_blocks > 16 or min(*sizes, *self.channel_mult) < 1:
             raise ValueError(f"not a usable network: {self}")
+        if self.skips == "wavelet" and self.num_res_blocks < 2:
+            raise ValueError("the WavU-Net runs a level's last block twice, so it needs num_res_blocks of 2 or more")
         if not 0 <= self.targets <= 1024:
             raise ValueError(f"not a usable number of targets: {self.targets}")
         if max(*self.widths, self.in_channels, self.out_channels) > 8192:

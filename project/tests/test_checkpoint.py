@@ -19,12 +19,19 @@ from cwdm.untrained import untrained_state
 SMALL = UNetConfig(in_channels=8, model_channels=32, channel_mult=(1, 2), skips="wavelet")
 
 
-@pytest.mark.parametrize("skips", ["concat", "additive", "wavelet"])
-@pytest.mark.parametrize("blocks", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("skips", "blocks"),
+    [(s, b) for s in ("concat", "additive", "wavelet") for b in (1, 2, 3) if (s, b) != ("wavelet", 1)],
+)
 @pytest.mark.parametrize("mult", [(1, 2), (1, 2, 2), (1, 1, 3)])
 def test_architecture_is_read_off_names_and_shapes(skips: str, blocks: int, mult: tuple[int, ...]) -> None:
     config = UNetConfig(in_channels=32, model_channels=32, channel_mult=mult, num_res_blocks=blocks, skips=skips)
     assert load_published(untrained_state(config)).config == config
+
+
+def test_a_wavunet_of_one_block_a_level_is_refused() -> None:
+    with pytest.raises(ValueError, match="2 or more"):
+        UNetConfig(in_channels=8, model_channels=32, num_res_blocks=1, skips="wavelet")
 
 
 def test_a_block_under_two_names_takes_the_later_one() -> None:

@@ -22,6 +22,7 @@ from cwdm.preprocess import (
     denormalise,
     foreground,
     normalise,
+    tight_window,
 )
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
@@ -256,3 +257,19 @@ def test_conditions_are_the_published_ones(name: str) -> None:
 
 def load(path: Path) -> np.ndarray:
     return np.asarray(nib.load(path).dataobj, np.float32)
+
+
+@given(st.data())
+def test_tight_window_holds_the_brain_and_little_more(data: st.DataObject) -> None:
+    shape = tuple(data.draw(st.integers(5, 40)) for _ in range(3))
+    first = [data.draw(st.integers(0, n - 1)) for n in shape]
+    last = [data.draw(st.integers(a, n - 1)) for a, n in zip(first, shape, strict=True)]
+    mask = np.zeros(shape, bool)
+    mask[tuple(slice(a, b + 1) for a, b in zip(first, last, strict=True))] = True
+    window = tight_window(mask, 8)
+    assert window.crop(mask).sum() == mask.sum()
+    for size, a, b in zip(window.size, first, last, strict=True):
+        assert size % 8 == 0
+        assert b - a + 1 <= size < b - a + 9
+    assert np.array_equal(window.restore(window.crop(mask)), mask)
+    assert tight_window(mask, 8, (64, 1, 9)).size[0] == 64

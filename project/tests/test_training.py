@@ -15,8 +15,10 @@ from tensorboardX.proto.event_pb2 import Event
 
 from cwdm import Synthesizer, checkpoint
 from cwdm.checkpoint import ANY
+from cwdm.config import load_settings
 from cwdm.diffusion import subband_losses
 from cwdm.errors import CaseError, OutputError, SettingsError
+from cwdm.generation import Generator
 from cwdm.train_config import TrainingSettings, load_training_settings, ready_configurations
 from cwdm.training import TrainingError, train
 
@@ -178,6 +180,25 @@ def test_recomputed_activations_change_nothing(small: Path, tmp_path: Path) -> N
     train(settings(small, tmp_path / "kept"))
     train(settings(small, tmp_path / "recomputed", "recompute=true"))
     assert_same_weights(tmp_path / "kept", tmp_path / "recomputed")
+
+
+def test_bfloat16_multiplies_and_float32_keeps(small: Path, tmp_path: Path) -> None:
+    train(settings(small, tmp_path / "fp32"))
+    train(settings(small, tmp_path / "bf16", "precision=bf16"))
+    assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.02)
+    assert losses(tmp_path / "bf16") != losses(tmp_path / "fp32")
+    assert {tensor.dtype for tensor in weights_of(tmp_path / "bf16").values()} == {torch.float32}
+
+
+def test_unconditional_training_makes_weights_that_sample(small: Path, phantoms: Path, tmp_path: Path) -> None:
+    changes = ["data.condition_on=nothing", "data.target=t1n", "value_range=[-1, 1]", "data.window=[32, 32, 32]"]
+    more = ["data.padding=centre", "data.downsample=2", "data.crop=null", "network.skips=wavelet"]
+    more += ["network.num_res_blocks=2"]
+    validation = [f"data.validation_path={phantoms}", "validate_every=6", "validation_cases=1"]
+    newest = train(settings(small, tmp_path / "run", *changes, *more, *validation))
+    generator = Generator(newest, load_settings(None, ["sampler.steps=2"]), device="cpu")
+    assert generator.size == (16, 16, 16)
+    assert np.isfinite(generator(0)).all()
 
 
 def test_two_processes_see_the_losses_of_one(small: Path, tmp_path: Path) -> None:

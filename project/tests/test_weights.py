@@ -10,13 +10,13 @@ import torch
 from conftest import TINY
 from typer.testing import CliRunner
 
-from cwdm import checkpoint, weights
+from cwdm import Synthesizer, checkpoint, weights
 from cwdm.brats import MODALITIES
-from cwdm.checkpoint import Record, load_published
+from cwdm.checkpoint import ANY, Record, load_published
 from cwdm.errors import WeightsError
-from cwdm.unet import UNetConfig
+from cwdm.unet import UNet, UNetConfig
 from cwdm.untrained import untrained_state
-from cwdm.weights import PUBLISHED_FILES
+from cwdm.weights import BUNDLED, PUBLISHED_FILES, folder_of, inspect, load_for
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -222,7 +222,7 @@ def test_weights_that_differ_from_their_checksum_are_not_used(published_file: Pa
 def test_networks_for_another_number_of_conditions_are_refused(tmp_path: Path) -> None:
     config = UNetConfig(in_channels=24, model_channels=32, channel_mult=(1, 2))
     torch.save(untrained_state(config), tmp_path / "t1_gen.pt")
-    with pytest.raises(WeightsError, match="24 inputs and 8 outputs"):
+    with pytest.raises(WeightsError, match="24 inputs, 8 outputs and 0 targets"):
         weights.load_for(tmp_path, "t1n")
 
 
@@ -237,3 +237,41 @@ def test_damaged_checksums_are_said(published_file: Path, tmp_path: Path) -> Non
     (tmp_path / "checksums.json").write_text("{")
     with pytest.raises(WeightsError, match=r"checksums\.json"):
         list(weights.inspect(tmp_path))
+
+
+ANY_CONFIG = UNetConfig(in_channels=40, model_channels=16, channel_mult=(1, 2), num_res_blocks=1, groups=8, targets=4)
+
+
+def test_one_file_for_any_contrast_serves_those_without_one_of_their_own(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    checkpoint.save(tmp_path / "any.safetensors", UNet(ANY_CONFIG), Record(modality=ANY, window="brain"))
+    torch.save(untrained_state(TINY), tmp_path / "t1_gen.pt")
+    synthesizer = Synthesizer(tmp_path, device="cpu")
+    assert [synthesizer.load(m).path.name for m in ("t1c", "t1n", "t2w", "t2f")] == [
+        "any.safetensors",
+        "t1_gen.pt",
+        "any.safetensors",
+        "any.safetensors",
+    ]
+    assert synthesizer.load("t2w") is synthesizer.load("t2f")  # not read again
+
+
+def test_a_network_that_contradicts_its_record_is_refused(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "a.safetensors", UNet(ANY_CONFIG), Record(modality="t1n"))
+    with pytest.raises(WeightsError, match="says that it synthesises t1n"):
+        load_for(tmp_path / "a.safetensors", "t1n")
+    checkpoint.save(tmp_path / "b.safetensors", UNet(TINY), Record(modality=ANY))
+    with pytest.raises(WeightsError, match="says that it synthesises any"):
+        load_for(tmp_path / "b.safetensors", "t1n")
+
+
+def test_bundled_weights_load_and_say_what_they_are() -> None:
+    (listed,) = inspect(folder_of(BUNDLED))
+    assert listed.verified
+    assert listed.loaded is not None
+    record = listed.loaded.record
+    assert record.modality == ANY
+    assert "not for clinical use" in record.notice
+    assert listed.path.stat().st_size < 12e6
+    for modality in ("t1n", "t1c", "t2w", "t2f"):
+        assert record.notice in load_for(folder_of(BUNDLED), modality).warnings

@@ -1,0 +1,191 @@
+"""The weights that come with cwdm: how they were made, and what they are worth.
+
+    python bundled.py train WORK                     # phantoms, training (about an hour on 2 cores), packing
+    python bundled.py pack RUN                       # newest weights of a run -> cwdm/bundled/any.safetensors
+    python bundled.py compare CASES --train WORK/train   # against the nearest contrast and a linear regression
+    python bundled.py steps CASES                    # quality by sampler and steps
+
+CASES is a folder of complete cases, such as `cwdm phantom CASES --cases 20 --seed 3003` makes. Figures are means inside
+the brain of the conditions, on [0, 1] by each image's own percentiles; in a second table with the scale and offset that
+bring each prediction closest to the truth, since how bright an image is on [0, 1] hangs on its few brightest voxels,
+which nothing in the other contrasts tells. `--size` of steps cuts a cube around the tumour,
+or the middle, so that a thousand steps can be afforded on a CPU.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+from statistics import mean
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from cwdm import Synthesizer, checkpoint
+from cwdm.brats import MODALITIES, NEAREST, CaseFolder, find_cases, read_case, read_grid
+from cwdm.checkpoint import ANY
+from cwdm.config import load_settings
+from cwdm.metrics import psnr, ssim
+from cwdm.phantom import WIDE, write_phantoms
+from cwdm.preprocess import normalise
+from cwdm.train_config import load_training_settings
+from cwdm.training import train as run_training
+from cwdm.weights import BUNDLED, folder_of, record
+
+PHANTOMS, TRAIN_SEED, VALIDATION_SEED = 80, 1001, 2002
+FIT_CASES, FIT_EVERY = 8, 50
+
+app = typer.Typer(help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+@app.command()
+def train(work: Path, resume: bool = False) -> None:
+    """Make the phantoms, train, and pack the result into the package."""
+    write_phantoms(work / "train", PHANTOMS, TRAIN_SEED, variation=WIDE)
+    write_phantoms(work / "val", 4, VALIDATION_SEED)
+    paths = [f"data.path={work / 'train'}", f"data.validation_path={work / 'val'}", f"out={work / 'run'}"]
+    run_training(load_training_settings("bundled", paths), resume)
+    pack(work / "run")
+
+
+@app.command()
+def pack(run: Path, sampler: str | None = None, steps: int | None = None) -> None:
+    """Newest weights of a run in half precision, with what the table of steps recommends."""
+    loaded = checkpoint.load(run / "newest" / f"{ANY}.safetensors")
+    told = {name: value for name, value in (("sampler", sampler), ("steps", steps)) if value is not None}
+    target = folder_of(BUNDLED) / f"{ANY}.safetensors"
+    target.parent.mkdir(exist_ok=True)
+    checkpoint.save(target, loaded.model, loaded.record.model_copy(update=told), torch.float16)
+    record(target.parent, target.name, {"sha256": checkpoint.sha256(target), "recipe": "benchmarks/bundled.py"})
+    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
+def compare(
+    cases: Path, train: Annotated[Path, typer.Option(help="Training phantoms, for the regression.")], most: int = 20
+) -> None:
+    """A row a contrast: nearest contrast, linear regression, bundled weights."""
+    print_hardware()
+    folders = find_cases(cases)[:most]
+    unit = load_settings(None, ["output.intensity=unit"])
+    synthesizer = Synthesizer(BUNDLED, unit, "cpu")
+    fits = fit_regressions(find_cases(train)[:FIT_CASES])
+    columns = ("contrast", "nearest, rescaled", "linear regression", "bundled")
+    table, fitted = Table(*columns, "seconds a case"), Table(*columns, title="each fitted to the truth first")
+    for target in MODALITIES:
+        scores: dict[str, list[tuple[float, float]]] = {"nearest": [], "regression": [], "bundled": []}
+        fitted_scores: dict[str, list[tuple[float, float]]] = {name: [] for name in scores}
+        seconds = []
+        for folder in shown(folders, target):
+            volumes = {name: read_grid(path)[0] for name, path in folder.files.items()}
+            units = {name: normalise(volume)[0] for name, volume in volumes.items()}
+            others = [name for name in MODALITIES if name != target]
+            mask = np.any([volumes[name] != 0 for name in others], axis=0)
+            start = time.perf_counter()
+            result = synthesizer(without(folder, target))
+            seconds.append(time.perf_counter() - start)
+            *weights, constant = fits[target]
+            predictions = {
+                "nearest": units[NEAREST[target]],
+                "regression": np.clip(np.tensordot(weights, [units[name] for name in others], 1) + constant, 0, 1),
+                "bundled": np.clip(result.volume, 0, 1),
+            }
+            for name, prediction in predictions.items():
+                inside = np.where(mask, prediction, np.float32(0)).astype(np.float32)
+                scores[name].append((psnr(inside, units[target], mask), ssim(inside, units[target], mask)))
+                inside = fit_to(inside, units[target], mask)
+                fitted_scores[name].append((psnr(inside, units[target], mask), ssim(inside, units[target], mask)))
+        fitted.add_row(target, *(figures(values) for values in fitted_scores.values()))
+        table.add_row(target, *(figures(values) for values in scores.values()), f"{mean(seconds):.1f}")
+    print(f"{len(folders)} cases of {cases}, {synthesizer.plan(synthesizer.load('t1n'))[0]}")
+    Console(width=110).print(table)
+    Console(width=110).print(fitted)
+
+
+def fit_to(prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> np.ndarray:
+    """The prediction with the scale and offset that bring it closest to the truth inside the mask."""
+    scale, offset = np.polyfit(prediction[mask], truth[mask], 1)
+    return np.where(mask, np.clip(scale * prediction + offset, 0, 1), 0).astype(np.float32)
+
+
+def shown(items: list[Any], label: str) -> Iterable[Any]:
+    """The items, with a progress bar on a terminal."""
+    return track(items, label, console=Console(stderr=True), disable=not sys.stderr.isatty())
+
+
+def without(folder: CaseFolder, target: str) -> CaseFolder:
+    return replace(folder, files={name: path for name, path in folder.files.items() if name != target})
+
+
+def figures(values: list[tuple[float, float]]) -> str:
+    return f"{mean(a for a, _ in values):.2f} dB  {mean(b for _, b in values):.3f}"
+
+
+def fit_regressions(folders: list[CaseFolder]) -> dict[str, np.ndarray]:
+    """Target -> weights of the other three contrasts and the constant, least squares over voxels of the brain."""
+    rows = []
+    for folder in shown(folders, "regression"):
+        volumes = np.stack([read_grid(folder.files[name])[0] for name in MODALITIES])
+        inside = (volumes != 0).any(0)
+        rows.append(np.stack([normalise(volume)[0][inside][::FIT_EVERY] for volume in volumes], 1))
+    table = np.concatenate(rows).astype(np.float64)
+    fits = {}
+    for k, target in enumerate(MODALITIES):
+        others = np.column_stack([np.delete(table, k, axis=1), np.ones(len(table))])
+        fits[target] = np.linalg.lstsq(others, table[:, k], rcond=None)[0]
+    return fits
+
+
+@app.command()
+def steps(
+    cases: Path,
+    size: Annotated[int, typer.Option(help="Edge of the cube, voxels; a multiple of 8.")] = 48,
+    weights: str = BUNDLED,
+    slow: Annotated[bool, typer.Option(help="With ddpm of 1000 and 250 steps.")] = True,
+) -> None:
+    """Quality by sampler and steps: the first four cases, each without another contrast."""
+    print_hardware()
+    jobs = list(zip(find_cases(cases)[:4], MODALITIES, strict=False))
+    plans = [("ddpm", n) for n in ((1000, 250, 50) if slow else (50,))]
+    plans += [(name, n) for name in ("ddim", "dpmpp") for n in (50, 20, 10, 5, 2, 1)]
+    table = Table("sampler", "steps", "PSNR dB", "SSIM", f"seconds for {size}³ voxels")
+    for name, count in shown(plans, "steps"):
+        synthesizer = Synthesizer(
+            weights, load_settings(None, [f"sampler.name={name}", f"sampler.steps={count}"]), "cpu"
+        )
+        scores, seconds = [], []
+        for folder, target in jobs:
+            prepared = synthesizer.prepare(read_case(without(folder, target)))
+            truth = prepared.window.crop(prepared.orientation.apply(normalise(read_grid(folder.files[target])[0])[0]))
+            mask = prepared.window.crop(prepared.orientation.apply(prepared.mask))
+            seg, _ = read_grid(folder.files["t1n"].with_name(f"{folder.name}-seg.nii.gz"))
+            box = cube(prepared.window.crop(prepared.orientation.apply(seg)) > 0, size)
+            samples = synthesizer.sample(replace(prepared, unit=prepared.unit[(..., *box)].contiguous()))
+            volume = np.where(mask[box], samples.mean.numpy(), np.float32(0))
+            scores.append((psnr(volume, truth[box], mask[box]), ssim(volume, truth[box], mask[box])))
+            seconds.append(samples.seconds)
+        a, b = mean(a for a, _ in scores), mean(b for _, b in scores)
+        table.add_row(name, str(count), f"{a:.2f}", f"{b:.3f}", f"{mean(seconds):.2f}")
+    Console(width=110).print(table)
+
+
+def cube(tumour: np.ndarray, size: int) -> tuple[slice, ...]:
+    middle = np.argwhere(tumour).mean(0) if tumour.any() else np.array(tumour.shape) / 2
+    starts = [int(min(max(m - size / 2, 0), n - size)) for m, n in zip(middle, tumour.shape, strict=True)]
+    return tuple(slice(start, start + size) for start in starts)
+
+
+def print_hardware() -> None:
+    name = torch.cpu.get_capabilities().get("cpu_name")
+    print(f"{name}, {os.cpu_count()} cores, PyTorch {torch.__version__}")
+
+
+if __name__ == "__main__":
+    app()
