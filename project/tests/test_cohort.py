@@ -338,7 +338,12 @@ def test_killed_at_any_moment_then_run_again(
     out = tmp_path / "out"
     paths = ["--data_path", str(cohort), "--output_path", str(out), "--weights", str(weights_folder)]
     more = ["--device", "cpu", "sampler.timesteps=[3, 2, 1, 0]"]
-    process = subprocess.Popen([*CWDM, "infer", *paths, *more], stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*CWDM, "infer", *paths, *more],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in background jobs
+    )
     while not (out.is_dir() and names(out)):
         assert process.poll() is None, process.stderr and process.stderr.read()
         time.sleep(0.01)
