@@ -19,7 +19,7 @@ from torch import Tensor
 from cwdm.brats import MODALITIES, find_cases, read_grid
 from cwdm.errors import CaseError, CwdmError, InputError
 from cwdm.files import check_writable, write_atomically, write_json
-from cwdm.preprocess import Orientation, brain_mask, choose_window, clip_range, tight_window
+from cwdm.preprocess import Orientation, brain_mask, centre, choose_window, clip_range, tight_window
 from cwdm.train_config import DataSettings, ImageSettings
 
 ORIENTATION = "LPS"
@@ -182,18 +182,6 @@ def _cut(stack: Array, data: DataSettings, multiple: int) -> Array:
     for axis, length in enumerate(data.window, start=1):
         stack = centre(stack, axis, length)
     return stack
-
-
-def centre(stack: Array, axis: int, length: int) -> Array:
-    """Crop or pad with zeros to a length, the same on both sides; what is left over goes to the end."""
-    have = stack.shape[axis]
-    if have >= length:
-        start = (have - length) // 2
-        return stack.take(range(start, start + length), axis)
-    before = (length - have) // 2
-    padding = [(0, 0)] * stack.ndim
-    padding[axis] = (before, length - have - before)
-    return np.pad(stack, padding)
 
 
 # ---------------------------------------------------------------------------------------------------- the samples

@@ -13,9 +13,9 @@ from pydicom.errors import InvalidDicomError
 from scipy import ndimage
 
 from cwdm.brats import write_nifti
-from cwdm.datasets import centre
 from cwdm.errors import CaseError, CwdmError, InputError
 from cwdm.files import check_apart, check_writable, remove_stale
+from cwdm.preprocess import centre
 
 AIR_HU = -1000.0
 UPPER_QUANTILE = 0.999

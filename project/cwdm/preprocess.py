@@ -215,6 +215,18 @@ def tight_window(brain_mask: Mask, multiple: int, least: tuple[int, int, int] = 
     return Window(_three(starts), _three(sizes), _three(brain_mask.shape))
 
 
+def centre(volume: npt.NDArray[AnyType], axis: int, length: int) -> npt.NDArray[AnyType]:
+    """Crop or pad with zeros to a length, the same on both sides; what is left over goes to the end."""
+    have = volume.shape[axis]
+    if have >= length:
+        start = (have - length) // 2
+        return volume.take(range(start, start + length), axis)
+    before = (length - have) // 2
+    padding = [(0, 0)] * volume.ndim
+    padding[axis] = (before, length - have - before)
+    return np.pad(volume, padding)
+
+
 def _check_size(sizes: list[int]) -> None:
     if math.prod(sizes) > MOST_WINDOW_VOXELS:
         raise ValueError(f"the brain needs a window of {sizes} voxels, too many to compute; resample the case to 1 mm")

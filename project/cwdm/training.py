@@ -8,7 +8,6 @@ batch see the same losses as one.
 import copy
 import json
 import math
-import resource
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,7 +23,6 @@ import torch
 from lightning_fabric import Fabric
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
@@ -39,10 +37,10 @@ from cwdm.metrics import psnr, ssim
 from cwdm.samplers import SAMPLERS, spaced_timesteps
 from cwdm.synthesis import clamped_denoiser
 from cwdm.train_config import TrainingSettings
+from cwdm.training_log import TrainingLog
 from cwdm.unet import ResBlock, UNet
 from cwdm.wavelet import LLL_DIVISOR, dwt, idwt
 
-BANDS = ("LLL", "LLH", "LHL", "LHH", "HLL", "HLH", "HHL", "HHH")
 KEPT_STATES = 2
 MOST_BAD_STEPS = 20
 """Steps in a row whose loss or gradient is not finite before the run gives up."""
@@ -168,10 +166,10 @@ class _Run:
     step: int = 0
     best: float = -math.inf
     stopped_by: int = 0
-    log: "_Log" = field(init=False)
+    log: TrainingLog = field(init=False)
 
     def __post_init__(self) -> None:
-        self.log = _Log(self.settings.out / "log", self.fabric.is_global_zero)
+        self.log = TrainingLog(self.settings.out / "log", self.fabric.is_global_zero)
 
     # ------------------------------------------------------------------------------------------------- the loop
 
@@ -472,71 +470,3 @@ def _schedule(step: int, settings: TrainingSettings) -> float:
     rise = min(1.0, (step + 1) / (optimiser.warmup_steps + 1))
     fall = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
     return rise * (optimiser.final_lr + (1 - optimiser.final_lr) * fall)
-
-
-class _Log:
-    """TensorBoard's scalars and pictures, and the line beside the progress bar."""
-
-    def __init__(self, folder: Path, active: bool) -> None:
-        self.writer = SummaryWriter(str(folder)) if active else None
-        self.console = Console(stderr=True, highlight=False, quiet=not active)
-        self.line = ""
-        self.bad_in_a_row = 0
-        self.waited = 0.0
-        self._bands: list[Tensor] = []
-        self._t: list[Tensor] = []
-        self._since = time.perf_counter()
-
-    def say(self, line: str) -> None:
-        self.console.print(line, markup=False, soft_wrap=True)
-
-    def add(self, bands: Tensor, t: Tensor, finite: bool) -> None:
-        """Errors (B, 8) at timesteps (B,) of one step."""
-        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
-        self._bands.append(bands)
-        self._t.append(t)
-
-    def write(self, step: int, lr: float) -> None:
-        """Means since the last call."""
-        bands, t = torch.cat(self._bands), torch.cat(self._t)
-        elapsed = time.perf_counter() - self._since
-        rate, waiting = len(bands) / elapsed, self.waited / elapsed
-        memory_gib = (
-            torch.cuda.max_memory_allocated() / 2**30 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        )
-        scalars = {"loss": float(bands.mean()), "lr": lr, "volumes a second": rate, "share of time waiting": waiting}
-        scalars["memory GiB"] = memory_gib
-        scalars.update(
-            {f"loss by subband/{name}": float(value) for name, value in zip(BANDS, bands.mean(0), strict=True)}
-        )
-        for start in range(0, 1000, 250):
-            inside = (t >= start) & (t < start + 250)
-            if inside.any():
-                scalars[f"loss by timestep/{start} to {start + 249}"] = float(bands[inside].mean())
-        if self.writer:
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step)
-        self.line = f"loss {scalars['loss']:.4g}"
-        if not self.console.is_terminal:
-            self.say(
-                f"step {step}: {self.line}, {rate:.3g} volumes a second, waiting {waiting:.0%}, {memory_gib:.1f} GiB"
-            )
-        self._bands, self._t, self.waited, self._since = [], [], 0.0, time.perf_counter()
-
-    def scores(self, step: int, mean_psnr: float, mean_ssim: float) -> None:
-        if self.writer:
-            self.writer.add_scalar("validation/PSNR dB", mean_psnr, step)
-            self.writer.add_scalar("validation/SSIM", mean_ssim, step)
-        self.say(f"step {step}: validation PSNR {mean_psnr:.2f} dB, SSIM {mean_ssim:.4f}")
-
-    def picture(self, step: int, name: str, truth: Any, synthesis: Any) -> None:
-        """Middle slices: truth, synthesis, difference."""
-        if self.writer is None:
-            return
-        middle = truth.shape[2] // 2
-        slices = [volume[:, :, middle].T for volume in (truth, synthesis, np.abs(truth - synthesis))]
-        self.writer.add_image(f"validation/{name}", np.clip(np.concatenate(slices, axis=1), 0, 1)[None], step)
-
-    def close(self) -> None:
-        if self.writer:
-            self.writer.close()

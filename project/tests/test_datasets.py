@@ -6,9 +6,9 @@ import pytest
 from conftest import SHAPE
 
 from cwdm.brats import read_volume
-from cwdm.datasets import Cache, Samples, Sampling, centre, find_subjects
+from cwdm.datasets import Cache, Samples, Sampling, find_subjects
 from cwdm.errors import CaseError, InputError
-from cwdm.preprocess import choose_window, normalise
+from cwdm.preprocess import centre, choose_window, normalise
 from cwdm.train_config import DataSettings
 
 AFFINE = np.array([[-2.0, 0, 0, 5], [0, -2, 0, 7], [0, 0, 3, -4], [0, 0, 0, 1]])

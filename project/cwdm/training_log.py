@@ -1,0 +1,82 @@
+"""What a person sees of a training run: TensorBoard's scalars and pictures, and lines beside the progress bar."""
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from tensorboardX import SummaryWriter
+from torch import Tensor
+
+BANDS = ("LLL", "LLH", "LHL", "LHH", "HLL", "HLH", "HHL", "HHH")
+
+
+class TrainingLog:
+    """TensorBoard's scalars and pictures, and the line beside the progress bar."""
+
+    def __init__(self, folder: Path, active: bool) -> None:
+        self.writer = SummaryWriter(str(folder)) if active else None
+        self.console = Console(stderr=True, highlight=False, quiet=not active)
+        self.line = ""
+        self.bad_in_a_row = 0
+        self.waited = 0.0
+        self._bands: list[Tensor] = []
+        self._t: list[Tensor] = []
+        self._since = time.perf_counter()
+
+    def say(self, line: str) -> None:
+        self.console.print(line, markup=False, soft_wrap=True)
+
+    def add(self, bands: Tensor, t: Tensor, finite: bool) -> None:
+        """Errors (B, 8) at timesteps (B,) of one step."""
+        self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        self._bands.append(bands)
+        self._t.append(t)
+
+    def write(self, step: int, lr: float) -> None:
+        """Means since the last call."""
+        bands, t = torch.cat(self._bands), torch.cat(self._t)
+        elapsed = time.perf_counter() - self._since
+        rate, waiting = len(bands) / elapsed, self.waited / elapsed
+        memory_gib = (
+            torch.cuda.max_memory_allocated() / 2**30 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        )
+        scalars = {"loss": float(bands.mean()), "lr": lr, "volumes a second": rate, "share of time waiting": waiting}
+        scalars["memory GiB"] = memory_gib
+        scalars.update(
+            {f"loss by subband/{name}": float(value) for name, value in zip(BANDS, bands.mean(0), strict=True)}
+        )
+        for start in range(0, 1000, 250):
+            inside = (t >= start) & (t < start + 250)
+            if inside.any():
+                scalars[f"loss by timestep/{start} to {start + 249}"] = float(bands[inside].mean())
+        if self.writer:
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+        self.line = f"loss {scalars['loss']:.4g}"
+        if not self.console.is_terminal:
+            self.say(
+                f"step {step}: {self.line}, {rate:.3g} volumes a second, waiting {waiting:.0%}, {memory_gib:.1f} GiB"
+            )
+        self._bands, self._t, self.waited, self._since = [], [], 0.0, time.perf_counter()
+
+    def scores(self, step: int, mean_psnr: float, mean_ssim: float) -> None:
+        if self.writer:
+            self.writer.add_scalar("validation/PSNR dB", mean_psnr, step)
+            self.writer.add_scalar("validation/SSIM", mean_ssim, step)
+        self.say(f"step {step}: validation PSNR {mean_psnr:.2f} dB, SSIM {mean_ssim:.4f}")
+
+    def picture(self, step: int, name: str, truth: Any, synthesis: Any) -> None:
+        """Middle slices: truth, synthesis, difference."""
+        if self.writer is None:
+            return
+        middle = truth.shape[2] // 2
+        slices = [volume[:, :, middle].T for volume in (truth, synthesis, np.abs(truth - synthesis))]
+        self.writer.add_image(f"validation/{name}", np.clip(np.concatenate(slices, axis=1), 0, 1)[None], step)
+
+    def close(self) -> None:
+        if self.writer:
+            self.writer.close()
