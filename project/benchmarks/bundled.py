@@ -165,7 +165,7 @@ def steps(
             prepared = synthesizer.prepare(read_case(without(folder, target)))
             truth = prepared.window.crop(prepared.orientation.apply(normalise(read_grid(folder.files[target])[0])[0]))
             mask = prepared.window.crop(prepared.orientation.apply(prepared.mask))
-            seg, _ = read_grid(folder.files["t1n"].with_name(f"{folder.name}-seg.nii.gz"))
+            seg, *_ = read_grid(folder.files["t1n"].with_name(f"{folder.name}-seg.nii.gz"))
             box = cube(prepared.window.crop(prepared.orientation.apply(seg)) > 0, size)
             samples = synthesizer.sample(replace(prepared, unit=prepared.unit[(..., *box)].contiguous()))
             volume = np.where(mask[box], samples.mean.numpy(), np.float32(0))

@@ -163,7 +163,7 @@ def read_case(folder: CaseFolder) -> Case:
             _check_content(volumes[modality])
         except _FileError as error:
             raise CaseError(folder.name, f"{path.name}: {error}") from error
-    _check_same_grid(folder.name, nearest, volumes, affines)
+    check_same_grid(folder.name, nearest, volumes, affines)
     warnings = (*_grid_warnings(headers[nearest], affines[nearest]), *_background_warnings(volumes))
     return Case(folder.name, target, volumes, affines[nearest], headers, warnings)
 
@@ -180,8 +180,10 @@ def read_volume(path: Path) -> Volume:
         raise InputError(f"{path}: {error}") from error
 
 
-def read_grid(path: Path) -> tuple[Volume, Affine]:
-    """Read one file of finite numbers with its affine (4, 4), voxel indices to mm.
+def read_grid(path: Path) -> tuple[Volume, Affine, bool]:
+    """Read one file of finite numbers with its affine (4, 4), voxel indices to mm, and whether the header gives it.
+
+    Without qform and sform the affine is a guess of nibabel's, and the volume is taken as stored like BraTS.
 
     Raises:
         InputError: it is damaged, is not one 3D volume of finite real numbers, or its affine is not invertible.
@@ -190,7 +192,7 @@ def read_grid(path: Path) -> tuple[Volume, Affine]:
         volume, header = _read_volume(path)
         if not np.isfinite(volume).all():
             raise _FileError("holds NaN or infinity; replace them, with 0 outside the brain")
-        return volume, _affine(header)
+        return volume, _affine(header), bool(header["qform_code"] or header["sform_code"])
     except _FileError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -432,7 +434,12 @@ def _check_content(volume: Volume) -> None:
         raise _FileError(f"every voxel is {low:g}; the image is empty, export it again")
 
 
-def _check_same_grid(case: str, nearest: str, volumes: Mapping[str, Volume], affines: Mapping[str, Affine]) -> None:
+def check_same_grid(case: str, nearest: str, volumes: Mapping[str, Volume], affines: Mapping[str, Affine]) -> None:
+    """Volumes of one shape whose voxels lie at the same places; `nearest` is the one that the others are held to.
+
+    Raises:
+        CaseError: they do not.
+    """
     if len({volume.shape for volume in volumes.values()}) > 1:
         found = ", ".join(f"{modality} {_by(volume.shape)}" for modality, volume in volumes.items())
         raise CaseError(case, f"expected volumes of one shape, found {found}; resample them to one grid")

@@ -32,6 +32,13 @@ ANY = "any"
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+def orthogonal_wavelet(name: str) -> str:
+    """The name, if it is one of an orthogonal wavelet of PyWavelets; raises ValueError."""
+    if name not in pywt.wavelist(kind="discrete") or not pywt.Wavelet(name).orthogonal:
+        raise ValueError(f"'{name}' is no orthogonal wavelet of PyWavelets")
+    return name
+
+
 class Record(BaseModel):
     """What a network is for and how it came about; the header of our safetensors.
 
@@ -71,9 +78,7 @@ class Record(BaseModel):
     @field_validator("wavelet")
     @classmethod
     def _orthogonal(cls, name: str) -> str:
-        if name not in pywt.wavelist(kind="discrete") or not pywt.Wavelet(name).orthogonal:
-            raise ValueError(f"'{name}' is no orthogonal wavelet of PyWavelets")
-        return name
+        return orthogonal_wavelet(name)
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cwdm.brats import MODALITIES, find_cases, read_grid
+from cwdm.brats import MODALITIES, check_same_grid, find_cases, read_grid
 from cwdm.errors import CaseError, CwdmError, InputError
 from cwdm.files import check_writable, write_atomically, write_json
-from cwdm.preprocess import Orientation, brain_mask, centre, choose_window, clip_range, tight_window
+from cwdm.preprocess import Orientation, Window, brain_mask, centre, choose_window, clip_range, tight_window
 from cwdm.train_config import DataSettings, ImageSettings
 
 ORIENTATION = "LPS"
 TIMESTEPS = 1000
+FORMAT = 1
+"""Of the cache; a new number makes old entries worthless."""
 
 Array = npt.NDArray[Any]
 
@@ -115,9 +117,10 @@ class Cache:
         return Volumes(np.load(entry, mmap_mode="r"), np.asarray(ranges, np.float32))
 
     def _key(self, subject: Subject) -> str:
-        kept = self.data.model_dump(mode="json", include={"layout", "window", "padding", "downsample", "images"})
+        kept = self.data.model_dump(mode="json", include={"layout", "condition_on", "window", "downsample", "images"})
+        kept["crop"] = self.data.crop if self.data.window == "brain" else None
         stats = [(str(file.resolve()), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in subject.files]
-        text = json.dumps([kept, self.multiple, stats], sort_keys=True)
+        text = json.dumps([FORMAT, kept, self.multiple, stats], sort_keys=True)
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
 
@@ -143,45 +146,60 @@ def _decode(subject: Subject, data: DataSettings, multiple: int) -> tuple[Array,
     images: Sequence[ImageSettings] = data.images or [ImageSettings(file="")] * len(subject.files)
     channels: list[Array] = []
     ranges: list[list[float]] = []
-    grids = set()
-    for file, image in zip(subject.files, images, strict=True):
-        try:
-            volume, affine = read_grid(file)
-            volume = Orientation.to(ORIENTATION, affine).apply(volume)
-            grids.add(volume.shape)
+    volumes, affines = {}, {}
+    try:
+        for file, image in zip(subject.files, images, strict=True):
+            name = str(file)
+            volumes[name], affines[name], known = read_grid(file)
+            # Without qform and sform a file counts as stored like BraTS, as in inference.
+            orientation = Orientation.to(ORIENTATION, affines[name]) if known else Orientation.identity()
+            volume = orientation.apply(volumes[name])
             for label in image.labels or ():
                 channels.append((volume == label).astype(np.float32))
                 ranges.append([0.0, 1.0])
             if image.labels is None:
                 channels.append(volume)
                 ranges.append(list(clip_range(volume) if image.intensity == "percentiles" else image.intensity))
-        except (CwdmError, ValueError) as error:
-            raise CaseError(subject.name, str(error)) from error
-    if len(grids) > 1:
-        raise CaseError(subject.name, f"expected images of one shape, found {sorted(grids)}; resample them to one grid")
-    stack = _cut(np.stack(channels), data, multiple)
-    if data.downsample > 1:
-        n = data.downsample
-        shape = [length // n * n for length in stack.shape[1:]]
-        cubes = stack[:, : shape[0], : shape[1], : shape[2]].reshape(
-            len(stack), shape[0] // n, n, shape[1] // n, n, shape[2] // n, n
-        )
-        low, high = np.asarray(ranges, np.float32).T[:, :, None, None, None, None, None, None]
-        stack = np.clip(cubes, low, high).mean((2, 4, 6))
+        check_same_grid(subject.name, next(iter(volumes)), volumes, affines)
+        stack = _average(_cut(np.stack(channels), ranges, data, multiple), ranges, data.downsample)
+    except CaseError:
+        raise
+    except (CwdmError, ValueError) as error:
+        raise CaseError(subject.name, str(error)) from error
     whole = np.array_equal(stack, np.rint(stack)) and np.abs(stack).max() < 2**15
     return np.ascontiguousarray(stack.astype(np.int16) if whole else stack), ranges
 
 
-def _cut(stack: Array, data: DataSettings, multiple: int) -> Array:
+def _cut(stack: Array, ranges: list[list[float]], data: DataSettings, multiple: int) -> Array:
+    """The window of all channels; where it reaches beyond the volume stands what becomes 0."""
+    low = np.asarray(ranges, np.float32)[:, :1, None, None]
+    shifted = stack - low if low.any() else stack
+    if data.window == "brain" or (data.layout == "brats" and data.condition_on != "nothing"):
+        shifted = _brain_window(stack, data, multiple).crop(shifted)
+    else:
+        for axis, length in enumerate(data.window, start=1):
+            shifted = centre(shifted, axis, length)
+    return shifted + low if low.any() else shifted
+
+
+def _brain_window(stack: Array, data: DataSettings, multiple: int) -> Window:
+    """As in inference."""
+    mask = brain_mask(stack)
     if data.window == "brain":
-        least = tuple(data.crop or (0, 0, 0))
-        return tight_window(brain_mask(stack), multiple, (least[0], least[1], least[2])).crop(stack)
+        x, y, z = data.crop or (0, 0, 0)
+        return tight_window(mask, multiple, (x, y, z))
     x, y, z = data.window
-    if data.padding == "end":
-        return choose_window(brain_mask(stack), multiple, (x, y, z))[0].crop(stack)
-    for axis, length in enumerate(data.window, start=1):
-        stack = centre(stack, axis, length)
-    return stack
+    return choose_window(mask, multiple, (x, y, z))[0]
+
+
+def _average(stack: Array, ranges: list[list[float]], n: int) -> Array:
+    """Means of cubes of n³ voxels, clipped first."""
+    if n == 1:
+        return stack
+    low, high = np.asarray(ranges, np.float32).T[:, :, None, None, None]
+    x, y, z = (length // n for length in stack.shape[1:])
+    means: Array = np.clip(stack, low, high).reshape(len(stack), x, n, y, n, z, n).mean((2, 4, 6))
+    return means
 
 
 # ---------------------------------------------------------------------------------------------------- the samples

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pydicom
-from pydicom.errors import InvalidDicomError
 from scipy import ndimage
 
 from cwdm.brats import write_nifti
@@ -47,7 +46,7 @@ def prepare_lidc(source: Path, out: Path, on_case: Callable[[str], None] = lambd
             on_case(f"{name}: there already")
             continue
         try:
-            volume = prepare(*read_series(name, files))
+            volume = prepare(name, *read_series(name, files))
         except CaseError as error:
             faults.append(error)
             on_case(f"error: {error}")
@@ -71,12 +70,12 @@ def find_series(source: Path) -> dict[str, list[Path]]:
             continue
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True)
-        except (InvalidDicomError, OSError, ValueError, EOFError):
-            continue  # other files lie among the images: annotations, licences
-        if header.get("Modality") == "CT" and "SeriesInstanceUID" in header:
-            patient = re.sub(r"[^A-Za-z0-9_-]+", "_", str(header.get("PatientID") or "unnamed"))[:64]
-            digest = hashlib.sha256(str(header.SeriesInstanceUID).encode()).hexdigest()[:8]
-            series[f"{patient}-{digest}"].append(path)
+            modality, uid, patient = header.get("Modality"), header.get("SeriesInstanceUID"), header.get("PatientID")
+        except Exception:  # other files lie among the images, and what a damaged header can raise has no end
+            continue
+        if modality == "CT" and uid:
+            patient = re.sub(r"[^A-Za-z0-9_-]+", "_", str(patient or "unnamed"))[:64]
+            series[f"{patient}-{hashlib.sha256(str(uid).encode()).hexdigest()[:8]}"].append(path)
     if not series:
         raise InputError(f"no CT images (DICOM, modality CT) below {source}")
     return dict(series)
@@ -109,25 +108,32 @@ def read_series(name: str, files: Sequence[Path]) -> tuple[Volume, tuple[float, 
         raise CaseError(name, f"the DICOM files cannot be read ({error})") from error
     if len({plane.shape for plane in planes}) > 1:
         raise CaseError(name, "slices of different sizes in one series")
-    if abs(normal[2]) < 0.9:
-        raise CaseError(name, "expected axial slices, found another orientation")
+    if min(abs(normal[2]), abs(orientation[0, 0]), abs(orientation[1, 1])) < 0.9:
+        raise CaseError(name, "expected axial slices with rows from side to side, found another orientation")
     gaps_mm = np.diff(heights_mm)
     gap_mm = float(np.median(gaps_mm))
     if gap_mm <= 0 or np.abs(gaps_mm - gap_mm).max() > 0.1 * gap_mm:
         raise CaseError(name, f"slices are missing or doubled: gaps from {gaps_mm.min():.2f} to {gaps_mm.max():.2f} mm")
+    spacing_mm = columns_mm, rows_mm, gap_mm
+    extent_mm = np.prod([n * mm for n, mm in zip((*planes[0].shape[::-1], len(planes)), spacing_mm, strict=True)])
+    if not (min(spacing_mm) > 0 and extent_mm <= MOST_VOXELS):
+        raise CaseError(name, f"voxels of {spacing_mm} mm cannot be resampled to 1 mm; check the header")
     # DICOM's rows run along the first direction (to the left), its columns along the second (to the back): LPS.
     volume = np.stack(planes, axis=-1).transpose(1, 0, 2).astype(np.float32)
+    if not np.isfinite(volume).all():
+        raise CaseError(name, "the rescale slope or intercept is missing, so there are no Hounsfield units")
     if orientation[0, 0] < 0:
         volume = volume[::-1]
     if orientation[1, 1] < 0:
         volume = volume[:, ::-1]
-    return volume if normal[2] > 0 else volume[:, :, ::-1], (columns_mm, rows_mm, gap_mm)
+    return volume if normal[2] > 0 else volume[:, :, ::-1], spacing_mm
 
 
-def prepare(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
+def prepare(name: str, volume: Volume, spacing_mm: Sequence[float]) -> Volume:
     """Resample to 1 mm, clip to -1000 HU and the 0.999 quantile, scale to [0, 1], crop or pad to 256³.
 
     Args:
+        name: for messages.
         volume: (X, Y, Z) in Hounsfield units, of any size; what is outside becomes air.
 
     Raises:
@@ -136,7 +142,7 @@ def prepare(volume: Volume, spacing_mm: Sequence[float]) -> Volume:
     resampled: Volume = ndimage.zoom(volume, spacing_mm, order=1, mode="nearest", grid_mode=True)
     upper = float(np.quantile(resampled, UPPER_QUANTILE))
     if upper <= AIR_HU:
-        raise CaseError("volume", f"nothing above {AIR_HU:g} HU; is the rescale slope of the scanner missing?")
+        raise CaseError(name, f"nothing above {AIR_HU:g} HU; is the rescale slope of the scanner missing?")
     unit = (np.clip(resampled, AIR_HU, upper) - AIR_HU) / (upper - AIR_HU)
     for axis in range(3):
         unit = centre(unit, axis, SIZE)

@@ -6,13 +6,22 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from cwdm.checkpoint import orthogonal_wavelet
 from cwdm.config import StrictSettings, read_settings
 from cwdm.errors import SettingsError
 from cwdm.samplers import known_sampler
 from cwdm.unet import UNetConfig
 
 Size = Annotated[list[Annotated[int, Field(ge=2, le=1024)]], Field(min_length=3, max_length=3)]
-Range = Annotated[list[float], Field(min_length=2, max_length=2)]
+
+
+def _rising(values: list[float]) -> list[float]:
+    if not -1e6 < values[0] < values[1] < 1e6:
+        raise ValueError("must be two rising numbers within a million")
+    return values
+
+
+Range = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_rising)]
 Positive = Annotated[int, Field(ge=1)]
 Folder = Annotated[Path, Field(strict=False)]
 
@@ -43,9 +52,9 @@ class DataSettings(StrictSettings):
             network that makes each of the four from the others, or nothing for an unconditional network.
         most_missing: with "any", how many of the four may be missing at once.
         images: for `files`: the target first, then the conditions.
-        window: voxels that are kept of a volume, or "brain" for a box that holds the brain.
-        padding: where zeros go if the volume is smaller: at the `end`, as cWDM does, or on both sides, as WDM does.
-        downsample: edge in voxels of the cubes that are averaged.
+        window: voxels that are kept of a volume, in its centre and, with conditions in the layout `brats`, moved or
+            grown as inference does to hold the brain; or "brain" for the smallest box that holds it.
+        downsample: edge in voxels of the cubes that are averaged, as WDM does for 128³.
         crop: size of the random part that is trained on; None: everything.
         mirror: left and right change places at random.
         jitter: standard deviation, in gamma's logarithm, of a random change of contrast of each condition.
@@ -61,7 +70,6 @@ class DataSettings(StrictSettings):
     most_missing: int = Field(default=1, ge=1, le=3)
     images: list[ImageSettings] | None = None
     window: Size | Literal["brain"] = Field(default=[224, 224, 160])
-    padding: Literal["end", "centre"] = "end"
     downsample: int = Field(default=1, ge=1, le=8)
     crop: Size | None = None
     mirror: bool = False
@@ -78,6 +86,15 @@ class DataSettings(StrictSettings):
                 raise ValueError("'target' and condition_on 'any' belong to layout 'brats'")
         elif (self.target is None) != (self.condition_on == "any"):
             raise ValueError("layout 'brats' needs a 'target', and with condition_on 'any' none")
+        guided = self.layout == "brats" and self.condition_on != "nothing"
+        if guided and self.downsample > 1:
+            raise ValueError("'downsample' is for other data: inference gives a network of contrasts all voxels")
+        if self.window == "brain" and not guided:
+            raise ValueError("window 'brain' needs layout 'brats' with conditions")
+        if self.crop and isinstance(self.window, list):
+            small = [size // self.downsample for size in self.window]
+            if any(part > whole for part, whole in zip(self.crop, small, strict=True)):
+                raise ValueError(f"crop {self.crop} does not fit into the window, {small} voxels after downsampling")
         if self.most_missing > 1 and self.condition_on != "any":
             raise ValueError("'most_missing' needs condition_on 'any'")
         return self
@@ -91,7 +108,7 @@ class NetworkSettings(StrictSettings):
     num_res_blocks: Positive = 2
     groups: Positive = 32
     skips: Literal["concat", "additive", "wavelet"] = "concat"
-    wavelet: str = "haar"
+    wavelet: Annotated[str, AfterValidator(orthogonal_wavelet)] = "haar"
 
 
 class OptimiserSettings(StrictSettings):
@@ -181,8 +198,8 @@ class TrainingSettings(StrictSettings):
         multiple = 2 * self.unet().size_multiple
         for name, size in (("data.window", self.data.window), ("data.crop", self.data.crop)):
             for edge in size if isinstance(size, list) else ():
-                voxels = edge // self.data.downsample if name == "data.window" else edge
-                if voxels % multiple:
+                voxels, rest = divmod(edge, self.data.downsample if name == "data.window" else 1)
+                if rest or voxels % multiple:
                     raise ValueError(f"{name} {size}: each must come to a multiple of {multiple} for this network")
         return self
 

@@ -8,10 +8,13 @@ batch see the same losses as one.
 import copy
 import json
 import math
+import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -21,6 +24,8 @@ import safetensors
 import safetensors.torch
 import torch
 from lightning_fabric import Fabric
+from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
@@ -50,6 +55,10 @@ class TrainingError(CwdmError):
     """The run cannot go on."""
 
 
+class _Stopped(Exception):
+    """A signal came in the middle of a validation."""
+
+
 def train(settings: TrainingSettings, resume: bool = False) -> Path:
     """Train a network and keep its newest and best weights, ready for `cwdm infer` or `cwdm sample`.
 
@@ -76,18 +85,52 @@ def train(settings: TrainingSettings, resume: bool = False) -> Path:
 
 def _launch(settings: TrainingSettings) -> Fabric:
     """Devices and processes; under `torchrun` or Slurm Fabric takes its place among those that are there."""
-    accelerator = {"auto": "auto", "cpu": "cpu", "cuda": "cuda"}[settings.device]
     if settings.device == "cuda" and not torch.cuda.is_available():
         raise SettingsError("device=cuda, but PyTorch finds no GPU; check the driver, or train with device=cpu")
+    device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+    devices, nodes = _processes(settings)
+    # Ranks wait for each other while one decodes, validates or saves.
+    strategy: Any = DDPStrategy(timeout=timedelta(days=1)) if devices * nodes > 1 else "auto"
     precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed"}[settings.precision]
-    fabric = Fabric(accelerator=accelerator, devices=settings.devices, num_nodes=settings.nodes, precision=precision)
-    fabric.launch()
+    try:
+        fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, precision=precision, strategy=strategy)
+        fabric.launch()
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        raise SettingsError(f"{devices} devices on each of {nodes} machines cannot be used: {error}") from error
     if settings.optimiser.batch_size % (fabric.world_size * settings.optimiser.accumulate):
         raise SettingsError(
             f"optimiser.batch_size {settings.optimiser.batch_size} cannot be shared evenly among "
             f"{fabric.world_size} devices in {settings.optimiser.accumulate} parts"
         )
     return fabric
+
+
+def _processes(settings: TrainingSettings) -> tuple[int, int]:
+    """Devices of each machine, and machines: as `torchrun` or Slurm started them, else as the settings say."""
+    environment = os.environ
+    if torch.distributed.is_torchelastic_launched():
+        devices = int(environment["LOCAL_WORLD_SIZE"])
+        return devices, int(environment["WORLD_SIZE"]) // devices
+    if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+        nodes = int(environment["SLURM_NNODES"])
+        return int(environment["SLURM_NTASKS"]) // nodes, nodes
+    return settings.devices, settings.nodes
+
+
+def _together(fabric: Fabric, work: Callable[[], None]) -> None:
+    """Do something in every process; if it fails in one, the others stop too instead of waiting for ever."""
+    fault: Exception | None = None
+    try:
+        work()
+    except Exception as error:
+        fault = error
+    failed = fault is not None
+    if fabric.world_size > 1:
+        failed = bool(fabric.all_reduce(torch.tensor(int(failed), device=fabric.device), reduce_op="max"))
+    if fault:
+        raise fault
+    if failed:
+        raise TrainingError("another process failed; its message says why")
 
 
 def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run":
@@ -100,9 +143,9 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
     cache = Cache(data.cache or out / "cache", data, 2 * settings.unet().size_multiple)
     subjects = find_subjects(data.path, data)
     held_out = find_subjects(data.validation_path, data)[: settings.validation_cases] if data.validation_path else []
-    if fabric.local_rank == 0:  # each machine may have a cache of its own
-        _decode_all(cache, [*subjects, *held_out], fabric.is_global_zero)
-    fabric.barrier()
+    # Each machine may have a cache of its own; its processes share the work.
+    mine = [*subjects, *held_out][fabric.local_rank :: _processes(settings)[0]]
+    _together(fabric, lambda: _decode_all(cache, mine, fabric.is_global_zero))
     torch.manual_seed(settings.seed)
     model = UNet(settings.unet())
     ema = copy.deepcopy(model).requires_grad_(False).eval().to(fabric.device)
@@ -176,7 +219,8 @@ class _Run:
     def loop(self) -> None:
         """Train to the last step; on SIGTERM or SIGINT save and leave."""
         settings = self.settings
-        handlers = {number: signal.signal(number, self._stop) for number in (signal.SIGTERM, signal.SIGINT)}
+        heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+        handlers = {number: signal.signal(number, self._stop) for number in heard}
         try:
             with _bar(self.fabric.is_global_zero) as bar:
                 task = bar.add_task("training", total=settings.steps, completed=self.step)
@@ -188,7 +232,7 @@ class _Run:
                         self._validate()
                     stopped = self._any_stopped()
                     if last or stopped or self.step % settings.save_every == 0:
-                        self.save()
+                        _together(self.fabric, self.save)
                     if stopped:
                         raise SystemExit(128 + stopped)
         finally:
@@ -203,7 +247,8 @@ class _Run:
         """The signal that any of the processes was stopped by, the same answer in all of them."""
         if self.fabric.world_size == 1:
             return self.stopped_by
-        return int(cast(Tensor, self.fabric.all_reduce(torch.tensor(self.stopped_by), reduce_op="max")))
+        stopped = torch.tensor(self.stopped_by, device=self.fabric.device)
+        return int(cast(Tensor, self.fabric.all_reduce(stopped, reduce_op="max")))
 
     def _batches(self) -> Iterator[list[dict[str, Tensor]]]:
         """What this process computes in each step that is left, in parts."""
@@ -316,51 +361,61 @@ class _Run:
 
     @torch.no_grad()
     def _validate(self) -> None:
-        """Synthesise the held-out cases; the processes share them out. Without conditions there is no right answer:
-        then a sample is drawn beside each case, for the eye."""
-        rank, world = self.fabric.global_rank, self.fabric.world_size
+        """Synthesise the held-out cases, each process its share; nothing counts if the run is stopped meanwhile.
+
+        Without conditions there is no right answer: then a sample is drawn beside each case, for the eye.
+        """
         scores = torch.zeros(3, dtype=torch.float64, device=self.fabric.device)
-        for number, subject in list(enumerate(self.held_out))[rank::world]:
-            truth, synthesis, mask = self._synthesise(subject, number)
-            figures = psnr(synthesis, truth, mask), ssim(synthesis, truth, mask)
-            scores += torch.tensor([*figures, 1.0], dtype=torch.float64, device=self.fabric.device)
-            self.log.picture(self.step, subject.name, truth, synthesis)
-        if world > 1:
+        _together(self.fabric, lambda: self._score_share(scores))
+        if self.fabric.world_size > 1:
             scores = cast(Tensor, self.fabric.all_reduce(scores, reduce_op="sum"))
-        if not self.settings.channels:
+        if self._any_stopped() or not self.settings.channels:
             return
         mean_psnr, mean_ssim = (float(value / scores[2]) for value in scores[:2])
         self.log.scores(self.step, mean_psnr, mean_ssim)
         if mean_psnr > self.best:
             self.best = mean_psnr
-            self._save_weights(self.settings.out / "best")
+            _together(self.fabric, lambda: self._save_weights(self.settings.out / "best"))
+
+    def _score_share(self, scores: Tensor) -> None:
+        """Add up PSNR, SSIM and number of this process's cases."""
+        with suppress(_Stopped):
+            for number, subject in list(enumerate(self.held_out))[self.fabric.global_rank :: self.fabric.world_size]:
+                truth, synthesis, mask = self._synthesise(subject, number)
+                self.log.picture(self.step, subject.name, truth, synthesis)
+                if self.settings.channels:
+                    figures = psnr(synthesis, truth, mask), ssim(synthesis, truth, mask)
+                    scores += torch.tensor([*figures, 1.0], dtype=torch.float64, device=scores.device)
 
     def _synthesise(self, subject: Subject, number: int) -> tuple[Any, Any, Any]:
         """Truth, synthesis and mask of a held-out case, (X, Y, Z) in [0, 1]."""
         settings, device = self.settings, self.fabric.device
+        wavelet, (low, high) = settings.network.wavelet, settings.value_range
         unit = self.cache.load(subject).unit()
-        low, high = settings.value_range
         target = number % len(unit) if settings.data.condition_on == "any" else 0
         conditions = unit.copy() if settings.data.condition_on == "any" else unit[1:]
         if settings.data.condition_on == "any":
             conditions[target] = 0
-        mask = (conditions if len(conditions) else unit).any(axis=0)
+        # Contrasts of a head without its skull show where the brain is; other images count everywhere.
+        brains = settings.data.layout == "brats" and len(conditions) > 0
+        mask = conditions.any(axis=0) if brains else np.ones(unit.shape[1:], np.bool_)
         condition = None
         if len(conditions):
-            condition = dwt(
-                torch.from_numpy(conditions)[None].to(device) * (high - low) + low, settings.network.wavelet
-            )
+            condition = dwt(torch.from_numpy(conditions)[None].to(device) * (high - low) + low, wavelet)
         record = self.record()
-        denoise = clamped_denoiser(Checkpoint(self.ema, record), condition, torch.float32, target=target)
-        generator = torch.Generator().manual_seed(settings.seed)
-        shape = (1, 8, *(n // 2 for n in unit.shape[1:]))
-        noise = torch.randn(shape, generator=generator).to(device)
+        denoise = clamped_denoiser(
+            Checkpoint(self.ema, record), condition, torch.float32, self._raise_if_stopped, target
+        )
+        generator = torch.Generator(device).manual_seed(settings.seed)
+        noise = torch.randn((1, 8, *(n // 2 for n in unit.shape[1:])), generator=generator, device=device)
         with torch.inference_mode():
-            x = SAMPLERS[record.sampler](
-                denoise, noise, spaced_timesteps(record.steps), generator=torch.Generator(device).manual_seed(0)
-            )
-            volume = (idwt(x, settings.network.wavelet)[0, 0] - low) / (high - low)
+            x = SAMPLERS[record.sampler](denoise, noise, spaced_timesteps(record.steps), generator=generator)
+            volume = (idwt(x, wavelet)[0, 0] - low) / (high - low)
         return unit[target], np.where(mask, volume.cpu().numpy(), np.float32(0)), mask
+
+    def _raise_if_stopped(self) -> None:
+        if self.stopped_by:
+            raise _Stopped
 
     # -------------------------------------------------------------------------------------- nothing gets lost
 
@@ -384,18 +439,22 @@ class _Run:
         Weights that are not finite are not worth keeping, and would push out those that are.
         """
         finite = all(bool(torch.isfinite(parameter).all()) for parameter in self.model.parameters())
-        if self.log.bad_in_a_row or not finite:
+        last = self.step == self.settings.steps
+        if not finite or (self.log.bad_in_a_row and not last):
             self.log.say(f"warning: weights or gradient not finite at step {self.step}, nothing saved")
             return
         self._save_weights(self.settings.out / "newest")
-        if self.fabric.is_global_zero:
-            folder = self.settings.out / "states"
-            header = {"step": self.step, "best": self.best if math.isfinite(self.best) else None, **self._identity()}
-            data = safetensors.torch.save(self._state(), {"cwdm": json.dumps(header)})
-            write_atomically(folder / f"{self.step:09d}.safetensors", lambda file: file.write(data))
-            for old in sorted(folder.glob("*.safetensors"))[:-KEPT_STATES]:
-                old.unlink()
-        self.fabric.barrier()
+        if not self.fabric.is_global_zero:
+            return
+        folder = self.settings.out / "states"
+        header = {"step": self.step, "best": self.best if math.isfinite(self.best) else None, **self._identity()}
+        data = safetensors.torch.save(self._state(), {"cwdm": json.dumps(header)})
+        write_atomically(folder / f"{self.step:09d}.safetensors", lambda file: file.write(data))
+        states = sorted(folder.glob("*.safetensors"))
+        # Later ones than this can only be damaged, or `resume` would have taken them.
+        later = [path for path in states if int(path.stem) > self.step]
+        for old in [*later, *[path for path in states if path not in later][:-KEPT_STATES]]:
+            old.unlink()
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between a state and the run that goes on from it."""
@@ -432,8 +491,14 @@ class _Run:
             self._take(tensors)
             self.step, self.best = int(header["step"]), header["best"] or -math.inf
             self.log.say(f"going on after step {self.step} from {path}")
-            return
-        self.log.say("no state to go on from; starting at the first step")
+            break
+        else:
+            self.log.say("no state to go on from; starting at the first step")
+        steps = cast(Tensor, self.fabric.all_gather(torch.tensor(self.step, device=self.fabric.device)))
+        if int(steps.min()) != int(steps.max()):
+            raise SettingsError(
+                f"the processes see different states in {self.settings.out}; it must be one shared folder"
+            )
 
     def _check_identity(self, path: Path, header: Mapping[str, Any]) -> None:
         mine = self._identity()

@@ -2,6 +2,7 @@
 
 import resource
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,9 @@ from rich.console import Console
 from tensorboardX import SummaryWriter
 from torch import Tensor
 
+from cwdm.errors import OutputError
+from cwdm.files import output_errors
+
 BANDS = ("LLL", "LLH", "LHL", "LHH", "HLL", "HLH", "HHL", "HHH")
 
 
@@ -18,7 +22,12 @@ class TrainingLog:
     """TensorBoard's scalars and pictures, and the line beside the progress bar."""
 
     def __init__(self, folder: Path, active: bool) -> None:
-        self.writer = SummaryWriter(str(folder)) if active else None
+        # The queue holds more than one call of `write` puts in: a full one would block, were its thread dead.
+        self.folder = folder
+        self.writer: Any = None
+        if active:
+            with output_errors(folder):
+                self.writer = SummaryWriter(str(folder), max_queue=1000)
         self.console = Console(stderr=True, highlight=False, quiet=not active)
         self.line = ""
         self.bad_in_a_row = 0
@@ -53,7 +62,7 @@ class TrainingLog:
             inside = (t >= start) & (t < start + 250)
             if inside.any():
                 scalars[f"loss by timestep/{start} to {start + 249}"] = float(bands[inside].mean())
-        if self.writer:
+        if self._alive():
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
         self.line = f"loss {scalars['loss']:.4g}"
@@ -64,19 +73,27 @@ class TrainingLog:
         self._bands, self._t, self.waited, self._since = [], [], 0.0, time.perf_counter()
 
     def scores(self, step: int, mean_psnr: float, mean_ssim: float) -> None:
-        if self.writer:
+        if self._alive():
             self.writer.add_scalar("validation/PSNR dB", mean_psnr, step)
             self.writer.add_scalar("validation/SSIM", mean_ssim, step)
         self.say(f"step {step}: validation PSNR {mean_psnr:.2f} dB, SSIM {mean_ssim:.4f}")
 
     def picture(self, step: int, name: str, truth: Any, synthesis: Any) -> None:
         """Middle slices: truth, synthesis, difference."""
-        if self.writer is None:
+        if not self._alive():
             return
         middle = truth.shape[2] // 2
         slices = [volume[:, :, middle].T for volume in (truth, synthesis, np.abs(truth - synthesis))]
         self.writer.add_image(f"validation/{name}", np.clip(np.concatenate(slices, axis=1), 0, 1)[None], step)
 
+    def _alive(self) -> bool:
+        """Whether there is a file to write to; raises OutputError if its thread died, of a full disk most likely."""
+        if self.writer and not self.writer._get_file_writer().event_writer._worker.is_alive():
+            raise OutputError(f"cannot write to {self.folder}; is the disk full? Free some space and resume")
+        return self.writer is not None
+
     def close(self) -> None:
-        if self.writer:
-            self.writer.close()
+        """Write what is left."""
+        with suppress(OSError, OutputError):  # what went wrong before is what should be heard
+            if self._alive():
+                self.writer.close()

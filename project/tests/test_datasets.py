@@ -71,9 +71,7 @@ def test_timesteps_cover_the_schedule_and_can_lean_towards_noise(phantoms: Path,
 
 
 def test_value_range_of_wdm(phantoms: Path, tmp_path: Path) -> None:
-    data = DataSettings(
-        path=phantoms, target="t1n", condition_on="nothing", window=[32, 32, 32], padding="centre", downsample=2
-    )
+    data = DataSettings(path=phantoms, target="t1n", condition_on="nothing", window=[32, 32, 32], downsample=2)
     sample = samples(data, tmp_path, value_range=(-1.0, 1.0))[0]
     assert sample["volume"].shape == (1, 16, 16, 16)
     assert sample["conditions"].shape == (0, 32, 32, 32) or sample["conditions"].shape[0] == 0
@@ -108,9 +106,7 @@ def paired(folder: Path, rng: np.random.Generator) -> DataSettings:
         {"file": "mr/{case}.nii"},
         {"file": "mask/{case}.nii.gz", "labels": [1, 3]},
     ]
-    return DataSettings.model_validate(
-        {"path": folder, "layout": "files", "images": images, "window": [32, 32, 32], "padding": "centre"}
-    )
+    return DataSettings.model_validate({"path": folder, "layout": "files", "images": images, "window": [32, 32, 32]})
 
 
 def test_paired_images_by_their_patterns(tmp_path: Path) -> None:
@@ -127,6 +123,7 @@ def test_paired_images_by_their_patterns(tmp_path: Path) -> None:
     expected = (np.clip(ct, -1000, 1000) + 1000) / 2000
     x = (32 - SHAPE[0]) // 2
     z = (32 - SHAPE[2]) // 2
+    assert not sample["volume"][0, :, :, :z].any()  # beyond the image is air, -1000 HU
     inside = sample["volume"][0, x : x + SHAPE[0], : SHAPE[1], z : z + SHAPE[2]].numpy()
     np.testing.assert_allclose(inside, expected, atol=1e-5)
 
@@ -138,7 +135,15 @@ def test_what_is_wrong_with_paired_data_is_said(tmp_path: Path) -> None:
         find_subjects(data.path, data)
     (data.path / "ct" / "p2_ct.nii.gz").unlink()
     write(data.path / "mr" / "p1.nii", np.ones((4, 4, 4), np.int16))
-    with pytest.raises(CaseError, match=r"one shape|same intensity"):
+    with pytest.raises(CaseError, match="same intensity"):
+        samples(data, tmp_path / "cache")[0]
+    rng = np.random.default_rng(1)
+    write(data.path / "mr" / "p1.nii", rng.integers(0, 900, (4, 4, 4)).astype(np.int16))
+    with pytest.raises(CaseError, match="one shape"):
+        samples(data, tmp_path / "cache")[0]
+    shifted = AFFINE + np.array([[0, 0, 0, 2], [0] * 4, [0] * 4, [0] * 4])
+    write(data.path / "mr" / "p1.nii", rng.integers(0, 900, SHAPE).astype(np.int16), shifted)
+    with pytest.raises(CaseError, match="one grid"):
         samples(data, tmp_path / "cache")[0]
     with pytest.raises(InputError, match="no file like"):
         find_subjects(tmp_path, data)

@@ -13,7 +13,7 @@ from cwdm.checkpoint import Checkpoint, Record, load_published
 from cwdm.cli import app
 from cwdm.config import load_settings
 from cwdm.errors import CwdmError, SettingsError, WeightsError
-from cwdm.generation import Generator, trained_size, write_samples
+from cwdm.generation import Generator, trained_grid, write_samples
 from cwdm.samplers import ddpm, spaced_timesteps
 from cwdm.synthesis import clamped_denoiser
 from cwdm.unet import UNetConfig
@@ -64,7 +64,11 @@ def test_command_writes_samples_and_goes_on_where_it_was(weights: Path, tmp_path
     before = first.stat().st_mtime_ns
     assert CliRunner().invoke(app, [*command, "-n", "3"]).exit_code == 0
     assert first.stat().st_mtime_ns == before
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"sample-0000{i}.nii.gz" for i in range(3)]
+    names = [f"sample-0000{i}.nii.gz" for i in range(3)]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "samples.json"]
+    result = CliRunner().invoke(app, [*command, "seed=7"])
+    assert isinstance(result.exception, SettingsError)
+    assert "another seed" in str(result.exception)
     image = nib.load(first)
     assert image.shape == SIZE
     assert nib.aff2axcodes(image.affine) == ("L", "P", "S")
@@ -74,10 +78,11 @@ def test_command_writes_samples_and_goes_on_where_it_was(weights: Path, tmp_path
 def test_size_comes_from_the_training_record() -> None:
     data = {"window": [256, 256, 256], "downsample": 2}
     told = Checkpoint(load_published(untrained_state(CONFIG), CONFIG), Record(training={"settings": {"data": data}}))
-    assert trained_size(told) == (128, 128, 128)
-    assert trained_size(replace(told, record=Record())) == (128, 128, 128)
-    data["downsample"] = 1
-    assert trained_size(told) == (256, 256, 256)
+    assert trained_grid(told) == ((128, 128, 128), 2.0)
+    assert trained_grid(replace(told, record=Record())) == ((128, 128, 128), 1.0)
+    for value, expected in ((1, ((256, 256, 256), 1.0)), (0, ((128, 128, 128), 1.0)), ("x", ((128, 128, 128), 1.0))):
+        data["downsample"] = value
+        assert trained_grid(told) == expected
 
 
 def test_what_cannot_be_generated_is_said(weights: Path, weights_folder: Path, tmp_path: Path) -> None:

@@ -91,7 +91,7 @@ def test_values_and_crop_of_a_volume_of_one_millimetre() -> None:
     hu = np.random.default_rng(1).uniform(-2000, 900, (300, 20, 256)).astype(np.float32)
     upper = np.quantile(hu, 0.999)
     unit = (np.clip(hu, -1000, upper) + 1000) / (upper + 1000)
-    found = prepare(hu, (1.0, 1.0, 1.0))
+    found = prepare("ct", hu, (1.0, 1.0, 1.0))
     np.testing.assert_allclose(found[:, 118:138], unit[22:278], atol=1e-5)
     assert not found[:, :118].any()
     assert not found[:, 138:].any()

@@ -170,6 +170,16 @@ def test_a_damaged_state_is_passed_over(small: Path, tmp_path: Path) -> None:
     assert newest.read_bytes() == whole
 
 
+def test_states_later_than_the_one_resumed_from_are_damaged_and_go(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(settings(small, out))
+    for path in (out / "states").iterdir():
+        path.write_bytes(b"damaged")
+    train(settings(small, out), resume=True)
+    assert sorted(path.stem for path in (out / "states").iterdir()) == ["000000004", "000000006"]
+    weights_of(out)
+
+
 def test_accumulated_parts_are_the_same_batch(small: Path, tmp_path: Path) -> None:
     train(settings(small, tmp_path / "one"))
     train(settings(small, tmp_path / "parts", "optimiser.accumulate=2"))
@@ -192,7 +202,7 @@ def test_bfloat16_multiplies_and_float32_keeps(small: Path, tmp_path: Path) -> N
 
 def test_unconditional_training_makes_weights_that_sample(small: Path, phantoms: Path, tmp_path: Path) -> None:
     changes = ["data.condition_on=nothing", "data.target=t1n", "value_range=[-1, 1]", "data.window=[32, 32, 32]"]
-    more = ["data.padding=centre", "data.downsample=2", "data.crop=null", "network.skips=wavelet"]
+    more = ["data.downsample=2", "data.crop=null", "network.skips=wavelet"]
     more += ["network.num_res_blocks=2"]
     validation = [f"data.validation_path={phantoms}", "validate_every=6", "validation_cases=1"]
     newest = train(settings(small, tmp_path / "run", *changes, *more, *validation))
@@ -205,7 +215,7 @@ def test_two_processes_see_the_losses_of_one(small: Path, tmp_path: Path) -> Non
     train(settings(small, tmp_path / "one"))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cwdm"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = ["train", str(small), f"out={tmp_path / 'two'}", "devices=2"]
+    arguments = ["train", str(small), f"out={tmp_path / 'two'}"]
     result = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
     assert result.returncode == 0, result.stderr
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
@@ -252,6 +262,13 @@ def test_what_is_wrong_with_the_data_or_settings_is_said(small: Path, tmp_path: 
         settings(small, tmp_path / "run", "optimiser.batchsize=2")
     with pytest.raises(SettingsError, match="shared evenly"):
         train(settings(small, tmp_path / "run", "optimiser.batch_size=3", "optimiser.accumulate=2"))
+    for wrong, message in (
+        ("value_range=[1, 0]", "rising"),
+        ("network.wavelet=bior2.2", "no orthogonal wavelet"),
+        ("data.downsample=2", "is for other data"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            settings(small, tmp_path / "run", wrong)
     with pytest.raises(SettingsError, match="multiple of 4"):
         settings(small, tmp_path / "run", "data.crop=[16, 16, 18]")
     with pytest.raises(SettingsError, match="neither a file nor one of"):
