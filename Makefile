@@ -20,10 +20,10 @@ demo: $(STAMP)
 PYTEST := $(VENV)/bin/python -m pytest project/tests -c project/pyproject.toml --rootdir project
 
 test: lint
-	$(PYTEST) -m "not full_size"
+	$(PYTEST) -m "not full"
 
 test-full: $(STAMP)
-	$(PYTEST) -m full_size
+	$(PYTEST) -m full
 
 lint: $(STAMP)
 	cd project && ../$(VENV)/bin/ruff check . && ../$(VENV)/bin/ruff format --check . && ../$(VENV)/bin/mypy cwdm

@@ -35,6 +35,7 @@ from cwdm.config import load_settings
 from cwdm.metrics import psnr, ssim
 from cwdm.phantom import WIDE, write_phantoms
 from cwdm.preprocess import normalise
+from cwdm.synthesis import Prepared
 from cwdm.train_config import load_training_settings
 from cwdm.training import train as run_training
 from cwdm.weights import BUNDLED, folder_of, record
@@ -81,7 +82,7 @@ def compare(
     table, fitted = Table(*columns, "seconds a case"), Table(*columns, title="each fitted to the truth first")
     for target in MODALITIES:
         scores: dict[str, list[tuple[float, float]]] = {"nearest": [], "regression": [], "bundled": []}
-        fitted_scores: dict[str, list[tuple[float, float]]] = {name: [] for name in scores}
+        fitted_scores: dict[str, list[float]] = {name: [] for name in scores}
         seconds = []
         for folder in shown(folders, target):
             volumes = {name: read_grid(path)[0] for name, path in folder.files.items()}
@@ -100,9 +101,8 @@ def compare(
             for name, prediction in predictions.items():
                 inside = np.where(mask, prediction, np.float32(0)).astype(np.float32)
                 scores[name].append((psnr(inside, units[target], mask), ssim(inside, units[target], mask)))
-                inside = fit_to(inside, units[target], mask)
-                fitted_scores[name].append((psnr(inside, units[target], mask), ssim(inside, units[target], mask)))
-        fitted.add_row(target, *(figures(values) for values in fitted_scores.values()))
+                fitted_scores[name].append(psnr(fit_to(inside, units[target], mask), units[target], mask))
+        fitted.add_row(target, *(f"{mean(values):.2f} dB" for values in fitted_scores.values()))
         table.add_row(target, *(figures(values) for values in scores.values()), f"{mean(seconds):.1f}")
     print(f"{len(folders)} cases of {cases}, {synthesizer.plan(synthesizer.load('t1n'))[0]}")
     Console(width=110).print(table)
@@ -111,7 +111,7 @@ def compare(
 
 def fit_to(prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> np.ndarray:
     """The prediction with the scale and offset that bring it closest to the truth inside the mask."""
-    scale, offset = np.polyfit(prediction[mask], truth[mask], 1)
+    scale, offset = np.polyfit(prediction[mask].astype(np.float64), truth[mask].astype(np.float64), 1)
     return np.where(mask, np.clip(scale * prediction + offset, 0, 1), 0).astype(np.float32)
 
 
@@ -148,32 +148,44 @@ def steps(
     cases: Path,
     size: Annotated[int, typer.Option(help="Edge of the cube, voxels; a multiple of 8.")] = 48,
     weights: str = BUNDLED,
-    slow: Annotated[bool, typer.Option(help="With ddpm of 1000 and 250 steps.")] = True,
+    most: Annotated[int, typer.Option(help="Leave out what takes more steps.")] = 1000,
 ) -> None:
     """Quality by sampler and steps: the first four cases, each without another contrast."""
     print_hardware()
-    jobs = list(zip(find_cases(cases)[:4], MODALITIES, strict=False))
-    plans = [("ddpm", n) for n in ((1000, 250, 50) if slow else (50,))]
-    plans += [(name, n) for name in ("ddim", "dpmpp") for n in (50, 20, 10, 5, 2, 1)]
+    plans = [("ddpm", n) for n in (50, 250, 1000)]
+    plans += [(name, n) for name in ("ddim", "dpmpp") for n in (1, 2, 5, 10, 20, 50)]
+    jobs = [
+        cut_out(folder, target, Synthesizer(weights, device="cpu"), size)
+        for folder, target in zip(find_cases(cases)[:4], MODALITIES, strict=False)
+    ]
     table = Table("sampler", "steps", "PSNR dB", "SSIM", f"seconds for {size}³ voxels")
-    for name, count in shown(plans, "steps"):
-        synthesizer = Synthesizer(
-            weights, load_settings(None, [f"sampler.name={name}", f"sampler.steps={count}"]), "cpu"
-        )
+    for name, count in shown([plan for plan in plans if plan[1] <= most], "steps"):
+        settings = load_settings(None, [f"sampler.name={name}", f"sampler.steps={count}"])
+        synthesizer = Synthesizer(weights, settings, "cpu")
         scores, seconds = [], []
-        for folder, target in jobs:
-            prepared = synthesizer.prepare(read_case(without(folder, target)))
-            truth = prepared.window.crop(prepared.orientation.apply(normalise(read_grid(folder.files[target])[0])[0]))
-            mask = prepared.window.crop(prepared.orientation.apply(prepared.mask))
-            seg, *_ = read_grid(folder.files["t1n"].with_name(f"{folder.name}-seg.nii.gz"))
-            box = cube(prepared.window.crop(prepared.orientation.apply(seg)) > 0, size)
-            samples = synthesizer.sample(replace(prepared, unit=prepared.unit[(..., *box)].contiguous()))
-            volume = np.where(mask[box], samples.mean.numpy(), np.float32(0))
-            scores.append((psnr(volume, truth[box], mask[box]), ssim(volume, truth[box], mask[box])))
+        for prepared, truth, mask in jobs:
+            samples = synthesizer.sample(prepared)
+            volume = np.where(mask, samples.mean.numpy(), np.float32(0))
+            scores.append((psnr(volume, truth, mask), ssim(volume, truth, mask)))
             seconds.append(samples.seconds)
         a, b = mean(a for a, _ in scores), mean(b for _, b in scores)
         table.add_row(name, str(count), f"{a:.2f}", f"{b:.3f}", f"{mean(seconds):.2f}")
     Console(width=110).print(table)
+
+
+def cut_out(
+    folder: CaseFolder, target: str, synthesizer: Synthesizer, size: int
+) -> tuple[Prepared, np.ndarray, np.ndarray]:
+    """A cube around the tumour: the prepared case, the truth in [0, 1] and the mask of the brain."""
+    prepared = synthesizer.prepare(read_case(without(folder, target)))
+
+    def inside(volume: np.ndarray) -> np.ndarray:
+        return prepared.window.crop(prepared.orientation.apply(volume))
+
+    seg = read_grid(folder.files["t1n"].with_name(f"{folder.name}-seg.nii.gz"))[0]
+    box = cube(inside(seg) > 0, size)
+    truth = inside(normalise(read_grid(folder.files[target])[0])[0])
+    return replace(prepared, unit=prepared.unit[(..., *box)].contiguous()), truth[box], inside(prepared.mask)[box]
 
 
 def cube(tumour: np.ndarray, size: int) -> tuple[slice, ...]:

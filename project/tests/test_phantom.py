@@ -204,7 +204,7 @@ def test_finished_cases_are_left_and_incomplete_ones_made_whole(written: Path, t
     folder = copytree(written / NAMES[0], tmp_path / NAMES[0])
     names: list[str] = []
     times = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
-    assert write_phantoms(tmp_path, 1, 7, SHAPE, SPACING_MM, names.append) == [folder]
+    assert write_phantoms(tmp_path, 1, 7, SHAPE, SPACING_MM, on_case=names.append) == [folder]
     assert names == [NAMES[0]]
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == times
     (folder / f"{NAMES[0]}-t2w.nii.gz").unlink()

@@ -12,7 +12,10 @@ from cwdm.synthesis import clamped_denoiser
 from cwdm.wavelet import dwt, idwt
 
 
-@pytest.mark.parametrize("name", golden("ddpm.json"))
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.full if r["steps"] == 1000 else ()) for n, r in golden("ddpm.json").items()],
+)
 @torch.inference_mode()
 def test_golden_sampling_run(name: str) -> None:
     run = golden("ddpm.json")[name]

@@ -26,7 +26,7 @@ def synthesizer(weights: Path, *overrides: str) -> Synthesizer:
     return Synthesizer(weights, load_settings(overrides=("precision=fp32", FOUR_STEPS, *overrides)), "cpu")
 
 
-@pytest.mark.full_size
+@pytest.mark.full
 @needs_cases
 @pytest.mark.parametrize("name", golden("case.json"))
 def test_golden_case_as_published(name: str, weights_folder: Path, tmp_path: Path) -> None:
