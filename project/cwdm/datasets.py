@@ -17,13 +17,21 @@ import torch
 from torch import Tensor
 
 from cwdm.brats import MODALITIES, check_same_grid, find_cases, read_grid
+from cwdm.diffusion import TIMESTEPS
 from cwdm.errors import CaseError, CwdmError, InputError
 from cwdm.files import check_writable, write_atomically, write_json
-from cwdm.preprocess import Orientation, Window, brain_mask, centre, choose_window, clip_range, tight_window
+from cwdm.preprocess import (
+    ORIENTATION,
+    Orientation,
+    Window,
+    brain_mask,
+    centre,
+    choose_window,
+    clip_range,
+    tight_window,
+)
 from cwdm.train_config import DataSettings, ImageSettings
 
-ORIENTATION = "LPS"
-TIMESTEPS = 1000
 FORMAT = 1
 """Of the cache; a new number makes old entries worthless."""
 
@@ -234,7 +242,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
         unit = volumes.unit(_box(rng, volumes.stack.shape[1:], data.crop))
         if data.mirror and rng.random() < 0.5:
             unit = unit[:, ::-1]
-        target, unit = (int(rng.integers(len(unit))), unit) if data.condition_on == "any" else (0, unit)
+        target = int(rng.integers(len(unit))) if data.condition_on == "any" else 0
         volume = unit[target : target + 1].copy()
         conditions = self._conditions(rng, unit, target)
         low, high = sampling.value_range

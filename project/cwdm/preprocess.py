@@ -22,6 +22,9 @@ CLIP_QUANTILES = (0.001, 0.999)
 MOST_WINDOW_VOXELS = 4 * 224 * 224 * 160
 """The network's memory grows with the window: beyond this, one case would take down a machine that can do the rest."""
 
+ORIENTATION = "LPS"
+"""Voxel order that the weights know: that of BraTS files."""
+
 PUBLISHED_WINDOW = (224, 224, 160)
 """Voxels that the published weights see of the 240×240×155 of a BraTS volume."""
 

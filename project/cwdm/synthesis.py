@@ -17,6 +17,7 @@ from cwdm.checkpoint import ANY, Checkpoint
 from cwdm.config import Settings
 from cwdm.errors import CaseError, SettingsError, WeightsError
 from cwdm.preprocess import (
+    ORIENTATION,
     ClipRange,
     Orientation,
     Window,
@@ -30,9 +31,6 @@ from cwdm.preprocess import (
 from cwdm.samplers import SAMPLERS, Denoise, Sampler, spaced_timesteps
 from cwdm.wavelet import dwt, idwt
 from cwdm.weights import find, folder_of, load_for, modality_of
-
-ORIENTATION = "LPS"
-"""Voxel order that the weights know: that of BraTS files."""
 
 Volume = npt.NDArray[np.float32]
 DeviceName = Literal["auto", "cpu", "cuda"]
