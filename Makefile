@@ -1,9 +1,9 @@
-# make setup | demo | test | test-full | lint | bench; each sets up .venv first, which takes no time once it is done.
+# make setup | demo | test | test-full | container-test | lint | bench; each sets up .venv first, which takes no time once it is done.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-full lint bench clean
+.PHONY: setup demo test test-full container-test lint bench clean
 
 setup: $(STAMP)
 
@@ -17,13 +17,17 @@ $(STAMP): requirements.txt project/pyproject.toml
 demo: $(STAMP)
 	$(VENV)/bin/cwdm demo demo
 
-PYTEST := $(VENV)/bin/python -m pytest project/tests -c project/pyproject.toml --rootdir project
+PYTEST := $(VENV)/bin/python -m pytest -c project/pyproject.toml --rootdir project
 
 test: lint
-	$(PYTEST) -m "not full"
+	$(PYTEST) project/tests -m "not full"
 
 test-full: $(STAMP)
-	$(PYTEST) -m full
+	$(PYTEST) project/tests -m full
+
+# Needs Docker, or root on Debian or Ubuntu to install it.
+container-test: $(STAMP)
+	$(PYTEST) project/container_tests -ra
 
 lint: $(STAMP)
 	cd project && ../$(VENV)/bin/ruff check . && ../$(VENV)/bin/ruff format --check . && ../$(VENV)/bin/mypy cwdm

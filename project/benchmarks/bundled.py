@@ -40,7 +40,7 @@ from cwdm.train_config import load_training_settings
 from cwdm.training import train as run_training
 from cwdm.weights import BUNDLED, folder_of, record
 
-PHANTOMS, TRAIN_SEED, VALIDATION_SEED = 80, 1001, 2002
+WIDE_PHANTOMS, USUAL_PHANTOMS, TRAIN_SEED, VALIDATION_SEED = 80, 40, 1001, 2002
 FIT_CASES, FIT_EVERY = 8, 50
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -49,7 +49,8 @@ app = typer.Typer(help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=
 @app.command()
 def train(work: Path, resume: bool = False) -> None:
     """Make the phantoms, train, and pack the result into the package."""
-    write_phantoms(work / "train", PHANTOMS, TRAIN_SEED, variation=WIDE)
+    write_phantoms(work / "train", WIDE_PHANTOMS, TRAIN_SEED, variation=WIDE)
+    write_phantoms(work / "train", USUAL_PHANTOMS, TRAIN_SEED, first=WIDE_PHANTOMS)
     write_phantoms(work / "val", 4, VALIDATION_SEED)
     paths = [f"data.path={work / 'train'}", f"data.validation_path={work / 'val'}", f"out={work / 'run'}"]
     run_training(load_training_settings("bundled", paths), resume)

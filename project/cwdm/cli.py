@@ -119,6 +119,9 @@ def infer(
     ] = None,
     device: Annotated[Device, typer.Option(help="'cuda' fails without a GPU, 'auto' falls back.")] = Device.auto,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo cases whose output is there.")] = False,
+    shard: Annotated[
+        str, typer.Option(help="This worker's share of the cases: i/n, i from 0, or 'auto' under Slurm or Kubernetes.")
+    ] = "0/1",
     report_path: Annotated[
         Path | None,
         typer.Option("--report_path", "--report-path", help="Folder for JSON records: settings, weights, times."),
@@ -138,6 +141,7 @@ def infer(
     from cwdm.config import load_settings
     from cwdm.files import check_apart
     from cwdm.progress import CohortProgress
+    from cwdm.shard import share
     from cwdm.synthesis import Synthesizer
 
     loaded = load_settings(parameters_file, settings or ())
@@ -147,6 +151,7 @@ def infer(
             check_apart(written, kept)
     if report_path:
         check_apart(report_path, output_path)  # whoever scores the output folder opens every file in it
+    folders = share(folders, shard)
     synthesizer = Synthesizer(weights, loaded, device.value)
     progress = CohortProgress(len(folders))
     progress.log(f"{len(folders)} cases; {synthesizer.summary()}")
@@ -212,6 +217,18 @@ def demo(
         ) from error
 
     print(f"look at {run_demo(out, cases, weights)}")
+
+
+@app.command("self-test")
+def self_test(
+    weights: Annotated[Path | None, typer.Option(help="Folder or file of weights, or 'bundled'.")] = None,
+    modality: Annotated[list[Modality] | None, typer.Option(help="Repeat for several. Default: all four.")] = None,
+) -> None:
+    """Load the weights of every contrast and synthesise a tiny phantom: a minute that saves a submission."""
+    from cwdm.brats import MODALITIES
+    from cwdm.selftest import self_test as check
+
+    check(weights, [m.value for m in modality] if modality else MODALITIES, print)
 
 
 @app.command()

@@ -18,13 +18,18 @@ from cwdm.errors import InputError, OutputError
 
 _HIDDEN_NAME = re.compile(r"\.cwdm-[0-9a-f]{16}\.tmp")
 
+_NO_PERMISSION = (
+    "no permission to write there; change its permissions or owner, or choose another folder; "
+    'in a container, give --user "$(id -u):$(id -g)"'
+)
+
 _ADVICE = {
     errno.ENOSPC: "the disk is full; free some space and run again",
     errno.EDQUOT: "the disk quota is used up; free some space and run again",
     errno.EFBIG: "the file is larger than the system allows; raise the limit (ulimit -f) and run again",
     errno.EROFS: "it is mounted read-only; mount it writable or choose another folder",
-    errno.EACCES: "no permission to write there; change its permissions or owner, or choose another folder",
-    errno.EPERM: "no permission to write there; change its permissions or owner, or choose another folder",
+    errno.EACCES: _NO_PERMISSION,
+    errno.EPERM: _NO_PERMISSION,
     errno.ENOENT: "there is no such folder; create it first",
     errno.EEXIST: "that is a file; choose another folder",
     errno.ENOTDIR: "that is not a folder; choose another one",

@@ -283,16 +283,17 @@ def write_phantoms(
     spacing_mm: float = 1.0,
     variation: Variation | None = None,
     on_case: Callable[[str], None] = lambda name: None,
+    first: int = 0,
 ) -> list[Path]:
     """Write cases BraTS-PHANTOM-00000-000 and on; returns their folders. Finished cases are left as they are.
 
-    Case number i depends on (seed, i) alone. `on_case` is called with a case's name once the case is there.
+    Case number i, from `first` on, depends on (seed, i) alone. `on_case` is called with a case's name once it is there.
 
     Raises:
         OutputError: the folder cannot be written to.
     """
     folders = []
-    for number in range(cases):
+    for number in range(first, first + cases):
         name = f"BraTS-PHANTOM-{number:05d}-000"
         folder = out / name
         if not all((folder / output_name(name, suffix)).exists() for suffix in (*MODALITIES, "seg")):

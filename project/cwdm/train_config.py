@@ -106,8 +106,10 @@ class NetworkSettings(StrictSettings):
     model_channels: Positive = 64
     channel_mult: list[Positive] = Field(default=[1, 2, 2, 4, 4])
     num_res_blocks: Positive = 2
+    norm: Literal["group", "voxel"] = "group"
     groups: Positive = 32
     skips: Literal["concat", "additive", "wavelet"] = "concat"
+    regression: bool = False
     wavelet: Annotated[str, AfterValidator(orthogonal_wavelet)] = "haar"
 
 

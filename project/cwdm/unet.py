@@ -28,8 +28,12 @@ class UNetConfig:
         model_channels: width of the first level.
         channel_mult: width of each level as a multiple of `model_channels`.
         num_res_blocks: residual blocks a level (the decoder of `concat` and `additive` has one more).
+        norm: `group`: GroupNorm over all voxels, as published; `voxel`: root mean square over the channels of each
+            voxel (Zhang and Sennrich, RMSNorm, 2019), the same for part of a volume as for the whole.
         groups: groups of every GroupNorm.
         targets: kinds of volume that one network makes, told apart by an embedding; 0: one kind, as published.
+        regression: adds a linear map of each voxel's conditions, one for each target, to the output, so that the
+            network learns what a linear regression does not know.
     """
 
     in_channels: int
@@ -37,9 +41,11 @@ class UNetConfig:
     model_channels: int = 64
     channel_mult: tuple[int, ...] = (1, 2, 2, 4, 4)
     num_res_blocks: int = 2
+    norm: Literal["group", "voxel"] = "group"
     groups: int = 32
     skips: Literal["concat", "additive", "wavelet"] = "concat"
     targets: int = 0
+    regression: bool = False
 
     def __post_init__(self) -> None:
         # Bounds, because a configuration may come from a file that someone else made.
@@ -50,10 +56,13 @@ class UNetConfig:
             raise ValueError("the WavU-Net runs a level's last block twice, so it needs num_res_blocks of 2 or more")
         if not 0 <= self.targets <= 1024:
             raise ValueError(f"not a usable number of targets: {self.targets}")
+        if self.regression and self.in_channels <= self.out_channels:
+            raise ValueError("a regression needs conditions")
         if max(*self.widths, self.in_channels, self.out_channels) > 8192:
             raise ValueError(f"a network wider than 8192 channels: {self}")
-        if self.model_channels % 2 or any(width % self.groups for width in self.widths):
-            raise ValueError(f"widths {self.widths} must be even and multiples of {self.groups} groups")
+        groups = self.groups if self.norm == "group" else 1
+        if self.model_channels % 2 or any(width % groups for width in self.widths):
+            raise ValueError(f"widths {self.widths} must be even and multiples of {groups} groups")
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -91,7 +100,9 @@ class UNet(nn.Module):
             self.target_embed = nn.Embedding(config.targets, config.embedding)
         self.stem = Conv3(config.in_channels, width)
         self.body = WaveletBody(config) if config.skips == "wavelet" else SkipBody(config)
-        self.head = NormSiLUConv(width, config.out_channels, config.groups, zero=True)
+        self.head = NormSiLUConv(width, config.out_channels, config, zero=True)
+        if config.regression:
+            self.regression = Regression(config)
 
     def forward(self, x: Tensor, t: Tensor, target: Tensor | None = None) -> Tensor:
         multiple = self.config.size_multiple
@@ -108,7 +119,26 @@ class UNet(nn.Module):
                 raise ValueError(f"which of the {self.config.targets} targets? Give their numbers, (B,)")
             emb = emb + self.target_embed(target)
         output: Tensor = self.head(self.body(self.stem(x), x, emb))
+        if self.config.regression:
+            output = output + self.regression(x[:, self.config.out_channels :], target)
         return output
+
+
+class Regression(nn.Module):
+    """Linear maps of the conditions' coefficients, voxel by voxel; the mean of the conditions before training."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        out, given = config.out_channels, config.in_channels - config.out_channels
+        mean = torch.eye(out).repeat(1, -(-given // out))[:, :given] * (out / given)
+        self.weight = nn.Parameter(mean.repeat(max(config.targets, 1), 1, 1))
+        self.bias = nn.Parameter(torch.zeros(max(config.targets, 1), out))
+
+    def forward(self, conditions: Tensor, target: Tensor | None) -> Tensor:
+        """(B, in, X, Y, Z), the targets' numbers (B,) -> (B, out, X, Y, Z)."""
+        number = torch.zeros(len(conditions), dtype=torch.long, device=conditions.device) if target is None else target
+        bias, weight = self.bias[number], self.weight[number]
+        return torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -138,12 +168,26 @@ def plain_layout(x: Tensor) -> Tensor:
     return x.contiguous() if x.device.type == "cpu" else x
 
 
-class NormSiLUConv(nn.Module):
-    """GroupNorm, SiLU, an optional change of size, 3×3×3 convolution: what every block of the network is made of."""
+class VoxelNorm(nn.Module):
+    """Divides each voxel (B, C, X, Y, Z) by the root mean square of its channels, then scales and shifts these."""
 
-    def __init__(self, in_channels: int, out_channels: int, groups: int, zero: bool = False) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(groups, in_channels)
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (tensor[:, None, None, None] for tensor in (self.weight, self.bias))
+        return torch.addcmul(bias, weight, x * (x.square().mean(1, keepdim=True) + 1e-5).rsqrt())
+
+
+class NormSiLUConv(nn.Module):
+    """Normalisation, SiLU, an optional change of size, 3×3×3 convolution: what every block is made of."""
+
+    def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, zero: bool = False) -> None:
+        super().__init__()
+        per_voxel = config.norm == "voxel"
+        self.norm = VoxelNorm(in_channels) if per_voxel else nn.GroupNorm(config.groups, in_channels)
         self.conv = Conv3(in_channels, out_channels)
         if zero:
             nn.init.zeros_(self.conv.weight)
@@ -153,7 +197,7 @@ class NormSiLUConv(nn.Module):
         self, x: Tensor, resample: Resample = None, add: Tensor | None = None, overwrite: bool = False
     ) -> Tensor:
         """(B, in, X, Y, Z) -> (B, out, X', Y', Z'), plus `add`, whose memory may be used if `overwrite`."""
-        if pays(x, self.conv, resample):
+        if isinstance(self.norm, nn.GroupNorm) and pays(x, self.conv, resample):
             return convolve(x, self.conv, self.norm, resample, add, overwrite)
         h: Tensor = self.conv(resize(F.silu(self.norm(plain_layout(x))), resample))
         return h if add is None else h + add
@@ -165,9 +209,9 @@ class ResBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, resample: Resample = None) -> None:
         super().__init__()
         self.resample = resample
-        self.first = NormSiLUConv(in_channels, out_channels, config.groups)
+        self.first = NormSiLUConv(in_channels, out_channels, config)
         self.shift = nn.Linear(config.embedding, out_channels)
-        self.second = NormSiLUConv(out_channels, out_channels, config.groups, zero=True)
+        self.second = NormSiLUConv(out_channels, out_channels, config, zero=True)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from conftest import GOLDEN, TINY, golden, golden_model
 
 from cwdm.published import published_config, published_names
-from cwdm.unet import UNet, UNetConfig
+from cwdm.unet import UNet, UNetConfig, VoxelNorm
 
 
 @pytest.mark.parametrize("name", golden("unet.json"))
@@ -81,3 +81,46 @@ def test_wrong_input_is_refused_by_shape(shape: tuple[int, ...]) -> None:
 def test_impossible_configurations_are_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"network|widths"):
         UNetConfig(**{"in_channels": 32, **change})
+
+
+VOXEL = {"model_channels": 8, "channel_mult": (1, 2), "norm": "voxel"}
+
+
+@torch.inference_mode()
+def test_voxel_norm_sees_a_part_as_it_sees_the_whole() -> None:
+    """Far enough from the cut, a part of a volume gives what the whole gives; with GroupNorm it does not."""
+    x, t = torch.randn(1, 8, 8, 8, 96), torch.tensor([500])
+    for norm, same in (("voxel", True), ("group", False)):
+        model = UNet(UNetConfig(in_channels=8, num_res_blocks=1, groups=4, **{**VOXEL, "norm": norm}))
+        for parameter in model.parameters():
+            parameter.normal_(std=0.2, generator=torch.Generator().manual_seed(0))
+        whole, part = model(x, t)[..., :8], model(x[..., :64], t)[..., :8]
+        assert torch.allclose(whole, part, rtol=1e-4, atol=1e-4 * float(whole.std())) == same
+
+
+@torch.inference_mode()
+def test_voxel_norm_is_the_root_mean_square_of_the_channels() -> None:
+    x = torch.randn(2, 6, 3, 4, 5)
+    norm = VoxelNorm(6)
+    norm.weight.normal_()
+    norm.bias.normal_()
+    oracle = torch.nn.functional.rms_norm(x.movedim(1, -1), (6,), norm.weight, eps=1e-5) + norm.bias
+    torch.testing.assert_close(norm(x), oracle.movedim(-1, 1))
+
+
+@torch.inference_mode()
+def test_regression_is_linear_in_the_conditions_and_starts_as_their_mean() -> None:
+    model = UNet(UNetConfig(in_channels=32, targets=4, regression=True, **VOXEL))
+    x, targets = torch.randn(2, 32, 4, 4, 4), torch.tensor([1, 3])
+    conditions = x[:, 8:].unflatten(1, (3, 8))
+    torch.testing.assert_close(model(x, torch.tensor([5, 900]), targets), conditions.mean(1))
+    model.regression.weight.normal_()
+    model.regression.bias.normal_()
+    expected = torch.einsum("boi,bixyz->boxyz", model.regression.weight[targets], x[:, 8:])
+    expected += model.regression.bias[targets][..., None, None, None]
+    torch.testing.assert_close(model(x, torch.tensor([5, 900]), targets), expected)
+
+
+def test_regression_needs_conditions() -> None:
+    with pytest.raises(ValueError, match="conditions"):
+        UNetConfig(in_channels=8, regression=True)

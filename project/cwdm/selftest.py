@@ -1,0 +1,43 @@
+"""A check of a set of weights before anyone depends on it: load, and synthesise each contrast of a tiny phantom."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from cwdm.brats import MODALITIES, case_folder
+from cwdm.config import load_settings
+from cwdm.errors import WeightsError
+from cwdm.phantom import write_phantoms
+from cwdm.synthesis import Synthesizer
+
+SHAPE, SPACING_MM = (44, 52, 40), 4.5
+
+
+def self_test(
+    weights: Path | str | None,
+    modalities: Sequence[str] = MODALITIES,
+    on_contrast: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Synthesise each contrast of a phantom of a few voxels with one step, on the device that is there.
+
+    Args:
+        weights: as for `Synthesizer`.
+        on_contrast: is told about each contrast that works.
+
+    Raises:
+        WeightsError: weights for a contrast are missing, damaged or give no image.
+    """
+    with TemporaryDirectory() as folder:
+        path = write_phantoms(Path(folder), 1, seed=0, shape=SHAPE, spacing_mm=SPACING_MM)[0]
+        case = case_folder(path)
+        synthesizer = Synthesizer(weights, load_settings(None, ["sampler.steps=1", "output.intensity=unit"]))
+        for modality in modalities:
+            files = {name: file for name, file in case.files.items() if name != modality}
+            result = synthesizer(replace(case, files=files))
+            loaded = synthesizer.load(modality)
+            if not np.isfinite(result.volume).all():
+                raise WeightsError(f"{loaded.path}: the {modality} it makes is not finite")
+            on_contrast("; ".join((f"{modality}: {loaded.path} works", *loaded.warnings)))

@@ -1,0 +1,46 @@
+"""One worker's share of a cohort: every n-th case, so that shares are disjoint and together everything."""
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
+
+from cwdm.errors import InputError
+
+T = TypeVar("T")
+
+
+def share(items: Sequence[T], shard: str, environment: Mapping[str, str] = os.environ) -> list[T]:
+    """The items of a shard "i/n", i from 0 to n - 1, or "auto": the place among a scheduler's jobs.
+
+    "auto" reads a Slurm job array, else Slurm's tasks, else Kubernetes' JOB_COMPLETION_INDEX with JOB_COMPLETIONS,
+    which the job's file has to set.
+
+    Raises:
+        InputError: not such a shard, or no scheduler where "auto" was asked for.
+    """
+    index, count = _of_scheduler(environment) if shard == "auto" else _parse(shard)
+    return list(items[index::count])
+
+
+def _parse(shard: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,9})/(\d{1,9})", shard, re.ASCII)
+    if not match or not int(match[1]) < int(match[2]):
+        raise InputError(f"--shard {shard}: give i/n with i from 0 to n - 1, such as 0/8, or auto")
+    return int(match[1]), int(match[2])
+
+
+def _of_scheduler(environment: Mapping[str, str]) -> tuple[int, int]:
+    first = environment.get("SLURM_ARRAY_TASK_MIN", "0")
+    for place, size in (
+        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
+        ("SLURM_PROCID", "SLURM_NTASKS"),
+        ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"),
+    ):
+        if place in environment and size in environment:
+            offset = int(first) if place == "SLURM_ARRAY_TASK_ID" else 0
+            return _parse(f"{int(environment[place]) - offset}/{environment[size]}")
+    raise InputError(
+        "--shard auto: no Slurm job array (SLURM_ARRAY_TASK_ID, _COUNT), Slurm tasks (SLURM_PROCID, SLURM_NTASKS) or "
+        "Kubernetes job (JOB_COMPLETION_INDEX, JOB_COMPLETIONS); give i/n"
+    )

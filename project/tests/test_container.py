@@ -1,0 +1,72 @@
+from pathlib import Path
+
+import pytest
+
+from cwdm.container import arguments
+
+
+def folder(path: Path, *files: str) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    for name in files:
+        (path / name).touch()
+    return path
+
+
+def test_no_arguments_mean_input_output_and_what_weights_there_are(tmp_path: Path) -> None:
+    folder(tmp_path / "input")
+    paths = [f"--data_path={tmp_path}/input", f"--output_path={tmp_path}/output"]
+    folder(tmp_path / "weights", "t1n.safetensors")
+    built_in = f"--weights={tmp_path}/weights"
+    for given in ([], ["infer"], ["seed=1"], ["--device=cpu"]):
+        command, *options = arguments(given, tmp_path)
+        assert command == "infer"
+        assert set(options) == {*paths, built_in, *(given if given != ["infer"] else [])}
+
+
+def test_what_is_named_stays(tmp_path: Path) -> None:
+    weights = folder(tmp_path / "mine", "any.safetensors")
+    given = ["infer", "--data_path=/a", "--output-path", "/b", f"--weights={weights}", "--parameters_file=/c/d.yml"]
+    assert arguments(given, tmp_path) == given
+
+
+def test_an_empty_folder_of_weights_means_those_of_the_image(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    empty = folder(tmp_path / "mine", ".gitkeep")
+    folder(tmp_path / "weights", "t1n_gen.pt")
+    given = ["infer", "--data_path=/a", "--output_path=/b", f"--weights={empty}"]
+    assert arguments(given, tmp_path) == [*given[:3], f"--weights={tmp_path}/weights"]
+    assert "empty" in capsys.readouterr().err
+
+
+def test_a_folder_of_weights_that_is_not_there_is_an_error_of_the_command(tmp_path: Path) -> None:
+    given = ["infer", "--data_path=/a", "--output_path=/b", "--weights=/nowhere"]
+    assert arguments(given, tmp_path) == given
+
+
+def test_without_any_weights_the_bundled_ones_are_announced(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    assert arguments(["infer"], tmp_path)[-1] == "--weights=bundled"
+    assert "synthetic brains" in capsys.readouterr().err
+
+
+def test_medperf_mounts_are_found(tmp_path: Path) -> None:
+    volumes = tmp_path / "mlcommons/volumes"
+    folder(volumes / "data")
+    folder(volumes / "parameters", "parameters.yaml")
+    folder(volumes / "additional_files/weights", "any.safetensors")
+    folder(tmp_path / "weights", "any.safetensors")
+    assert set(arguments(["infer"], tmp_path)[1:]) == {
+        f"--data_path={volumes}/data",
+        f"--output_path={volumes}/predictions",
+        f"--parameters_file={volumes}/parameters/parameters.yaml",
+        f"--weights={volumes}/additional_files/weights",
+    }
+
+
+def test_mlcubes_training_folders_become_settings(tmp_path: Path) -> None:
+    given = ["train", "--data_path=/io0", "--parameters_file=/io1/training.yaml", "--output_path=/io2"]
+    assert arguments(given, tmp_path) == ["train", "/io1/training.yaml", "data.path=/io0", "out=/io2", "--resume"]
+    assert arguments(["train", "bundled", "out=/io2"], tmp_path) == ["train", "bundled", "out=/io2"]
+
+
+@pytest.mark.parametrize("given", [["--help"], ["--version"], ["weights", "list"], ["infer", "--help"]])
+def test_other_commands_pass(given: list[str], tmp_path: Path) -> None:
+    assert arguments(given, tmp_path) == given
