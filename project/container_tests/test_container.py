@@ -331,7 +331,7 @@ def test_no_input_mounted(engine: Engine, image: str, output: Path):
 def test_killed_half_way_and_started_again(
     engine: Engine, image: str, cases: Path, expected: Path, output: Path, tmp_path: Path
 ):
-    slow = ("infer", "sampler.name=ddpm", "sampler.steps=100")
+    slow = ("infer", "sampler.name=ddpm", "sampler.steps=15")
     volumes = (f"--volume={cases}:/input:ro", f"--volume={output}:/output")
     started = engine.docker("run", "--detach", "--network=none", *volumes, image, *slow)
     assert started.returncode == 0, started.stderr
@@ -451,6 +451,11 @@ def test_singularity_sandbox(engine: Engine, image: str, cases: Path, expected: 
     options = ("--read-only", f"--user={os.getuid()}:{os.getgid()}", "--env=HOME=/nowhere", "--workdir=/")
     run(engine, image, options=options, input=cases, output=output)
     assert_same_images(output, expected)
+
+
+@pytest.mark.skipif(not shutil.which("kubectl"), reason="Kubernetes cluster: no kubectl here")
+def test_kubernetes_cluster_takes_the_job():
+    subprocess.run(["kubectl", "apply", "--dry-run=server", "-f", ROOT / "mlcube/kubernetes.yaml"], check=True)
 
 
 def test_job_script_is_sound():
