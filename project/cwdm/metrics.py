@@ -1,11 +1,44 @@
-"""Figures of merit of a synthesised volume against the true one."""
+"""Figures of merit of a synthesised volume against the true one; arrays and numbers only.
+
+SSIM is that of Wang et al. (2004), equation 13, with a Gaussian window of 1.5 voxels (11×11×11), population
+covariances, k1 = 0.01 and k2 = 0.03: what torchmetrics computes, and scikit-image (`gaussian_weights=True`) and MONAI
+but for windows that reach beyond the volume, which torchmetrics mirrors and the others leave out of the mean.
+It is computed in float64, and only in the box that needs it: where both volumes are 0 throughout a window, it is 1.
+"""
+
+from collections.abc import Iterable
 
 import numpy as np
 import numpy.typing as npt
-from skimage.metrics import structural_similarity
+from scipy.ndimage import gaussian_filter
 
 Volume = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+Box = tuple[slice, ...]
+
+BRASYN_PERCENTILES = (0.5, 99.5)
+
+_SIGMA = 1.5  # voxels
+_RADIUS = 5  # voxels: 3.5 standard deviations, rounded
+_K1, _K2 = 0.01, 0.03
+
+
+def mse(prediction: Volume, truth: Volume, mask: Mask) -> float:
+    """Mean squared error inside a mask, for volumes (X, Y, Z) of one unit.
+
+    Raises:
+        ValueError: the mask is empty.
+    """
+    return float(np.mean(np.square(_difference(prediction, truth, mask))))
+
+
+def mae(prediction: Volume, truth: Volume, mask: Mask) -> float:
+    """Mean absolute error inside a mask, for volumes (X, Y, Z) of one unit.
+
+    Raises:
+        ValueError: the mask is empty.
+    """
+    return float(np.mean(np.abs(_difference(prediction, truth, mask))))
 
 
 def psnr(prediction: Volume, truth: Volume, mask: Mask) -> float:
@@ -14,33 +47,116 @@ def psnr(prediction: Volume, truth: Volume, mask: Mask) -> float:
     Raises:
         ValueError: the mask is empty.
     """
-    if not mask.any():
-        raise ValueError("the mask is empty")
-    mse = np.mean(np.square(prediction[mask].astype(np.float64) - truth[mask]))
-    return float("inf") if mse == 0 else float(-10 * np.log10(mse))
+    error = mse(prediction, truth, mask)
+    return float("inf") if error == 0 else float(-10 * np.log10(error))
 
 
-def ssim(prediction: Volume, truth: Volume, mask: Mask) -> float:
-    """Structural similarity (Wang et al., 2004; Gaussian window of 1.5 voxels), mean inside a mask, range [0, 1].
+def ssim(prediction: Volume, truth: Volume, mask: Mask, data_range: float = 1.0) -> float:
+    """Structural similarity, mean over the voxels of a mask, for volumes (X, Y, Z); see the module.
+
+    The windows of voxels at the mask's rim reach beyond it, into what is there.
+
+    Args:
+        data_range: the largest possible difference of two intensities.
 
     Raises:
-        ValueError: the mask is empty.
+        ValueError: the mask is empty, or the range is not a positive number.
     """
+    voxels = np.count_nonzero(mask)
+    if not voxels:
+        raise ValueError("the mask is empty")
+    if not 0 < data_range < np.inf:
+        raise ValueError(f"the range of intensities should be a positive number, found {data_range:g}")
+    occupied = (prediction != 0) | (truth != 0)
+    if not occupied.any():
+        return 1.0
+    # One voxel more than the radius: what is mirrored at the box's sides must be zeros, as beyond them.
+    box = _intersection(bounding_box(mask, _RADIUS), bounding_box(occupied, _RADIUS + 1))
+    inside = mask[box]
+    values = _ssim_map(prediction[box], truth[box], data_range)[inside] if inside.any() else np.zeros(0)
+    # Each voxel that is left sees nothing but zeros in both volumes.
+    return float((values.sum() + voxels - values.size) / voxels)
+
+
+def interior(shape: tuple[int, ...]) -> Mask:
+    """All voxels whose SSIM window lies inside the volume: what scikit-image and MONAI take the mean over.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if min(shape) <= 2 * _RADIUS:
+        found = "×".join(map(str, shape))
+        raise ValueError(f"SSIM needs at least {2 * _RADIUS + 1} voxels along each axis, found {found}")
+    mask = np.zeros(shape, np.bool_)
+    mask[(slice(_RADIUS, -_RADIUS),) * len(shape)] = True
+    return mask
+
+
+def value_range(volumes: Iterable[Volume]) -> float:
+    """The largest span of intensities among volumes, torchmetrics' range where none is given."""
+    return max(float(volume.max()) - float(volume.min()) for volume in volumes)
+
+
+def brasyn_unit(volume: Volume) -> Volume:
+    """Clip to the 0.5 and 99.5 percentiles of the whole volume, the lower at least 0, and map them to [0, 1].
+
+    As in the challenge's published script (hongweilibran/BraSyn, ssim.py), where each image is scaled by its own.
+
+    Raises:
+        ValueError: the percentiles are equal.
+    """
+    low, high = np.percentile(volume, BRASYN_PERCENTILES)
+    low = max(low, 0.0)
+    if not high > low:
+        raise ValueError(f"99 % of the voxels are {low:g}, so there is nothing to scale; check that it is complete")
+    return ((np.clip(volume, low, high) - low) / (high - low)).astype(np.float32)
+
+
+def brasyn_ssim(prediction: Volume, truth: Volume, mask: Mask) -> float:
+    """SSIM of a region as in the challenge's published script: all else set to 0, mean over the region.
+
+    Args:
+        prediction, truth: (X, Y, Z), each scaled by `brasyn_unit`.
+        mask: the tumour, or everything else.
+
+    Raises:
+        ValueError: the mask is empty, or both volumes are constant once all else is 0.
+    """
+    prediction, truth = prediction * mask, truth * mask
+    return ssim(prediction, truth, mask, value_range((prediction, truth)))
+
+
+def bounding_box(mask: Mask, margin: int) -> Box:
+    """The smallest box around the voxels of a mask that is not empty, wider by a margin where the volume allows."""
+    axes = range(mask.ndim)
+    spans = [np.flatnonzero(mask.any(axis=tuple(other for other in axes if other != axis))) for axis in axes]
+    return tuple(slice(max(0, int(span[0]) - margin), int(span[-1]) + margin + 1) for span in spans)
+
+
+def _intersection(a: Box, b: Box) -> Box:
+    """Of two boxes; empty along an axis where they do not meet."""
+    starts_stops = [(max(x.start, y.start), min(x.stop, y.stop)) for x, y in zip(a, b, strict=True)]
+    return tuple(slice(start, max(start, stop)) for start, stop in starts_stops)
+
+
+def _difference(prediction: Volume, truth: Volume, mask: Mask) -> npt.NDArray[np.float64]:
     if not mask.any():
         raise ValueError("the mask is empty")
-    box = _bounding_box(mask, margin=6)  # the window's radius, so that the box changes nothing inside the mask
-    _, values = structural_similarity(
-        prediction[box].astype(np.float64),
-        truth[box].astype(np.float64),
-        data_range=1.0,
-        gaussian_weights=True,
-        use_sample_covariance=False,
-        full=True,
-    )
-    return float(values[mask[box]].mean())
+    return prediction[mask].astype(np.float64) - truth[mask]
 
 
-def _bounding_box(mask: Mask, margin: int) -> tuple[slice, ...]:
-    occupied = np.argwhere(mask)
-    first, last = occupied.min(axis=0), occupied.max(axis=0)
-    return tuple(slice(max(0, a - margin), b + margin + 1) for a, b in zip(first, last, strict=True))
+def _ssim_map(prediction: Volume, truth: Volume, data_range: float) -> npt.NDArray[np.float64]:
+    x, y = prediction.astype(np.float64) / data_range, truth.astype(np.float64) / data_range
+    c1, c2 = _K1**2, _K2**2  # the intensities were divided by the range
+    mean_x, mean_y = _smooth(x), _smooth(y)
+    squares, product = mean_x**2 + mean_y**2, mean_x * mean_y
+    variances = _smooth(x**2 + y**2) - squares  # the sum of both is all that the formula takes
+    covariance = _smooth(x * y) - product
+    values: npt.NDArray[np.float64] = (2 * product + c1) * (2 * covariance + c2)
+    values /= (squares + c1) * (variances + c2)
+    return values
+
+
+def _smooth(volume: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    smoothed: npt.NDArray[np.float64] = gaussian_filter(volume, _SIGMA, radius=_RADIUS, mode="mirror")
+    return smoothed

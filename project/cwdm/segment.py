@@ -1,0 +1,264 @@
+"""What a segmenter makes of a completed case, against what it makes of the true one: the measure of downstream use."""
+
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from cwdm.brats import MODALITIES, Affine, Volume, case_folder, output_name, read_grid
+from cwdm.errors import CaseError, InputError, SettingsError
+
+Labels = npt.NDArray[np.uint8]
+Mask = npt.NDArray[np.bool_]
+Segmenter = Callable[[str, Path], tuple[Volume, Affine]]
+"""(case, folder with its four modalities) -> label of each voxel, affine. Called once at a time for one case."""
+
+REGIONS = {"wt": "whole tumour", "tc": "tumour core", "et": "enhancing tumour"}
+
+# 1 necrotic core, 2 oedema, 3 enhancing tumour, which data before 2023 call 4.
+_IN_REGION = {"wt": (1, 2, 3, 4), "tc": (1, 3, 4), "et": (3, 4)}
+_BUNDLE_ORDER = ("t1c", "t1n", "t2w", "t2f")  # of MONAI's bundles for BraTS
+_TOUCHING = np.ones((3, 3, 3), np.bool_)  # 26 neighbours
+
+
+def command_segmenter(template: str) -> Segmenter:
+    """A segmenter that is a program, run without a shell.
+
+    Args:
+        template: the command. {input} becomes the folder of a case, named after it, with four files
+            <case>-<modality>.nii.gz; {output} the file <case>-seg.nii.gz that the program must write.
+
+    Raises:
+        SettingsError: a placeholder is missing, quotes do not match, or there is no such program.
+    """
+    try:
+        words = shlex.split(template)
+    except ValueError as error:
+        raise SettingsError(f"the segmenter's command {template!r} cannot be read: {error}") from error
+    for placeholder in ("{input}", "{output}"):
+        if not any(placeholder in word for word in words):
+            raise SettingsError(
+                f"the segmenter's command {template!r} has no {placeholder}; put it where the path goes"
+            )
+    if not shutil.which(words[0]):
+        raise SettingsError(f"the segmenter's program {words[0]!r} was not found; check its path")
+
+    def segment(case: str, folder: Path) -> tuple[Volume, Affine]:
+        with tempfile.TemporaryDirectory(prefix="cwdm-") as made:
+            output = Path(made) / output_name(case, "seg")
+            paths = {"{input}": str(folder), "{output}": str(output)}
+            # In one pass: a case may be called anything, even {output}.
+            _run([re.sub(r"{input}|{output}", lambda place: paths[place[0]], word) for word in words], case)
+            if not output.is_file():
+                raise CaseError(case, f"the segmenter ended well and wrote no file; it should write {output.name}")
+            try:
+                return read_grid(output)[:2]
+            except InputError as error:
+                raise CaseError(case, f"what the segmenter wrote cannot be read: {error}") from error
+
+    return segment
+
+
+def bundle_segmenter(bundle: Path) -> Segmenter:
+    """A segmenter that is a MONAI bundle in a local folder, such as `brats_mri_segmentation`.
+
+    Of configs/inference.json (or .yaml) it takes `preprocessing`, `network_def` (or `network`) and `inferer`; of
+    models/model.pt the weights, as tensors only. The images go in as t1c, t1n, t2w, t2f. Three channels of logits
+    come out as tumour core, whole tumour and enhancing tumour, each present above 0; any other number of channels
+    as labels, of which the highest counts.
+
+    A bundle's configuration can name any code to be run: use only those whose origin you trust.
+
+    Raises:
+        SettingsError: MONAI is not installed, or the folder is no such bundle.
+    """
+    try:
+        import torch
+        from monai.bundle import ConfigParser
+    except ModuleNotFoundError as error:
+        raise SettingsError(f"{error.name} is missing; pip install 'cwdm[eval]' brings what bundles need") from error
+    configs = [bundle / "configs" / f"inference{ending}" for ending in (".json", ".yaml", ".yml")]
+    config = next((path for path in configs if path.is_file()), None)
+    weights = bundle / "models" / "model.pt"
+    if config is None or not weights.is_file():
+        raise SettingsError(f"{bundle}: expected a MONAI bundle with configs/inference.json and models/model.pt")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    parser = ConfigParser()
+    try:
+        parser.read_config(str(config))
+        parser["bundle_root"], parser["device"] = str(bundle), device
+        network = parser.get_parsed_content("network_def" if "network_def" in parser else "network")
+        network.load_state_dict(torch.load(weights, map_location=device, weights_only=True))
+        preprocessing, inferer = (parser.get_parsed_content(name) for name in ("preprocessing", "inferer"))
+    except Exception as error:  # the bundle's own code can raise anything
+        raise SettingsError(f"{bundle}: the bundle cannot be loaded ({type(error).__name__}: {error})") from error
+    network.to(device).eval()
+
+    @torch.inference_mode()
+    def segment(case: str, folder: Path) -> tuple[Volume, Affine]:
+        files = case_folder(folder).files
+        original, affine, _ = read_grid(files["t1c"])
+        try:
+            image = preprocessing({"image": [str(files[name]) for name in _BUNDLE_ORDER]})["image"]
+            logits = inferer(image[None].to(device), network)[0].float().cpu().numpy()
+        except Exception as error:
+            raise CaseError(case, f"the bundle failed ({type(error).__name__}: {error})") from error
+        if logits.shape[1:] != original.shape:
+            raise CaseError(case, f"the bundle made {logits.shape[1:]} voxels of {original.shape}; it should keep them")
+        return _labels_from(logits), affine
+
+    return segment
+
+
+def one_at_a_time(segmenter: Segmenter) -> Segmenter:
+    """The same for use in several threads: a network in a graphics processor's memory is there once."""
+    lock = threading.Lock()
+
+    def segment(case: str, folder: Path) -> tuple[Volume, Affine]:
+        with lock:
+            return segmenter(case, folder)
+
+    return segment
+
+
+def labels_of(volume: Volume, source: str) -> Labels:
+    """Check that a volume holds labels 0 to 4.
+
+    Raises:
+        InputError: it holds anything else.
+    """
+    found = np.unique(volume).tolist()
+    if strange := [value for value in found if value not in (0, 1, 2, 3, 4)]:
+        values = ", ".join(f"{value:g}" for value in strange[:5])
+        raise InputError(f"{source}: expected labels 0 to 4, found {values}; give a segmentation with BraTS labels")
+    return volume.astype(np.uint8)
+
+
+def segment_pair(
+    segmenter: Segmenter, case: str, files: Mapping[str, Path], modality: str, synthesised: Path
+) -> dict[str, float]:
+    """Segment the true case and the one with a synthesised image in its place, and compare.
+
+    Args:
+        files: the four true images, modality -> file.
+
+    Returns:
+        dice_R, hd95_R (mm), lesions_true_R, lesions_missed_R and lesions_added_R for each region R of REGIONS.
+
+    Raises:
+        CaseError: the true case is not complete, or the segmenter failed.
+    """
+    if missing := ", ".join(name for name in MODALITIES if name not in files):
+        raise CaseError(case, f"a segmenter needs the four true images, {missing} missing; add the case folder")
+    true, affine = _segment(segmenter, case, files, "true")
+    completed, _ = _segment(segmenter, case, {**files, modality: synthesised}, "completed")
+    if true.shape != completed.shape:
+        raise CaseError(case, f"expected segmentations of one shape, found {true.shape} and {completed.shape}")
+    spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    figures: dict[str, float] = {}
+    for region, values in _IN_REGION.items():
+        masks = np.isin(completed, values), np.isin(true, values)
+        missed, added, lesions = count_lesions(*masks)
+        figures |= {
+            f"dice_{region}": dice(*masks),
+            f"hd95_{region}": hd95(*masks, spacing_mm),
+            f"lesions_true_{region}": lesions,
+            f"lesions_missed_{region}": missed,
+            f"lesions_added_{region}": added,
+        }
+    return figures
+
+
+def dice(prediction: Mask, truth: Mask) -> float:
+    """Dice coefficient 2|A∩B| / (|A| + |B|) of two masks; 1 if both are empty."""
+    voxels = int(np.count_nonzero(prediction) + np.count_nonzero(truth))
+    return 2 * int(np.count_nonzero(prediction & truth)) / voxels if voxels else 1.0
+
+
+def hd95(prediction: Mask, truth: Mask, spacing_mm: npt.ArrayLike) -> float:
+    """Hausdorff distance at the 95th percentile in mm: the larger of the two directed percentiles.
+
+    Distances go from each voxel of one surface (mask without its erosion by the 6 neighbours) to the nearest of
+    the other. 0 if both masks are empty; if one is, the diagonal of the volume, the largest distance there could be.
+    """
+    spacing = np.asarray(spacing_mm, np.float64)
+    if not (prediction.any() and truth.any()):
+        diagonal = float(np.linalg.norm((np.array(truth.shape) - 1) * spacing))
+        return 0.0 if prediction.any() == truth.any() else diagonal
+    box = ndimage.find_objects((prediction | truth).astype(np.uint8))[0]
+    surfaces = [_surface(np.pad(mask[box], 1)) for mask in (prediction, truth)]
+    directed = (_distances(a, b, spacing) for a, b in (surfaces, reversed(surfaces)))
+    return max(float(np.percentile(distances, 95)) for distances in directed)
+
+
+def count_lesions(prediction: Mask, truth: Mask) -> tuple[int, int, int]:
+    """How many lesions of the truth are missed, how many of the prediction are added, and how many the truth has.
+
+    A lesion is a component of voxels that share a face, an edge or a corner; one voxel in common makes two match.
+    """
+    true_lesions, count = ndimage.label(truth, _TOUCHING)
+    found = np.unique(true_lesions[prediction & truth]).size
+    predicted, predicted_count = ndimage.label(prediction, _TOUCHING)
+    matched = np.unique(predicted[prediction & truth]).size
+    return count - found, predicted_count - matched, count
+
+
+def _segment(segmenter: Segmenter, case: str, files: Mapping[str, Path], which: str) -> tuple[Labels, Affine]:
+    with tempfile.TemporaryDirectory(prefix="cwdm-") as made:
+        # Links of its own: a segmenter that writes beside its input harms nothing, and finds no reference segmentation.
+        folder = Path(made) / case
+        folder.mkdir()
+        for modality, path in files.items():
+            ending = ".nii.gz" if path.name.lower().endswith(".gz") else ".nii"
+            (folder / f"{case}-{modality}{ending}").symlink_to(path.resolve())
+        volume, affine = segmenter(case, folder)
+    source = f"segmentation of the {which} case"
+    try:
+        labels = labels_of(volume, source)
+    except InputError as error:
+        raise CaseError(case, str(error)) from error
+    if {3, 4} <= set(np.unique(labels).tolist()):
+        # Before 2023 4 was the enhancing tumour, since then 3 is, and after treatment 4 the resection cavity.
+        raise CaseError(case, f"{source}: holds labels 3 and 4, but only one can be enhancing tumour; drop the other")
+    return labels, affine
+
+
+def _labels_from(logits: Volume) -> Volume:
+    """Labels (X, Y, Z) out of logits (C, X, Y, Z)."""
+    if len(logits) != 3:
+        return logits.argmax(axis=0).astype(np.float32)
+    core, whole, enhancing = logits > 0
+    # From the outermost region inwards: what is core or enhancing is so whatever the outer channels say.
+    labels = np.where(whole, 2, 0)
+    labels[core] = 1
+    labels[enhancing] = 3
+    return labels.astype(np.float32)
+
+
+def _run(command: list[str], case: str) -> None:
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
+    except OSError as error:
+        raise SettingsError(f"the segmenter {command[0]} cannot be started: {error.strerror}") from error
+    if done.returncode:
+        said = (done.stderr.strip() or done.stdout.strip()).decode(errors="backslashreplace").splitlines()
+        last = said[-1] if said else "it said nothing"
+        raise CaseError(case, f"the segmenter ended with exit code {done.returncode}: {last}")
+
+
+def _surface(mask: Mask) -> Mask:
+    surface: Mask = mask & ~ndimage.binary_erosion(mask)
+    return surface
+
+
+def _distances(of: Mask, to: Mask, spacing: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    distances: npt.NDArray[np.float64] = ndimage.distance_transform_edt(~to, sampling=spacing)[of]
+    return distances

@@ -1,0 +1,119 @@
+"""Completed case folders: what is in them, how the synthesised image is marked, and that the input stays as it is."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from cwdm import __version__
+from cwdm.brats import find_cases, output_name, read_case, read_volume, write_nifti, write_volume
+from cwdm.cli import app
+from cwdm.complete import complete_cases
+from cwdm.errors import InputError
+
+
+@pytest.fixture
+def synthesised(cohort: Path, tmp_path: Path) -> Path:
+    """What `cwdm infer` would write for `cohort`, without a network."""
+    folder = tmp_path / "output"
+    folder.mkdir()
+    for found in find_cases(cohort):
+        case = read_case(found)
+        write_volume(folder / output_name(case.name, case.target), case.volumes["t1c"] / 2, case)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_completed_folders(cohort: Path, synthesised: Path, tmp_path: Path, copy: bool) -> None:
+    before = tree(cohort), tree(synthesised)
+    out = tmp_path / "complete"
+    done = list(complete_cases(cohort, synthesised, out, copy))
+    assert [(one.case, one.modality, one.reason) for one in done] == [
+        (folder.name, *folder.missing, "") for folder in find_cases(cohort)
+    ]
+    for folder in find_cases(out):
+        assert folder.missing == ()
+        modality = next(one.modality for one in done if one.case == folder.name)
+        image = synthesised / output_name(folder.name, modality)
+        record = json.loads((folder.folder / f"{folder.name}-synthesised.json").read_text())
+        assert record["program"] == f"cwdm {__version__}"
+        assert record["synthesised"] == [
+            {
+                "modality": modality,
+                "file": image.name,
+                "sha256": hashlib.sha256(image.read_bytes()).hexdigest(),
+                "header": f"synthesised by cwdm {__version__} ({modality})",
+            }
+        ]
+        assert modality not in record["originals"]
+        assert np.array_equal(read_volume(folder.files[modality]), read_volume(image))
+        links = {path.name: path.is_symlink() for path in folder.folder.iterdir()}
+        assert links.pop(f"{folder.name}-synthesised.json") is False
+        assert set(links.values()) == {not copy}
+        originals = {path.name for path in (cohort / folder.name).iterdir()}
+        assert links.keys() == originals | {image.name}
+    assert (tree(cohort), tree(synthesised)) == before
+
+
+def test_again_replaces_and_changes_no_original(cohort: Path, synthesised: Path, tmp_path: Path) -> None:
+    out = tmp_path / "complete"
+    list(complete_cases(cohort, synthesised, out))
+    first, before = tree(out), tree(cohort)
+    list(complete_cases(cohort, synthesised, out, copy=True))
+    assert tree(out) == first
+    assert tree(cohort) == before
+
+
+def test_one_bad_case_stops_no_other(cohort: Path, synthesised: Path, tmp_path: Path) -> None:
+    bad, wrong, good = find_cases(cohort)
+    (synthesised / output_name(bad.name, *bad.missing)).unlink()
+    write_nifti(synthesised / output_name(wrong.name, *wrong.missing), np.eye(9, dtype=np.int16)[None], np.eye(4))
+    done = CliRunner().invoke(
+        app, ["complete", str(cohort), str(tmp_path / "out"), "--synthesised", str(synthesised)], catch_exceptions=False
+    )
+    assert done.exit_code == 1
+    assert f"{bad.name}: FAILED: expected its synthesised {bad.missing[0]}" in done.stderr
+    assert f"{wrong.name}: FAILED: expected volumes of one shape" in done.stderr
+    assert f"{good.name}: complete, with a synthesised {good.missing[0]}" in done.stderr
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [good.name]
+
+
+def test_cases_that_miss_nothing_or_too_much(cohort: Path, phantoms: Path, synthesised: Path, tmp_path: Path) -> None:
+    first, second, _ = find_cases(cohort)
+    name = output_name(first.name, *first.missing)
+    (cohort / first.name / name).symlink_to(phantoms / first.name / name)
+    second.files["t1c"].unlink()
+    reasons = [one.reason for one in complete_cases(cohort, synthesised, tmp_path / "out")]
+    assert "found nothing missing" in reasons[0]
+    assert "found t1c, t2f missing" in reasons[1]
+    assert reasons[2] == ""
+
+
+def test_a_synthesised_image_must_be_sound(cohort: Path, synthesised: Path, tmp_path: Path) -> None:
+    images = sorted(synthesised.iterdir())
+    images[0].write_bytes(images[0].read_bytes()[:500])
+    case = read_case(find_cases(cohort)[1])
+    write_volume(images[1], np.zeros_like(case.volumes["t1c"]), case)
+    reasons = [one.reason for one in complete_cases(cohort, synthesised, tmp_path / "out")]
+    assert "too early" in reasons[0]
+    assert "every voxel is 0" in reasons[1]
+
+
+@pytest.mark.parametrize("out", ["input", "input/sub", "output", "link"])
+def test_nothing_is_written_into_what_is_read(cohort: Path, synthesised: Path, tmp_path: Path, out: str) -> None:
+    (tmp_path / "link").symlink_to(cohort)
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match="choose another folder"):
+        list(complete_cases(cohort, synthesised, tmp_path / out))
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / find_cases(cohort)[-1].name).symlink_to(find_cases(cohort)[-1].folder)
+    with pytest.raises(InputError, match="choose another folder"):
+        list(complete_cases(cohort, synthesised, tmp_path / "elsewhere"))
+    assert {name: content for name, content in tree(tmp_path).items() if "elsewhere" not in name} == before

@@ -1,0 +1,262 @@
+"""Scoring folders: figures against other programs, pairing, summaries, files, and input that is not as it should be."""
+
+import csv
+import json
+import shutil
+import statistics
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from typer.testing import CliRunner
+
+from cwdm.brats import MODALITIES, write_nifti
+from cwdm.cli import app
+from cwdm.errors import CaseError, InputError
+from cwdm.evaluate import FIGURES, Pair, Score, find_pairs, score_pair, score_pairs, summaries, summarise
+
+SHAPE = (22, 26, 20)
+AFFINE = np.array([[-1.0, 0, 0, 11], [0, -1.2, 0, 7], [0, 0, 0.9, -30], [0, 0, 0, 1]])
+NAMES = ("BraTS-GLI-00001-000", "BraTS-GLI-00002-000")
+
+
+def head(seed: int) -> np.ndarray:
+    """A brain of scanner-like int16 intensities in air."""
+    random = np.random.RandomState(seed)
+    volume = np.zeros(SHAPE, np.int16)
+    volume[4:18, 5:21, 3:17] = random.randint(100, 900, (14, 16, 14))
+    return volume
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    """PRED with a t1n and a t2f, and TRUTH with two complete cases."""
+    for number, (name, target) in enumerate(zip(NAMES, ("t1n", "t2f"), strict=True)):
+        case = tmp_path / "truth" / name
+        case.mkdir(parents=True)
+        for contrast, modality in enumerate(MODALITIES):
+            write_nifti(case / f"{name}-{modality}.nii.gz", head(10 * number + contrast), AFFINE)
+        labels = np.zeros(SHAPE, np.uint8)
+        labels[8:12, 9:14, 6:10] = 2
+        labels[9:11, 10:12, 7:9] = 3
+        write_nifti(case / f"{name}-seg.nii.gz", labels, AFFINE)
+        noisy = head(10 * number + MODALITIES.index(target)) + np.random.RandomState(99).randint(0, 60, SHAPE)
+        (tmp_path / "pred").mkdir(exist_ok=True)
+        write_nifti(tmp_path / "pred" / f"{name}-{target}.nii.gz", noisy.astype(np.int16), AFFINE)
+    return tmp_path / "pred", tmp_path / "truth"
+
+
+def load(path: Path) -> np.ndarray:
+    return np.asarray(nib.load(path).dataobj, np.float64)
+
+
+def unit(volume: np.ndarray, low: float, high: float) -> np.ndarray:
+    a, b = np.percentile(volume, [low, high])
+    return (np.clip(volume, a, b) - a) / (b - a)
+
+
+def similarity(a: np.ndarray, b: np.ndarray, span: float) -> tuple[float, np.ndarray]:
+    """scikit-image's mean, which leaves the rim out, and the map as torchmetrics makes it: mirrored at the edges."""
+    options = {"data_range": span, "gaussian_weights": True, "use_sample_covariance": False}
+    padded = (np.pad(volume, 5, mode="reflect") for volume in (a, b))
+    _, values = structural_similarity(*padded, full=True, **options)
+    return structural_similarity(a, b, **options), values[5:-5, 5:-5, 5:-5]
+
+
+def test_figures_against_scikit_image(folders: tuple[Path, Path]) -> None:
+    pred, truth = folders
+    score, _ = score_pairs(find_pairs(pred, truth, truth))
+    files = {m: truth / NAMES[0] / f"{NAMES[0]}-{m}.nii.gz" for m in (*MODALITIES, "seg")}
+    a, b = load(pred / f"{NAMES[0]}-t1n.nii.gz"), load(files["t1n"])
+    tumour = load(files["seg"]) > 0
+    brain = np.any([load(files[m]) != 0 for m in MODALITIES[1:]], axis=0)
+    x, y = unit(a, 0.1, 99.9) * brain, unit(b, 0.1, 99.9) * brain
+    mean, values = similarity(x, y, 1)
+    p, q = unit(a, 0.5, 99.5), unit(b, 0.5, 99.5)
+    regions = [(p * mask, q * mask, mask) for mask in (tumour, ~tumour)]
+    maps = [similarity(c, d, max(np.ptp(c), np.ptp(d)))[1][mask].mean() for c, d, mask in regions]
+    expected = {
+        "psnr": peak_signal_noise_ratio(y, x, data_range=1),
+        "mse": np.square(x - y).mean(),
+        "mae": np.abs(x - y).mean(),
+        "ssim": mean,
+        "psnr_brain": peak_signal_noise_ratio(y[brain], x[brain], data_range=1),
+        "ssim_brain": values[brain].mean(),
+        "brasyn_2023_ssim": similarity(a, b, max(np.ptp(a), np.ptp(b)))[1].mean(),
+        "brasyn_2024_ssim_tumour": maps[0],
+        "brasyn_2024_ssim_healthy": maps[1],
+        "brasyn_2025_mse_tumour": np.square(p - q)[tumour].mean(),
+        "brasyn_2025_mse_healthy": np.square(p - q)[brain & ~tumour].mean(),
+    }
+    assert score.figures == pytest.approx(expected, abs=1e-4)
+    assert score.figures["mse"] == pytest.approx(expected["mse"], abs=1e-6)
+    assert (score.case, score.modality, score.brain, score.notes) == (NAMES[0], "t1n", "other contrasts", ())
+
+
+def test_flat_truth_takes_the_brain_from_the_true_image(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, truth = folders
+    flat = tmp_path / "flat"
+    flat.mkdir()
+    for path in truth.glob("*/*"):
+        shutil.copy(path, flat)
+    inside, beside = score_pairs(find_pairs(pred, truth, truth)), score_pairs(find_pairs(pred, flat, flat))
+    assert [score.brain for score in beside] == ["true image"] * 2
+    assert [score.figures for score in beside] == [pytest.approx(score.figures, rel=0.2) for score in inside]
+
+
+def test_a_perfect_prediction(folders: tuple[Path, Path]) -> None:
+    pred, truth = folders
+    shutil.copy(truth / NAMES[0] / f"{NAMES[0]}-t1n.nii.gz", pred)
+    score = score_pairs(find_pairs(pred, truth, truth))[0]
+    figures = dict(score.figures)
+    assert figures.pop("psnr") == figures.pop("psnr_brain") == float("inf")
+    assert {name for name, value in figures.items() if value == pytest.approx(1)} == {n for n in figures if "ssim" in n}
+    assert {name for name, value in figures.items() if value == 0} == {n for n in figures if "ssim" not in n}
+
+
+def test_without_a_tumour_its_figures_have_no_value(folders: tuple[Path, Path]) -> None:
+    pred, truth = folders
+    write_nifti(truth / NAMES[0] / f"{NAMES[0]}-seg.nii.gz", np.zeros(SHAPE, np.uint8), AFFINE)
+    write_nifti(truth / NAMES[1] / f"{NAMES[1]}-seg.nii.gz", np.ones(SHAPE, np.uint8), AFFINE)
+    none, all_over = score_pairs(find_pairs(pred, truth, truth))
+    assert {name for name in none.figures if "brasyn_202" in name} == {
+        "brasyn_2023_ssim",
+        "brasyn_2024_ssim_healthy",
+        "brasyn_2025_mse_healthy",
+    }
+    assert "no tumour" in none.notes[0]
+    assert not any("healthy" in name for name in all_over.figures)
+    assert "whole brain" in all_over.notes[0]
+
+
+def spoil(path: Path, volume: np.ndarray, affine: np.ndarray = AFFINE) -> None:
+    write_nifti(path, volume, affine)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (lambda path: spoil(path, head(1)[:-1]), "expected volumes of one shape, found the true image 22×26×20"),
+        (lambda path: spoil(path, head(1), AFFINE + np.eye(4, k=3) * 5), "register or resample"),
+        (lambda path: spoil(path, np.zeros(SHAPE, np.int16)), "every voxel is 0"),
+        (lambda path: spoil(path, np.where(head(1) > 0, np.nan, 0).astype(np.float32)), "NaN"),
+        (lambda path: spoil(path, np.where(head(1) >= np.sort(head(1).flat)[-5], 9, 0)), "synthesised image cannot be"),
+        (
+            lambda path: spoil(path, np.where(head(1) >= np.sort(head(1).flat)[-50], 9, 0)),
+            "synthesised image cannot be",
+        ),
+        (lambda path: path.write_bytes(path.read_bytes()[:400]), "too early"),
+        (lambda path: path.write_text("no image"), "gzip"),
+        (lambda path: (path.unlink(), path.mkdir()), "is a folder"),
+    ],
+    ids=["shape", "grid", "zeros", "nan", "lone-voxels", "few-voxels", "cut", "text", "folder"],
+)
+def test_one_bad_image_stops_no_other(folders: tuple[Path, Path], wrong, said: str) -> None:
+    pred, truth = folders
+    wrong(pred / f"{NAMES[0]}-t1n.nii.gz")
+    bad, good = score_pairs(find_pairs(pred, truth, truth))
+    assert said in bad.reason
+    assert bad.figures == {}
+    assert good.reason == ""
+    assert summarise([bad, good])["psnr"]["images"] == 1
+
+
+def test_what_has_no_partner_is_a_failure(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, truth = folders
+    shutil.copy(pred / f"{NAMES[0]}-t1n.nii.gz", pred / "stranger-t1n.nii.gz")
+    shutil.copytree(truth / NAMES[0], truth / "forgotten")
+    (truth / NAMES[1] / f"{NAMES[1]}-seg.nii.gz").unlink()
+    (pred / "notes.txt").write_text("no image")
+    reasons = {score.case: score.reason for score in score_pairs(find_pairs(pred, truth, truth))}
+    assert list(reasons) == sorted([*NAMES, "stranger", "forgotten"])
+    assert reasons[NAMES[0]] == ""
+    assert f"expected its segmentation {NAMES[1]}-seg.nii.gz" in reasons[NAMES[1]]
+    assert "no synthesised image of it" in reasons["forgotten"]
+    assert "expected its true image stranger-t1n.nii.gz or a case folder stranger" in reasons["stranger"]
+    (truth / NAMES[0] / f"{NAMES[0]}-t1n.nii.gz").unlink()
+    with pytest.raises(CaseError, match="expected the true t1n"):
+        score_pair(find_pairs(pred, truth)[0])
+
+
+def test_strange_labels_are_refused(folders: tuple[Path, Path]) -> None:
+    pred, truth = folders
+    write_nifti(truth / NAMES[0] / f"{NAMES[0]}-seg.nii.gz", head(3), AFFINE)
+    assert "expected labels 0 to 4" in score_pairs(find_pairs(pred, truth, truth))[0].reason
+
+
+def test_folders_that_cannot_be_used(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, truth = folders
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="no synthesised image"):
+        find_pairs(tmp_path / "empty", truth)
+    for arguments in ((tmp_path / "none", truth), (pred, tmp_path / "none"), (pred, truth, tmp_path / "none")):
+        with pytest.raises(InputError, match="does not exist"):
+            find_pairs(*arguments)
+    with pytest.raises(InputError, match="not a folder"):
+        find_pairs(pred / f"{NAMES[0]}-t1n.nii.gz", truth)
+
+
+def test_an_order_that_does_not_depend_on_the_workers(folders: tuple[Path, Path]) -> None:
+    pairs = find_pairs(*folders)
+    assert score_pairs(pairs, workers=1) == score_pairs(pairs, workers=4)
+
+
+def test_summary_by_hand() -> None:
+    values = {"a": (20.0, 0.3), "b": (10.0, 0.1), "c": (40.0, 0.2)}
+    scores = [Score(case, "t1n", {"psnr": psnr, "mse": mse}) for case, (psnr, mse) in values.items()]
+    summary = summarise([*scores, Score("bad", "t1n", reason="damaged")])
+    assert summary["psnr"] == {
+        "images": 3,
+        "mean": pytest.approx(70 / 3),
+        "sd": pytest.approx(statistics.stdev([20, 10, 40])),
+        "median": 20.0,
+        "worst": 10.0,
+        "worst_case": "b-t1n",
+    }
+    assert (summary["mse"]["worst"], summary["mse"]["worst_case"]) == (0.3, "a-t1n")
+    equal = summarise([*scores, Score("d", "t2w", {"psnr": float("inf")})])["psnr"]
+    assert (equal["mean"], equal["sd"], equal["median"]) == (float("inf"), None, 30.0)
+    assert list(summaries([*scores, Score("d", "t2w", {"psnr": 1.0})])) == ["all", "t1n", "t2w"]
+
+
+def test_command_and_its_files(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pred, truth = folders
+    out = tmp_path / "out"
+    shutil.copy(truth / NAMES[0] / f"{NAMES[0]}-t1n.nii.gz", pred)  # PSNR without end
+    command = ["evaluate", str(pred), str(truth), "--seg", str(truth), "--out", str(out)]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    assert "could not be confirmed" in " ".join(done.stdout.split())
+    rows = list(csv.DictReader((out / "evaluation.csv").open()))
+    report = json.loads((out / "evaluation.json").read_text(), parse_constant=pytest.fail)
+    scores = score_pairs(find_pairs(pred, truth, truth))
+    for row, entry, score in zip(rows, report["images"], scores, strict=True):
+        assert (row["case"], row["modality"]) == (entry["case"], entry["modality"]) == (score.case, score.modality)
+        assert {name: float(row[name]) for name in score.figures} == score.figures
+        assert {name: float(value) for name, value in entry["figures"].items()} == score.figures
+    assert report["images"][0]["figures"]["psnr"] == report["summary"]["all"]["psnr"]["mean"] == "inf"
+    assert report["figures"].keys() == scores[0].figures.keys()
+    assert all(report["figures"][name]["not_confirmed"] == (FIGURES[name].doubt or None) for name in scores[0].figures)
+    assert sorted(path.name for path in out.iterdir()) == ["evaluation.csv", "evaluation.json"]
+
+    (pred / f"{NAMES[1]}-t2f.nii.gz").write_text("damaged")
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1
+    assert f"{NAMES[1]}: t2f FAILED" in done.stderr
+    assert json.loads((out / "evaluation.json").read_text())["images"][1]["reason"]
+
+
+@pytest.mark.parametrize("kept", ["pred", "truth"])
+def test_nothing_is_written_into_what_is_scored(folders: tuple[Path, Path], kept: str) -> None:
+    pred, truth = folders
+    out = str(pred.parent / kept / "sub")
+    result = CliRunner().invoke(app, ["evaluate", str(pred), str(truth), "--out", out])
+    assert isinstance(result.exception, InputError)
+    assert not Path(out).exists()
+
+
+def test_a_pair_without_truth_says_why() -> None:
+    with pytest.raises(CaseError, match="none there"):
+        score_pair(Pair("a", "t1n", Path("a-t1n.nii.gz"), problem="none there"))

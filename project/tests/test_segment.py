@@ -1,0 +1,232 @@
+"""Downstream comparison: overlap, distances and lesions against MONAI and by hand; segmenters, good and bad."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from monai.metrics import compute_dice, compute_hausdorff_distance
+from typer.testing import CliRunner
+
+from cwdm.brats import MODALITIES, read_volume, write_nifti
+from cwdm.cli import app
+from cwdm.errors import CaseError, SettingsError
+from cwdm.segment import bundle_segmenter, command_segmenter, count_lesions, dice, hd95, segment_pair
+
+SHAPE = (13, 17, 11)
+SPACING = (1.0, 1.5, 0.8)
+AFFINE = np.array([[-1.0, 0, 0, 3], [0, 0, 0.8, 5], [0, 1.5, 0, -7], [0, 0, 0, 1]])
+THRESHOLDS = """
+import sys, nibabel
+from pathlib import Path
+folder, output = map(Path, sys.argv[1:])
+image = nibabel.load(folder / f"{folder.name}-t1c.nii.gz")
+voxels = image.get_fdata()
+labels = (voxels > 100).astype("uint8") * 2
+labels[voxels > 200] = 1
+labels[voxels > 300] = 3
+assert not list(folder.glob("*seg*")) and len(list(folder.iterdir())) == 4
+nibabel.save(nibabel.Nifti1Image(labels, image.affine), output)
+"""
+
+
+def blobs(seed: int) -> np.ndarray:
+    from scipy.ndimage import gaussian_filter
+
+    return gaussian_filter(np.random.RandomState(seed).standard_normal(SHAPE), 1.5) > 0.1
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> dict[str, Path]:
+    """Four true images of `patient` and, as `synthesised`, a t1c of other intensities."""
+    folder = tmp_path / "truth" / "patient"
+    folder.mkdir(parents=True)
+    files = {modality: folder / f"patient-{modality}.nii.gz" for modality in MODALITIES}
+    for seed, path in enumerate(files.values()):
+        write_nifti(path, np.random.RandomState(seed).randint(1, 400, SHAPE).astype(np.int16), AFFINE)
+    (tmp_path / "pred").mkdir()
+    made = tmp_path / "pred" / "patient-t1c.nii.gz"
+    write_nifti(made, np.clip(read_volume(files["t1c"]) + 20, 0, 400).astype(np.int16), AFFINE)
+    return {**files, "synthesised": made}
+
+
+def truth_of(case: dict[str, Path]) -> dict[str, Path]:
+    return {modality: case[modality] for modality in MODALITIES}
+
+
+def program(tmp_path: Path, code: str = THRESHOLDS) -> str:
+    (tmp_path / "segment it.py").write_text(code)
+    return f"'{sys.executable}' '{tmp_path / 'segment it.py'}' {{input}} {{output}}"
+
+
+def as_tensor(mask: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(mask)[None, None]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_against_monai(seed: int) -> None:
+    a, b = blobs(seed), blobs(seed + 100)
+    assert dice(a, b) == pytest.approx(compute_dice(as_tensor(a), as_tensor(b)).item(), abs=1e-6)
+    expected = compute_hausdorff_distance(
+        as_tensor(a), as_tensor(b), include_background=True, percentile=95, spacing=list(SPACING)
+    )
+    assert hd95(a, b, SPACING) == pytest.approx(expected.item(), abs=1e-4)
+
+
+@settings(max_examples=25)
+@given(st.integers(0, 2**31), st.integers(0, 2**31))
+def test_laws(first: int, second: int) -> None:
+    a, b = blobs(first), blobs(second)
+    assert dice(a, a) == 1
+    assert hd95(a, a, SPACING) == 0
+    assert count_lesions(a, a)[:2] == (0, 0)
+    assert dice(a, b) == dice(b, a)
+    assert hd95(a, b, SPACING) == hd95(b, a, SPACING)
+    assert count_lesions(a, b)[:2] == count_lesions(b, a)[1::-1]
+
+
+def test_by_hand() -> None:
+    a, b = np.zeros((2, *SHAPE), bool)
+    a[2:4, 3, 3] = a[8, 8, 8] = True
+    b[3, 3, 3] = b[11, 15, 9] = b[10, 14, 8] = b[6, 6, 1] = True
+    assert dice(a, b) == 2 * 1 / (3 + 4)
+    assert count_lesions(a, b) == (2, 1, 3)  # the two corner neighbours are one lesion
+    one, other = np.zeros((2, *SHAPE), bool)
+    one[2, 3, 4] = other[2, 7, 4] = True
+    assert hd95(one, other, SPACING) == 4 * 1.5
+
+
+def test_empty_masks() -> None:
+    none, some = np.zeros(SHAPE, bool), blobs(0)
+    assert (dice(none, none), hd95(none, none, SPACING), count_lesions(none, none)) == (1, 0, (0, 0, 0))
+    assert dice(none, some) == dice(some, none) == 0
+    diagonal = np.linalg.norm([12 * 1.0, 16 * 1.5, 10 * 0.8])
+    assert hd95(none, some, SPACING) == hd95(some, none, SPACING) == pytest.approx(diagonal)
+
+
+def test_a_command(case: dict[str, Path], tmp_path: Path) -> None:
+    segmenter = command_segmenter(program(tmp_path))
+    figures = segment_pair(segmenter, "patient", truth_of(case), "t1c", case["synthesised"])
+    true, made = read_volume(case["t1c"]), read_volume(case["synthesised"])
+    # 100 and up is tumour of some kind, 200 and up core, 300 and up enhancing.
+    for region, threshold in (("wt", 100), ("tc", 200), ("et", 300)):
+        a, b = made > threshold, true > threshold
+        assert figures[f"dice_{region}"] == dice(a, b) < 1
+        assert figures[f"hd95_{region}"] == pytest.approx(hd95(a, b, SPACING))
+        assert figures[f"lesions_true_{region}"] == count_lesions(a, b)[2] > 0
+    same = segment_pair(segmenter, "patient", truth_of(case), "t1c", case["t1c"])
+    assert [same[f"dice_{region}"] for region in ("wt", "tc", "et")] == [1, 1, 1]
+
+
+def test_older_labels(case: dict[str, Path], tmp_path: Path) -> None:
+    newer = command_segmenter(program(tmp_path))
+    expected = segment_pair(newer, "patient", truth_of(case), "t1c", case["synthesised"])
+    older = command_segmenter(program(tmp_path, THRESHOLDS.replace("] = 3", "] = 4")))
+    assert segment_pair(older, "patient", truth_of(case), "t1c", case["synthesised"]) == expected
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        ("import sys; sys.exit('out of\\nluck')", "exit code 1: luck"),
+        ("import os; os._exit(7)", "exit code 7: it said nothing"),
+        ("", "wrote no file; it should write patient-seg.nii.gz"),
+        ("import sys; open(sys.argv[2], 'w').write('text')", "cannot be read"),
+        (THRESHOLDS.replace("] = 3", "] = 7"), "expected labels 0 to 4, found 7"),
+        (THRESHOLDS.replace("] = 1", "] = 4"), "labels 3 and 4"),
+        (THRESHOLDS.replace("labels,", "labels[1:] if labels.sum() % 2 else labels[2:],"), "of one shape"),
+    ],
+    ids=["exit", "silent", "nothing", "text", "labels", "both", "shape"],
+)
+def test_a_command_that_fails_names_the_case(case: dict[str, Path], tmp_path: Path, code: str, said: str) -> None:
+    if "one shape" in said:  # make sure that the two segmentations differ in size
+        code = code.replace("labels.sum() % 2", f"float(voxels.sum()) == {float(read_volume(case['t1c']).sum())}")
+    with pytest.raises(CaseError, match=said) as caught:
+        segment_pair(command_segmenter(program(tmp_path, code)), "patient", truth_of(case), "t1c", case["synthesised"])
+    assert caught.value.case == "patient"
+
+
+def test_a_strange_name_stays_one_argument(case: dict[str, Path], tmp_path: Path) -> None:
+    segmenter = command_segmenter(program(tmp_path))
+    for name in ("a b; touch x", "{output}", "$(false)"):
+        assert segment_pair(segmenter, name, truth_of(case), "t1c", case["t1c"])["dice_wt"] == 1
+
+
+def test_what_a_segmenter_writes_beside_its_input_stays_out_of_the_truth(case: dict[str, Path], tmp_path: Path) -> None:
+    before = {path.name: path.read_bytes() for path in case["t1c"].parent.iterdir()}
+    code = THRESHOLDS + "\n(folder / 'litter').write_text('')\n(folder / f'{folder.name}-t1n.nii.gz').unlink()"
+    segment_pair(command_segmenter(program(tmp_path, code)), "patient", truth_of(case), "t1c", case["synthesised"])
+    assert {path.name: path.read_bytes() for path in case["t1c"].parent.iterdir()} == before
+
+
+def test_a_case_must_be_complete(case: dict[str, Path], tmp_path: Path) -> None:
+    files = {"t1c": case["t1c"]}
+    with pytest.raises(CaseError, match="t1n, t2w, t2f missing"):
+        segment_pair(command_segmenter(program(tmp_path)), "patient", files, "t1c", case["synthesised"])
+
+
+@pytest.mark.parametrize(
+    "template", ["", "true {input}", "true {output}", "no-such-program {input} {output}", "'{input"]
+)
+def test_impossible_commands(template: str) -> None:
+    with pytest.raises(SettingsError, match="segmenter's"):
+        command_segmenter(template)
+
+
+def bundle(tmp_path: Path, channels: int) -> Path:
+    """A MONAI bundle whose network thresholds the first image, t1c."""
+    folder = tmp_path / "bundle"
+    (folder / "configs").mkdir(parents=True)
+    (folder / "models").mkdir()
+    config = {
+        "network_def": {"_target_": "torch.nn.Conv3d", "in_channels": 4, "out_channels": channels, "kernel_size": 1},
+        "preprocessing": {
+            "_target_": "Compose",
+            "transforms": [{"_target_": "LoadImaged", "keys": "image"}, {"_target_": "EnsureTyped", "keys": "image"}],
+        },
+        "inferer": {"_target_": "SimpleInferer"},
+    }
+    (folder / "configs" / "inference.json").write_text(json.dumps(config))
+    network = torch.nn.Conv3d(4, channels, 1)
+    torch.nn.init.zeros_(network.weight)
+    if channels == 3:  # core, whole, enhancing
+        network.weight.data[:, 0] = 1
+        network.bias.data = torch.tensor([-200.0, -100.0, -300.0])
+    else:  # lines that cross at 100.5, 200.5 and 300.5, so that each label is highest in between
+        network.weight.data[:, 0, 0, 0, 0] = torch.tensor([0.0, 2.0, 1.0, 3.0])
+        network.bias.data = torch.tensor([0.0, -301.0, -100.5, -601.5])
+    torch.save(network.state_dict(), folder / "models" / "model.pt")
+    return folder
+
+
+@pytest.mark.parametrize("channels", [3, 4])
+def test_a_bundle_is_the_same_as_the_command(case: dict[str, Path], tmp_path: Path, channels: int) -> None:
+    expected = segment_pair(command_segmenter(program(tmp_path)), "patient", truth_of(case), "t1c", case["synthesised"])
+    segmenter = bundle_segmenter(bundle(tmp_path, channels))
+    assert segment_pair(segmenter, "patient", truth_of(case), "t1c", case["synthesised"]) == expected
+
+
+def test_what_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="expected a MONAI bundle"):
+        bundle_segmenter(tmp_path)
+    folder = bundle(tmp_path, 3)
+    torch.save({"module": SettingsError}, folder / "models" / "model.pt")  # a pickle that wants code
+    with pytest.raises(SettingsError, match="cannot be loaded"):
+        bundle_segmenter(folder)
+
+
+def test_through_the_command_line(case: dict[str, Path], tmp_path: Path) -> None:
+    arguments = ["evaluate", str(tmp_path / "pred"), str(tmp_path / "truth"), "--out", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*arguments, "--segmenter", program(tmp_path)])
+    assert done.exit_code == 0, done.output
+    summary = json.loads((tmp_path / "out" / "evaluation.json").read_text())["summary"]["all"]
+    assert 0 < summary["dice_wt"]["mean"] < 1
+    done = CliRunner().invoke(app, [*arguments, "--segmenter", program(tmp_path, "import sys; sys.exit('no luck')")])
+    assert done.exit_code == 1
+    assert "patient: t1c FAILED: the segmenter ended with exit code 1: no luck" in done.stderr
+    done = CliRunner().invoke(app, [*arguments, "--segmenter", "x", "--segmenter-bundle", "y"])
+    assert isinstance(done.exception, SettingsError)
