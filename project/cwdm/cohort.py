@@ -20,6 +20,7 @@ from cwdm.brats import CaseFolder, output_name, read_case, write_volume
 from cwdm.errors import CaseError, CwdmError, OutputError
 from cwdm.files import check_writable, remove_stale, write_json
 from cwdm.progress import CohortProgress
+from cwdm.quality import Quality
 from cwdm.synthesis import Prepared, Samples, Synthesizer
 
 PROGRAM = f"cwdm {__version__}"
@@ -35,6 +36,7 @@ class Outcome:
         modality: what was missing; empty where that could not be told.
         reason: why it failed.
         seconds: time spent sampling.
+        quality: what the automatic check says of an output written in this run.
     """
 
     case: str
@@ -43,6 +45,7 @@ class Outcome:
     reason: str = ""
     seconds: float = 0.0
     warnings: tuple[str, ...] = ()
+    quality: Quality | None = None
 
 
 def synthesise_cohort(
@@ -152,7 +155,7 @@ class _Run:
                 if writing:
                     writing.result()  # at most one volume waits to be written
                 self.raise_if_stopped()
-                writing = writer.submit(self.write, *drawn) if drawn else None
+                writing = writer.submit(self.write, folder, *drawn) if drawn else None
         self.raise_if_stopped()
 
     def read(self, folder: CaseFolder) -> Prepared:
@@ -178,20 +181,22 @@ class _Run:
         if self.stop:
             raise self.stop
 
-    def write(self, prepared: Prepared, samples: Samples) -> None:
+    def write(self, folder: CaseFolder, prepared: Prepared, samples: Samples) -> None:
         """The writer thread's part; the volume comes last, because its being there says that the case is finished."""
         case, modality = prepared.case, prepared.case.target
-        name = f"{case.name}-{modality}"
+        name, path = f"{case.name}-{modality}", self.output / output_name(case.name, modality)
         try:
             result = self.synthesizer.finish(prepared, samples)
-            outcome = Outcome(case.name, modality, "written", "", round(result.seconds, 3), result.warnings)
+            seconds = round(result.seconds, 3)
+            outcome = Outcome(case.name, modality, "written", "", seconds, result.warnings, result.quality)
             if self.report:
                 made_by = self.synthesizer.describe(modality)
-                record = {"program": PROGRAM, "synthesised": True, **asdict(outcome), **made_by}
+                places = {"input": str(folder.folder.absolute()), "output": str(path.absolute())}
+                record = {"program": PROGRAM, "synthesised": True, **asdict(outcome), **places, **made_by}
                 write_json(self.report / f"{name}.json", record)
                 if result.spread is not None:
                     write_volume(self.report / f"{name}-spread.nii.gz", result.spread, case, native=False)
-            result.save(self.output / output_name(case.name, modality))
+            result.save(path)
             self.end(outcome)
         except OutputError as error:
             self.stop = error  # a full or read-only disk is no fault of this case, and the next one would meet it too
@@ -219,7 +224,7 @@ class _Run:
 
     def end(self, outcome: Outcome) -> None:
         self.outcomes.append(outcome)
-        self.progress.end_case(f"[{len(self.outcomes)}/{self.total}] {_line(outcome)}")
+        self.progress.end_case(f"[{len(self.outcomes)}/{self.total}] {outcome_line(outcome)}")
 
     def write_record(self, report: Path, started: float) -> None:
         """What this run did, under a name of its own, so that the next run's does not replace it."""
@@ -245,11 +250,16 @@ def _group(folder: CaseFolder) -> str:
     return folder.missing[0] if folder.problem is None and len(folder.missing) == 1 else ""
 
 
-def _line(outcome: Outcome) -> str:
+def outcome_line(outcome: Outcome) -> str:
+    """What a person is told about a case that has come to its end."""
     name = f"{outcome.case}: {outcome.modality}" if outcome.modality else outcome.case
     if outcome.status == "failed":
         return f"{name} FAILED: {outcome.reason}"
     warnings = "".join(f"\n    warning: {warning}" for warning in outcome.warnings)
     if outcome.status == "skipped":
         return f"{name} is there already{warnings}"
-    return f"{name} written after {outcome.seconds:.1f} s of sampling{warnings}"
+    return f"{name} written after {outcome.seconds:.1f} s of sampling{warnings}{_findings(outcome.quality)}"
+
+
+def _findings(quality: Quality | None) -> str:
+    return "".join(f"\n    {quality.verdict}: {reason}" for reason in quality.reasons) if quality else ""

@@ -2,9 +2,11 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 from typing import Any, Literal
 
 import numpy as np
@@ -28,12 +30,16 @@ from cwdm.preprocess import (
     normalise,
     tight_window,
 )
+from cwdm.quality import Quality, assess
 from cwdm.samplers import SAMPLERS, Denoise, Sampler, spaced_timesteps
 from cwdm.wavelet import dwt, idwt
 from cwdm.weights import find, folder_of, load_for, modality_of
 
 Volume = npt.NDArray[np.float32]
 DeviceName = Literal["auto", "cpu", "cuda"]
+
+MOST_AT_ONCE = 4
+"""Samples in a batch on a GPU; halved for the rest of the run where they do not fit."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class Synthesis:
             settings ask for `unit` intensities.
         spread: standard deviation over the samples, in the same numbers; None for a single sample.
         native: whether the numbers are scanner-like.
+        quality: what the automatic check says.
         seconds: time spent sampling.
     """
 
@@ -72,6 +79,7 @@ class Synthesis:
     volume: Volume
     spread: Volume | None
     native: bool
+    quality: Quality
     warnings: tuple[str, ...]
     seconds: float
 
@@ -114,7 +122,7 @@ class Synthesizer:
         device: "cuda" demands a GPU, "auto" takes one if there is one.
         sampler: a function like those of `cwdm.samplers`, in place of the one that settings or weights name.
 
-    An instance is for one thread at a time.
+    An instance is for one thread at a time; `at_once` is how many samples are drawn in a batch.
 
     Raises:
         SettingsError: no GPU where one was demanded.
@@ -138,6 +146,8 @@ class Synthesizer:
         self.settings = settings or Settings()
         self.device = choose_device(device)
         self.dtype = choose_dtype(self.settings.precision, self.device)
+        # A sampler handed over may ask as it likes, and on a CPU a batch is no faster and rounds differently.
+        self.at_once = MOST_AT_ONCE if self.device.type == "cuda" and sampler is None else 1
         self._taken_for: dict[Path, str] = {}
         self._loaded: Checkpoint | None = None
         self._modality = ""
@@ -262,7 +272,10 @@ class Synthesizer:
 
     @torch.inference_mode()
     def sample(self, prepared: Prepared, on_step: Callable[[], None] = lambda: None) -> Samples:
-        """Draw the settings' number of samples, one after the other; sample i is what the seed + i alone would give."""
+        """Draw the settings' number of samples; sample i is what the seed + i alone would give.
+
+        On a GPU several are drawn at once where its memory allows, which may round differently from one alone.
+        """
         start = time.perf_counter()
         checkpoint = self.load(prepared.case.target)
         low, high = checkpoint.record.value_range
@@ -270,15 +283,50 @@ class Synthesizer:
         target = MODALITIES.index(prepared.case.target)
         denoise = clamped_denoiser(checkpoint, condition, self.dtype, on_step, target)
         count, mean, squares = self.settings.samples, torch.zeros(()), torch.zeros(())
-        for index in range(count):
-            volume = self._draw(checkpoint, denoise, condition, self.settings.seed + index)
-            sample = ((volume - low) / (high - low))[0, 0].cpu()
-            # Welford (1962): mean and spread without keeping the samples.
-            difference = sample - mean
-            mean = mean + difference / (index + 1)
-            squares = squares + difference * (sample - mean)
+        # float32 means float32: cuDNN would round the factors of its products to TF32's 10 bits.
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            for index, volume in enumerate(self._draws(checkpoint, denoise, condition, count)):
+                sample = ((volume - low) / (high - low))[0, 0].cpu()
+                # Welford (1962): mean and spread without keeping the samples.
+                difference = sample - mean
+                mean = mean + difference / (index + 1)
+                squares = squares + difference * (sample - mean)
         spread = (squares / (count - 1)).sqrt() if count > 1 else None
         return Samples(mean, spread, time.perf_counter() - start)
+
+    def _draws(self, checkpoint: Checkpoint, denoise: Denoise, condition: Tensor, count: int) -> Iterator[Tensor]:
+        """The sampled volumes, as many at once as memory has room for."""
+        done = 0
+        while done < count:
+            at_once = min(self.at_once, count - done)
+            try:
+                yield from self._draw_together(checkpoint, denoise, condition, range(done, done + at_once))
+            except torch.OutOfMemoryError:
+                if at_once == 1:
+                    raise
+                self.at_once = at_once // 2
+                torch.cuda.empty_cache()
+                continue
+            done += at_once
+
+    def _draw_together(
+        self, checkpoint: Checkpoint, denoise: Denoise, condition: Tensor, indices: range
+    ) -> list[Tensor]:
+        """Samplers side by side, each with its own generator, that share each evaluation of the network."""
+        if len(indices) == 1:
+            return [self._draw(checkpoint, denoise, condition, self.settings.seed + indices[0])]
+        lockstep = _Lockstep(denoise, len(indices))
+
+        @torch.inference_mode()  # holds for one thread
+        def draw(place: int, seed: int) -> Tensor:
+            return self._draw(checkpoint, lockstep.of(place), condition, seed)
+
+        with ThreadPoolExecutor(len(indices), "sampler") as threads:
+            drawing = [threads.submit(draw, place, self.settings.seed + i) for place, i in enumerate(indices)]
+        faults = [fault for future in drawing if (fault := future.exception())]
+        for fault in sorted(faults, key=lambda fault: isinstance(fault, BrokenBarrierError)):
+            raise fault  # the one that broke the barrier for the others
+        return [future.result() for future in drawing]
 
     def _draw(self, checkpoint: Checkpoint, denoise: Denoise, condition: Tensor, seed: int) -> Tensor:
         """One sampled volume (1, 1, X, Y, Z) in the checkpoint's value range."""
@@ -287,9 +335,7 @@ class Synthesizer:
         shape = (1, checkpoint.model.config.out_channels, *condition.shape[2:])
         generator = torch.Generator(self.device).manual_seed(seed)
         noise = torch.randn(shape, generator=generator, device=self.device)
-        # float32 means float32: cuDNN would round the factors of its products to TF32's 10 bits.
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            return idwt(sampler(denoise, noise, timesteps, generator=generator), checkpoint.record.wavelet)
+        return idwt(sampler(denoise, noise, timesteps, generator=generator), checkpoint.record.wavelet)
 
     def finish(self, prepared: Prepared, samples: Samples) -> Synthesis:
         """Bring the samples back to the grid, orientation and intensities of the case.
@@ -305,10 +351,26 @@ class Synthesizer:
         volume = np.where(keep, denormalise(unit, ClipRange(low, high)), np.float32(0))
         if not volume.any():
             raise CaseError(prepared.case.name, f"the synthesised {prepared.case.target} is empty; check the weights")
-        spread = None
+        unit_spread = spread = None
         if samples.spread is not None:
-            spread = np.where(keep, self._restore(prepared, samples.spread) * np.float32(high - low), np.float32(0))
-        return Synthesis(prepared.case, volume, spread, native, prepared.warnings, samples.seconds)
+            unit_spread = np.where(keep, self._restore(prepared, samples.spread), np.float32(0))
+            spread = unit_spread * np.float32(high - low)
+        quality = self._quality(prepared, np.where(keep, unit, np.float32(0)), unit_spread)
+        return Synthesis(prepared.case, volume, spread, native, quality, prepared.warnings, samples.seconds)
+
+    def _quality(self, prepared: Prepared, unit: Volume, spread: Volume | None) -> Quality:
+        """The check of a result in the order of the file, which it sees as stored LPS."""
+        case = prepared.case
+        known = case.has_orientation
+        lps = Orientation.to(ORIENTATION, case.affine) if known else Orientation.identity()
+        names = MODALITIES if prepared.unit.shape[1] == len(MODALITIES) else tuple(case.volumes)
+        conditions = {
+            name: lps.apply(self._restore(prepared, inside))
+            for name, inside in zip(names, prepared.unit[0], strict=True)
+            if name != case.target
+        }
+        turned_spread = None if spread is None else lps.apply(spread)
+        return assess(lps.apply(unit), conditions, lps.apply(prepared.mask), case.target, turned_spread)
 
     @staticmethod
     def _restore(prepared: Prepared, inside: Tensor) -> Volume:
@@ -331,15 +393,43 @@ def clamped_denoiser(
     model, record = checkpoint.model, checkpoint.record
 
     def denoise(x: Tensor, t: int) -> Tensor:
-        inputs = x if condition is None else torch.cat((x, condition), dim=1)
+        inputs = x if condition is None else torch.cat((x, condition.expand(x.shape[0], -1, -1, -1, -1)), dim=1)
         steps = torch.full((x.shape[0],), t, device=x.device)
         targets = (torch.full_like(steps, target),) if model.config.targets else ()
         prediction = model(inputs.to(dtype), steps, *targets).float()
         x0 = dwt(idwt(prediction, record.wavelet).clamp_(*record.value_range), record.wavelet)
-        on_step()
+        for _ in range(x.shape[0]):
+            on_step()
         return x0
 
     return denoise
+
+
+class _Lockstep:
+    """`denoise` for several samplers, each on a thread of its own, as one evaluation of the network over a batch.
+
+    The samplers must call it equally often and at the same timesteps.
+    """
+
+    def __init__(self, denoise: Denoise, count: int) -> None:
+        self._denoise = denoise
+        self._asked: list[tuple[Tensor, int]] = [(torch.empty(0), 0)] * count
+        self._clean: tuple[Tensor, ...] = ()
+        self._barrier = Barrier(count, self._evaluate)
+
+    def of(self, place: int) -> Denoise:
+        """For the sampler at a place in the batch."""
+
+        def denoise(x: Tensor, t: int) -> Tensor:
+            self._asked[place] = x, t
+            self._barrier.wait()  # all have asked; none asks again before all have read
+            return self._clean[place]
+
+        return denoise
+
+    def _evaluate(self) -> None:
+        (t,) = {t for _, t in self._asked}
+        self._clean = self._denoise(torch.cat([x for x, _ in self._asked]), t).split(1)
 
 
 def choose_device(name: DeviceName) -> torch.device:

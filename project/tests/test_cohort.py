@@ -103,7 +103,7 @@ def test_a_second_run_does_what_is_left(cohort: Path, weights_folder: Path, tmp_
 
 def test_report_says_what_was_done(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
     report = tmp_path / "report"
-    infer(cohort, tmp_path / "out", weights_folder, "--report_path", str(report), "samples=2", "seed=9")
+    result = infer(cohort, tmp_path / "out", weights_folder, "--report_path", str(report), "samples=2", "seed=9")
     assert names(tmp_path / "out") == EXPECTED
     (run_file,) = report.glob("run-*.json")
     run = json.loads(run_file.read_text())
@@ -115,6 +115,12 @@ def test_report_says_what_was_done(cohort: Path, weights_folder: Path, tmp_path:
     assert len(record["weights"]["sha256"]) == 64
     assert record["seconds"] > 0
     assert any("instead of the 1 mm" in warning for warning in record["warnings"])
+    quality = record["quality"]
+    assert quality["verdict"] in ("look", "reject")  # what untrained weights make is noise
+    assert all(reason in result.output for reason in quality["reasons"])
+    assert quality["figures"]["spread"] > 0
+    assert (report / "report.html").is_file()
+    assert Path(record["output"]) == tmp_path / "out" / EXPECTED[1]
     spread = nib.load(report / "BraTS-PHANTOM-00001-000-t2f-spread.nii.gz")
     assert spread.get_fdata().max() > 0
 

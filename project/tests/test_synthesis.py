@@ -84,6 +84,42 @@ def test_mean_and_spread_of_several_samples(case: Path, weights_folder: Path) ->
     np.testing.assert_allclose(several.spread, np.std(singles, axis=0, ddof=1), rtol=1e-3, atol=2e-2)
 
 
+@pytest.mark.parametrize("sampler", ["ddpm", "dpmpp"])
+def test_samples_drawn_at_once_are_those_drawn_alone(sampler: str, case: Path, weights_folder: Path) -> None:
+    steps: list[int] = []
+    alone = synthesizer(weights_folder, "samples=5", f"sampler.name={sampler}", "output.intensity=unit")
+    together = synthesizer(weights_folder, "samples=5", f"sampler.name={sampler}", "output.intensity=unit")
+    together.at_once = 2
+    one, other = alone(case), together(case, on_step=lambda: steps.append(1))
+    assert len(steps) == 20
+    np.testing.assert_allclose(other.volume, one.volume, atol=1e-5)
+    np.testing.assert_allclose(other.spread, one.spread, atol=1e-5)
+
+
+def test_samples_at_once_that_do_not_fit_are_halved(case: Path, weights_folder: Path) -> None:
+    made = synthesizer(weights_folder, "samples=4")
+    expected = made(case)
+    made.at_once = 4
+    network = made.load("t1n").model
+
+    def small(module, inputs):
+        if inputs[0].shape[0] > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    network.register_forward_pre_hook(small)
+    result = made(case)
+    assert made.at_once == 1
+    np.testing.assert_array_equal(result.volume, expected.volume)
+
+
+def test_every_sample_is_checked_with_its_spread(case: Path, weights_folder: Path) -> None:
+    single, several = synthesizer(weights_folder)(case), synthesizer(weights_folder, "samples=2")(case)
+    assert "spread" not in single.quality.figures
+    assert several.quality.figures["spread"] > 0
+    assert single.quality.verdict in ("look", "reject")  # what untrained weights make is noise
+    assert single.quality.reasons
+
+
 def test_every_network_evaluation_is_reported(case: Path, weights_folder: Path) -> None:
     steps = []
     synthesizer(weights_folder, "samples=2")(case, on_step=lambda: steps.append(1))

@@ -1,0 +1,130 @@
+"""How well the spread over several samples tells where a synthesis is wrong.
+
+    python uncertainty.py calibration.png                        # four phantoms, eight samples, the bundled weights
+    python uncertainty.py calibration.png --weights DIR sampler.name=ddpm sampler.steps=100
+
+For each contrast of each phantom, in a cube around the tumour: Spearman's rank correlation of the spread with the
+absolute error of the mean (0: the spread tells nothing, 1: it ranks every voxel), the spread itself, and the error. The
+picture is the calibration: root mean square error in each tenth of the voxels, ranked by spread, against the spread of
+these voxels. On the diagonal the spread is as large as the error; above it, the samples agree on what is wrong.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated
+
+import numpy as np
+import numpy.typing as npt
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from scipy.stats import spearmanr
+
+from cwdm import Synthesizer
+from cwdm.brats import MODALITIES, case_folder, output_name, read_case, read_grid
+from cwdm.config import load_settings
+from cwdm.phantom import write_phantoms
+from cwdm.preprocess import normalise
+from cwdm.weights import BUNDLED
+
+SEED = 5005
+TENTHS = 10
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Voxels of the brain inside the cube: spread and absolute error of the mean, both in [0, 1]."""
+
+    modality: str
+    spread: npt.NDArray[np.float32]
+    error: npt.NDArray[np.float32]
+
+
+def main(
+    picture: Annotated[Path, typer.Argument(help="PNG of the calibration.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    cases: int = 4,
+    samples: Annotated[int, typer.Option(min=2)] = 8,
+    size: Annotated[int, typer.Option(help="Edge of the cube in voxels.")] = 64,
+    weights: str = BUNDLED,
+) -> None:
+    """Print the table and draw the calibration."""
+    chosen = [f"samples={samples}", *(settings or ("sampler.name=ddpm", "sampler.steps=10"))]
+    synthesizer = Synthesizer(weights, load_settings(None, chosen))
+    with TemporaryDirectory() as folder:
+        paths = write_phantoms(Path(folder), cases, SEED)
+        todo = [(path, modality) for path in paths for modality in MODALITIES]
+        console = Console(stderr=True)
+        measured = [_measure(synthesizer, *item, size) for item in track(todo, "contrasts", console=console)]
+    Console().print(_table(measured, f"{cases} phantoms, {samples} samples, {' '.join(chosen[1:])}"))
+    _draw(picture, measured)
+
+
+def _measure(synthesizer: Synthesizer, path: Path, modality: str, size: int) -> Measured:
+    folder = case_folder(path)
+    others = {name: file for name, file in folder.files.items() if name != modality}
+    prepared = synthesizer.prepare(read_case(replace(folder, files=others)))
+
+    def inside(volume: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        return prepared.window.crop(prepared.orientation.apply(volume))
+
+    tumour = inside(read_grid(path / output_name(path.name, "seg"))[0]) != 0
+    cube = _cube(tumour, size)
+    truth = inside(normalise(read_grid(folder.files[modality])[0])[0])[cube]
+    drawn = synthesizer.sample(replace(prepared, unit=prepared.unit[(..., *cube)]))
+    brain = inside(prepared.mask)[cube]
+    assert drawn.spread is not None
+    return Measured(modality, drawn.spread.numpy()[brain], np.abs(drawn.mean.numpy() - truth)[brain])
+
+
+def _cube(tumour: npt.NDArray[np.bool_], size: int) -> tuple[slice, ...]:
+    middle = np.argwhere(tumour).mean(axis=0)
+    starts = (int(np.clip(m - size // 2, 0, n - size)) for m, n in zip(middle, tumour.shape, strict=True))
+    return tuple(slice(start, start + size) for start in starts)
+
+
+def _table(measured: list[Measured], title: str) -> Table:
+    table = Table("contrast", "rank correlation", "lowest to highest", "median spread", "median error", title=title)
+    for modality in (*MODALITIES, "all"):
+        rows = [one for one in measured if modality in ("all", one.modality)]
+        ranks = [float(spearmanr(one.spread, one.error).statistic) for one in rows]
+        spread, error = (
+            np.median(np.concatenate([getattr(one, name) for one in rows])) for name in ("spread", "error")
+        )
+        limits = f"{min(ranks):.2f} to {max(ranks):.2f}"
+        table.add_row(modality, f"{np.mean(ranks):.2f}", limits, f"{spread:.4f}", f"{error:.4f}")
+    return table
+
+
+def _calibration(measured: list[Measured]) -> Iterator[tuple[str, list[float], list[float]]]:
+    """For each contrast, root mean squares of spread and of error in each tenth of the voxels, by spread."""
+    for modality in MODALITIES:
+        rows = [one for one in measured if one.modality == modality]
+        spread, error = (np.concatenate([getattr(one, name) for one in rows]) for name in ("spread", "error"))
+        tenths = np.array_split(np.argsort(spread), TENTHS)
+        yield (
+            modality,
+            [float(np.sqrt(np.mean(np.square(spread[tenth])))) for tenth in tenths],
+            [float(np.sqrt(np.mean(np.square(error[tenth])))) for tenth in tenths],
+        )
+
+
+def _draw(path: Path, measured: list[Measured]) -> None:
+    figure = Figure(figsize=(5.5, 5), layout="constrained")
+    axes = figure.subplots()
+    for modality, spread, error in _calibration(measured):
+        axes.plot(spread, error, marker="o", markersize=4, label=modality)
+    low, high = min(*axes.get_xlim(), *axes.get_ylim()), max(*axes.get_xlim(), *axes.get_ylim())
+    low = max(low, 1e-4)
+    axes.plot([low, high], [low, high], color="grey", linestyle="--", linewidth=1, label="as large as the error")
+    axes.set(xscale="log", yscale="log", xlabel="spread over the samples", ylabel="root mean square error")
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    typer.run(main)

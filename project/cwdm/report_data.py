@@ -1,0 +1,356 @@
+"""What a report is made from: the JSON records of runs and cases, and the volumes that they speak of."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
+
+from cwdm.brats import MODALITIES, NEAREST, CaseFolder, case_folder, output_name, read_case, read_grid
+from cwdm.errors import CaseError, InputError
+from cwdm.metrics import psnr, ssim
+from cwdm.preprocess import ORIENTATION, ClipRange, Orientation, brain_mask, clip_range, normalise
+from cwdm.quality import VERDICTS, Verdict
+
+Volume = npt.NDArray[np.float32]
+Mask = npt.NDArray[np.bool_]
+Box = tuple[slice, slice, slice]
+
+MOST_BYTES = 64 << 20
+"""Of one record: a run's has about 300 a case."""
+
+MARGIN = 4
+"""Voxels around the brain that are shown."""
+
+
+# Records
+
+
+def _file_name(name: str) -> str:
+    if not name or name in (".", "..") or "/" in name or "\0" in name:
+        raise ValueError("is not the name of a folder")
+    return name
+
+
+class QualityRecord(BaseModel):
+    """As `cwdm.quality.Quality`."""
+
+    verdict: Verdict
+    reasons: list[str] = []
+    figures: dict[str, float] = {}
+
+
+class OutcomeRecord(BaseModel):
+    """What a run's record says of a case."""
+
+    case: Annotated[str, AfterValidator(_file_name)]
+    modality: Literal["", *MODALITIES] = ""  # type: ignore[valid-type]
+    status: Literal["written", "skipped", "failed"]
+    reason: str = ""
+    seconds: float = 0.0
+    warnings: list[str] = []
+    quality: QualityRecord | None = None
+
+
+class WeightsRecord(BaseModel):
+    """Which file, and its checksum."""
+
+    file: str = ""
+    sha256: str = ""
+
+
+class CaseRecord(OutcomeRecord):
+    """What the record of a written case says."""
+
+    program: str = ""
+    input: str = ""
+    output: str = ""
+    weights: WeightsRecord = WeightsRecord()
+    weights_record: dict[str, Any] = {}
+    sampler: str = ""
+    timesteps: list[int] = []
+    device: str = ""
+    precision: str = ""
+    settings: dict[str, Any] = {}
+
+
+class RunRecord(BaseModel):
+    """What the record of a run says."""
+
+    program: str = ""
+    started: str
+    seconds: float = 0.0
+    settings: dict[str, Any] = {}
+    cases: list[OutcomeRecord] = Field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A case as the report knows it.
+
+    Attributes:
+        record: of the case, where it was written.
+    """
+
+    case: str
+    modality: str
+    failed: bool
+    reason: str = ""
+    warnings: tuple[str, ...] = ()
+    quality: QualityRecord | None = None
+    record: CaseRecord | None = None
+
+    @property
+    def verdict(self) -> str:
+        """`failed`, `reject`, `look`, `ok`, or `unchecked` where no check was recorded."""
+        return "failed" if self.failed else self.quality.verdict if self.quality else "unchecked"
+
+    @property
+    def rank(self) -> int:
+        """Worst first."""
+        return ("failed", *VERDICTS[:-1], "unchecked", "ok").index(self.verdict)
+
+
+@dataclass(frozen=True)
+class Records:
+    """All that a report folder tells.
+
+    Attributes:
+        entries: a case and missing modality each, worst first.
+        faults: records that cannot be read, in plain words.
+    """
+
+    entries: list[Entry]
+    runs: list[RunRecord]
+    faults: list[str] = field(default_factory=list)
+
+
+Record = TypeVar("Record", bound=BaseModel)
+
+
+def read_records(folder: Path) -> Records:
+    """Read what `cwdm infer --report_path` wrote; of several runs over a case, the last counts.
+
+    Raises:
+        InputError: the folder cannot be read, or holds no record.
+    """
+    try:
+        paths = sorted(path for path in folder.iterdir() if path.suffix == ".json" and path.name[0] != ".")
+    except OSError as error:
+        raise InputError(f"the report folder {folder} cannot be read: {error.strerror}") from error
+    faults: list[str] = []
+    run_paths = [path for path in paths if path.name.startswith("run-2")]
+    runs = sorted(_read_all(RunRecord, run_paths, faults), key=lambda run: run.started)
+    cases = list(_read_all(CaseRecord, [path for path in paths if path not in set(run_paths)], faults))
+    if not runs and not cases:
+        told = f" ({faults[0]})" if faults else ""
+        raise InputError(f"no record found in {folder}{told}; fill it with 'cwdm infer --report_path {folder}'")
+    entries = sorted(_merge(runs, cases), key=_worst_first)
+    return Records(entries, runs, faults)
+
+
+def _worst_first(entry: Entry) -> tuple[int, int, str]:
+    return entry.rank, -len(entry.quality.reasons if entry.quality else ()), entry.case
+
+
+def _read_all(kind: type[Record], paths: Iterable[Path], faults: list[str]) -> Iterable[Record]:
+    for path in paths:
+        try:
+            if not path.is_file() or path.stat().st_size > MOST_BYTES:
+                raise ValueError("not a file, or larger than any record")
+            yield kind.model_validate_json(path.read_bytes())
+        except ValidationError as error:
+            fault = error.errors()[0]
+            where = ".".join(str(key) for key in fault["loc"])
+            faults.append(f"{path.name} is not a record as cwdm writes it ({where}: {fault['msg']})")
+        except (OSError, ValueError) as error:
+            faults.append(f"{path.name} cannot be read ({error})")
+
+
+def _merge(runs: Sequence[RunRecord], cases: Iterable[CaseRecord]) -> Iterable[Entry]:
+    """What the runs say in the order in which they began, filled up from the records of the cases."""
+    known: dict[tuple[str, str], Entry] = {}
+    for outcome in (outcome for run in runs for outcome in run.cases):
+        key = outcome.case, outcome.modality
+        if outcome.status == "failed":
+            known[key] = Entry(outcome.case, outcome.modality, True, outcome.reason)
+            continue
+        known.pop((outcome.case, ""), None)  # what could not be told then is told now
+        before = known.get(key) if outcome.status == "skipped" else None
+        quality = outcome.quality or (before and not before.failed and before.quality) or None
+        known[key] = Entry(outcome.case, outcome.modality, False, "", tuple(outcome.warnings), quality)
+    for record in cases:
+        key = record.case, record.modality
+        entry = known.get(key) or Entry(*key, failed=False)
+        if not entry.failed:
+            warnings = tuple(dict.fromkeys((*record.warnings, *entry.warnings)))
+            entry = replace(entry, warnings=warnings, quality=record.quality or entry.quality)
+        known[key] = replace(entry, record=record)
+    return known.values()
+
+
+# Volumes
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where volumes are looked for; what is None is where the records say it was.
+
+    Attributes:
+        data: folder of case folders.
+        output: folder of synthesised files.
+        truth: folder of complete case folders, or of files named like the synthesised ones.
+        report: folder of the records, and of the spread.
+    """
+
+    report: Path
+    data: Path | None = None
+    output: Path | None = None
+    truth: Path | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """The volumes of a case as they are shown: (X, Y, Z) stored LPS, cropped to the brain, in [0, 1].
+
+    Attributes:
+        conditions: by their own percentiles.
+        synthesis: by the range that it was written with.
+        truth, difference: by its own percentiles; the absolute difference of both images by their own percentiles.
+        spread: standard deviation over the samples, in units of the synthesis.
+        centre: the voxel through which the slices are laid.
+        psnr_db, ssim: against the truth, inside the brain.
+    """
+
+    conditions: dict[str, Volume]
+    synthesis: Volume
+    mask: Mask
+    spacing_mm: tuple[float, float, float]
+    centre: tuple[int, int, int]
+    truth: Volume | None = None
+    difference: Volume | None = None
+    spread: Volume | None = None
+    psnr_db: float | None = None
+    ssim: float | None = None
+
+
+def read_shown(entry: Entry, places: Places) -> Shown:
+    """Read the volumes of a written case.
+
+    Raises:
+        CwdmError: one that is needed is not there or cannot be used.
+    """
+    case = read_case(_without(_input_folder(entry, places), entry.modality))
+    to_lps = Orientation.to(ORIENTATION, case.affine) if case.has_orientation else Orientation.identity()
+    mask = to_lps.apply(brain_mask(case.volumes.values()))
+    shape = next(iter(case.volumes.values())).shape
+    box = _around(mask)
+
+    def read(path: Path) -> Volume:
+        volume = read_grid(path)[0]
+        if volume.shape != shape:
+            raise CaseError(case.name, f"{path} has {volume.shape} voxels, the case has {shape}")
+        return volume
+
+    def shown(unit: Volume) -> Volume:
+        return np.ascontiguousarray(to_lps.apply(unit)[box])
+
+    try:
+        output = read(_output_file(entry, places))
+        low, high = _written_range(entry, case.volumes)
+        conditions = {name: shown(normalise(volume)[0]) for name, volume in case.volumes.items()}
+    except ValueError as error:
+        raise CaseError(case.name, str(error)) from error
+    spread_path = places.report / f"{entry.case}-{entry.modality}-spread.nii.gz"
+    truth_path = _truth_file(entry, places)
+    lengths = np.linalg.norm(case.affine[:3, :3], axis=0)[list(to_lps.axes)]
+    result = Shown(
+        conditions=conditions,
+        synthesis=shown((output - np.float32(low)) / np.float32(high - low)),
+        mask=mask[box],
+        spacing_mm=(float(lengths[0]), float(lengths[1]), float(lengths[2])),
+        centre=_fullest(mask[box]),
+        spread=shown(read(spread_path) / np.float32(high - low)) if spread_path.is_file() else None,
+    )
+    if truth_path is None:
+        return result
+    segmentation = truth_path.with_name(output_name(entry.case, "seg"))
+    tumour = shown(read(segmentation)) != 0 if segmentation.is_file() else np.zeros((0, 0, 0), np.bool_)
+    compared = _compare(result, _unit(output, shown), _unit(read(truth_path), shown))
+    return replace(compared, centre=_fullest(tumour)) if tumour.any() else compared
+
+
+def _compare(shown: Shown, synthesis: Volume, truth: Volume) -> Shown:
+    return replace(
+        shown,
+        truth=truth,
+        difference=np.abs(synthesis - truth),
+        psnr_db=psnr(synthesis, truth, shown.mask),
+        ssim=ssim(synthesis, truth, shown.mask),
+    )
+
+
+def _unit(volume: Volume, shown: Any) -> Volume:
+    """By its own percentiles; a constant image, which has none, is 0."""
+    try:
+        return shown(normalise(volume)[0])
+    except ValueError:
+        return shown(np.zeros_like(volume))
+
+
+def _without(folder: CaseFolder, modality: str) -> CaseFolder:
+    return replace(folder, files={name: path for name, path in folder.files.items() if name != modality})
+
+
+def _input_folder(entry: Entry, places: Places) -> CaseFolder:
+    told = entry.record.input if entry.record else ""
+    folder = places.data / entry.case if places.data else Path(told)
+    if not folder.is_dir() or not (told or places.data):
+        raise CaseError(entry.case, f"its input is not at {told or 'a known place'}; give --data_path")
+    return case_folder(folder)
+
+
+def _output_file(entry: Entry, places: Places) -> Path:
+    told = entry.record.output if entry.record else ""
+    path = places.output / output_name(entry.case, entry.modality) if places.output else Path(told)
+    if not path.is_file():
+        raise CaseError(
+            entry.case, f"its output is not at {path if places.output else told or 'a known place'}; give --output_path"
+        )
+    return path
+
+
+def _truth_file(entry: Entry, places: Places) -> Path | None:
+    if places.truth is None:
+        return None
+    flat = places.truth / output_name(entry.case, entry.modality)
+    if flat.is_file():
+        return flat
+    folder = places.truth / entry.case
+    return case_folder(folder).files.get(entry.modality) if folder.is_dir() else None
+
+
+def _written_range(entry: Entry, conditions: Mapping[str, Volume]) -> ClipRange:
+    output = entry.record.settings.get("output", {}) if entry.record else {}
+    if isinstance(output, dict) and output.get("intensity") == "unit":
+        return ClipRange(0.0, 1.0)
+    return clip_range(conditions[NEAREST[entry.modality]])
+
+
+def _around(mask: Mask) -> Box:
+    """The box around the brain with a margin; everything where there is no brain."""
+    sides = []
+    for axis, length in enumerate(mask.shape):
+        occupied = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
+        first, last = (int(occupied[0]), int(occupied[-1])) if occupied.size else (0, length)
+        sides.append(slice(max(0, first - MARGIN), last + 1 + MARGIN))
+    return sides[0], sides[1], sides[2]
+
+
+def _fullest(mask: Mask) -> tuple[int, int, int]:
+    """Along each axis, the slice with most of the mask."""
+    x, y, z = (int(np.argmax(np.count_nonzero(mask, axis=tuple({0, 1, 2} - {axis})))) for axis in range(3))
+    return x, y, z

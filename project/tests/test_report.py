@@ -1,0 +1,269 @@
+"""The report, as a browser without a network opens it."""
+
+import html
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import TINY, link_case
+from selenium import webdriver
+from selenium.webdriver.common.action_chains import ActionChains
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
+from typer.testing import CliRunner, Result
+
+from cwdm import checkpoint
+from cwdm.brats import find_cases, read_grid, write_nifti
+from cwdm.checkpoint import Record, load_published
+from cwdm.cli import app
+from cwdm.errors import InputError
+from cwdm.report import write_report
+from cwdm.report_data import Places, read_records, read_shown
+from cwdm.untrained import untrained_state
+
+HOSTILE = "<img src=x onerror=alert(1)>\"'&{{7*7}}\u202e"
+CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+
+needs_chromium = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER) and not os.environ.get("CI"),
+    reason="chromium and chromium-driver are not installed",
+)
+
+
+def cwdm(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture(scope="module")
+def run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
+    """A run over four cases of two samples: hostile names, one turned, one that fails."""
+    folder = tmp_path_factory.mktemp("report")
+    sources = sorted(phantoms.iterdir())
+    for source, missing, name in zip(sources, ("t1n", "t2f", "t1n"), (None, None, HOSTILE), strict=True):
+        link_case(source, folder / "input", missing, name)
+    link_case(sources[0], folder / "input", "none", "complete")
+    link_case(sources[2], folder / "truth", "none", HOSTILE)
+    for source in sources[:2]:
+        link_case(source, folder / "truth", "none")
+    weights = folder / "weights"
+    weights.mkdir()
+    record = Record(notice="</script><script>alert(2)</script>")
+    for modality in ("t1n", "t2f"):
+        checkpoint.save(weights / f"{modality}.safetensors", load_published(untrained_state(TINY)), record)
+    places = ("--data_path", folder / "input", "--output_path", folder / "output", "--report_path", folder / "report")
+    result = cwdm("infer", *places, "--weights", weights, "--device", "cpu", "samples=2", "sampler.timesteps=[1, 0]")
+    assert result.exit_code == 1, result.output
+    assert f"look at {folder / 'report' / 'report.html'}" in result.output.replace("\n", "")
+    return Places(folder / "report", truth=folder / "truth")
+
+
+@pytest.fixture(scope="module")
+def page(run: Places, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of the run with the truth and a viewer."""
+    return write_report(run, [HOSTILE], path=tmp_path_factory.mktemp("page") / "report.html")
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Iterator[webdriver.Chrome]:
+    if not (CHROMIUM and DRIVER):
+        pytest.fail("CI needs chromium and chromium-driver: apt-get install chromium chromium-driver")
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for argument in (
+        "--headless",
+        "--no-sandbox",
+        "--no-first-run",
+        "--disable-background-networking",
+        "--disable-component-update",
+        "--disable-sync",
+        "--use-angle=swiftshader",
+        "--enable-unsafe-swiftshader",
+        "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--window-size=1300,900",
+    ):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
+    yield driver
+    driver.quit()
+
+
+def requests(browser: webdriver.Chrome) -> list[str]:
+    """What was asked for beside the page and what it holds; the browser's own first tab is part of the browser."""
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    sent = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    return [url for url in sent if not url.startswith(("data:", "blob:", "file:", "chrome:"))]
+
+
+def column(browser: webdriver.Chrome, index: int) -> list[str]:
+    return [cell.text for cell in browser.find_elements(By.CSS_SELECTOR, f"#overview tbody td:nth-child({index})")]
+
+
+def settled(log: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What a browser logs, without what it says of its own drawing by software."""
+    return [entry for entry in log if "GPU stall" not in entry["message"]]
+
+
+@needs_chromium
+def test_it_opens_from_disk_shows_sorts_and_scrolls_and_asks_no_one(page: Path, browser: webdriver.Chrome) -> None:
+    browser.get(page.as_uri())
+    pictures = browser.find_elements(By.TAG_NAME, "img")
+    assert len(pictures) == 3 * (1 + 3 * 7)  # a thumbnail and, in three planes, six images and the spread
+    # What the browser has not come to yet is decoded first.
+    assert browser.execute_async_script(
+        "const done = arguments[0]; Promise.all([...document.images].map(i => i.decode())).then(() => "
+        "done([...document.images].every(i => i.naturalWidth > 0)), () => done(false));"
+    )
+    check, case = 2, 3
+    assert column(browser, check)[0] == "failed"
+    assert "complete" in column(browser, case)[0]
+    heading = browser.find_element(By.XPATH, "//th/button[.='Case']")
+    heading.click()
+    names = column(browser, case)
+    assert names == sorted(names, key=str.lower)
+    assert names != column(browser, check)
+    heading.click()
+    assert column(browser, case) == names[::-1]
+    browser.find_element(By.XPATH, "//th/button[.='PSNR, dB']").click()
+    assert column(browser, 6)[-1] == "–"
+    assert column(browser, 6)[:3] == sorted(column(browser, 6)[:3], key=float)
+
+    viewer = browser.find_element(By.CLASS_NAME, "viewer")
+    browser.execute_script("arguments[0].scrollIntoView()", viewer)
+    viewer.find_element(By.CLASS_NAME, "open").click()
+    WebDriverWait(browser, 60).until(lambda _: viewer.get_attribute("data-ready"))
+    canvas = viewer.find_element(By.TAG_NAME, "canvas")
+    before, slice_before = canvas.screenshot_as_png, int(viewer.get_attribute("data-slice") or -1)
+    browser.execute_script(
+        "arguments[0].value = 3; arguments[0].dispatchEvent(new Event('input'))",
+        viewer.find_element(By.CLASS_NAME, "slice"),
+    )
+    assert int(viewer.get_attribute("data-slice") or -1) == 3 != slice_before
+    after = canvas.screenshot_as_png
+    assert after != before
+    overlay = viewer.find_element(By.CLASS_NAME, "overlay")
+    overlay.find_element(By.XPATH, "option[.='difference']").click()
+    WebDriverWait(browser, 10).until(lambda _: canvas.screenshot_as_png != after)
+    ActionChains(browser).move_to_element_with_offset(canvas, -200, 0).scroll_by_amount(0, 200).perform()
+    assert not viewer.find_element(By.CLASS_NAME, "problem").is_displayed()
+    assert settled(browser.get_log("browser")) == []
+    assert requests(browser) == []
+
+
+@needs_chromium
+def test_names_and_messages_do_nothing(page: Path, browser: webdriver.Chrome) -> None:
+    browser.get(page.as_uri())
+    shown = browser.find_element(By.TAG_NAME, "body").text
+    assert "<img src=x onerror=alert(1)>\"'&{{7*7}}\\u202e" in shown
+    assert "</script><script>alert(2)</script>" in shown
+    assert settled(browser.get_log("browser")) == []  # an alert would have raised, a blocked script would be logged
+
+
+def test_the_file_holds_all_it_needs(page: Path) -> None:
+    text = html.unescape(page.read_text(encoding="utf-8"))
+    assert "\u202e" not in text
+    head = text[: text.index("<table")]
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", head)
+    assert "default-src 'none'" in head
+    assert "NiiVue 0.69.0" in text
+    plain = text[: text.index("</main>")]
+    for told in ("How it was made", "samples</dt><dd>2", "sampler.timesteps</dt><dd>[1, 0]"):
+        assert told in plain
+    assert re.search(r"<code>[0-9a-f]{64}</code>", plain)
+
+
+def test_without_a_viewer_it_is_small_and_says_what_it_leaves_out(run: Places, tmp_path: Path) -> None:
+    everything = write_report(run, path=tmp_path / "all.html")
+    assert everything.stat().st_size < 400_000
+    few = write_report(run, most=2, path=tmp_path / "few.html").read_text()
+    assert "Only the worst 1 cases are pictured" in few
+    assert few.count('class="case"') == 1
+
+
+def test_the_same_slice_of_the_same_head_whatever_order_it_is_stored_in(run: Places, tmp_path: Path) -> None:
+    entry = next(entry for entry in read_records(run.report).entries if entry.case.endswith("00001-000"))
+    straight = read_shown(entry, run)
+    assert entry.record
+    turned = tmp_path / "in" / entry.case
+    turned.mkdir(parents=True)
+    for path in [*Path(entry.record.input).iterdir(), Path(entry.record.output)]:
+        volume, affine, _ = read_grid(path)
+        back = affine.copy()
+        back[:3, 2] *= -1
+        back[:3, 3] += affine[:3, 2] * (volume.shape[2] - 1)
+        folder = turned if path != Path(entry.record.output) else tmp_path / "out"
+        folder.mkdir(exist_ok=True)
+        write_nifti(folder / path.name, volume[:, :, ::-1], back)
+    other = read_shown(entry, Places(tmp_path, data=tmp_path / "in", output=tmp_path / "out"))
+    np.testing.assert_allclose(other.synthesis, straight.synthesis, atol=1e-6)
+    for name, volume in straight.conditions.items():
+        np.testing.assert_allclose(other.conditions[name], volume, atol=1e-6)
+    assert straight.truth is not None
+    assert other.truth is other.spread is None
+
+
+def test_a_case_that_cannot_be_pictured_is_listed_with_the_reason(run: Places, tmp_path: Path) -> None:
+    text = write_report(replace(run, data=tmp_path), path=tmp_path / "report.html").read_text()
+    assert text.count("not pictured: its input is not at") >= 3
+    assert "give --data_path" in text
+
+
+def test_the_last_run_over_a_case_counts(tmp_path: Path) -> None:
+    def write(name: str, **content: Any) -> None:
+        (tmp_path / name).write_text(json.dumps(content))
+
+    def outcome(status: str, **more: Any) -> dict[str, Any]:
+        return {"case": "a", "modality": "t1n", "status": status, **more}
+
+    quality = {"verdict": "look", "reasons": ["noisy"], "figures": {}}
+    write("run-20260102T0.json", started="2026-01-02", cases=[outcome("written", quality=quality)])
+    write("run-20260101T0.json", started="2026-01-01", cases=[{"case": "a", "modality": "", "status": "failed"}])
+    write("a-t1n.json", **outcome("written", quality=quality, warnings=["w"]))
+    (entry,) = read_records(tmp_path).entries
+    assert (entry.verdict, entry.warnings) == ("look", ("w",))
+    skipped = outcome("skipped", warnings=["made with other settings"])
+    write("run-20260103T0.json", started="2026-01-03", cases=[skipped])
+    (entry,) = read_records(tmp_path).entries
+    assert (entry.verdict, entry.warnings) == ("look", ("w", "made with other settings"))
+    write("run-20260104T0.json", started="2026-01-04", cases=[outcome("failed", reason="not enough memory")])
+    (entry,) = read_records(tmp_path).entries
+    assert (entry.verdict, entry.reason) == ("failed", "not enough memory")
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"case": "../../etc", "modality": "t1n", "status": "written"}', '{"case": "a"}', "\udc80"]
+)
+def test_a_damaged_record_is_named_and_the_others_stand(content: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(InputError, match=r"no record found.*bad\.json"):
+        read_records(tmp_path)
+    (tmp_path / "good-t1n.json").write_text('{"case": "good", "modality": "t1n", "status": "written"}')
+    records = read_records(tmp_path)
+    assert [entry.case for entry in records.entries] == ["good"]
+    assert "bad.json" in records.faults[0]
+    text = write_report(Places(tmp_path)).read_text()
+    assert "bad.json" in text
+    assert "1 case, not checked" in text
+
+
+def test_wrong_arguments_are_one_clear_message(run: Places, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="cannot be read"):
+        read_records(tmp_path / "none")
+    with pytest.raises(InputError, match="no record of nobody"):
+        write_report(run, ["nobody"])
+
+
+def test_command(run: Places, tmp_path: Path) -> None:
+    result = cwdm("report", run.report, "--truth", run.truth, "--cases", 1, "--out", tmp_path / "x.html")
+    assert result.exit_code == 0, result.output
+    assert "look at" in result.output
+    assert (tmp_path / "x.html").stat().st_size > 10_000
+    assert len(find_cases(run.report.parent / "input")) == 4
