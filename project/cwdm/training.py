@@ -47,6 +47,7 @@ from cwdm.unet import ResBlock, UNet
 from cwdm.wavelet import LLL_DIVISOR, dwt, idwt
 
 KEPT_STATES = 2
+REGRESSION_SAMPLES = 480
 MOST_BAD_STEPS = 20
 """Steps in a row whose loss or gradient is not finite before the run gives up."""
 
@@ -148,6 +149,8 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
     _together(fabric, lambda: _decode_all(cache, mine, fabric.is_global_zero))
     torch.manual_seed(settings.seed)
     model = UNet(settings.unet())
+    if model.config.regression and not resume:
+        model.regression.fit(_examples(_samples(settings, subjects, cache), settings))
     ema = copy.deepcopy(model).requires_grad_(False).eval().to(fabric.device)
     layout = torch.channels_last_3d if fabric.device.type == "cuda" else torch.contiguous_format
     model.to(memory_format=layout)  # type: ignore[call-overload]
@@ -167,6 +170,20 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
     if fabric.is_global_zero:
         write_json(out / "settings.json", settings.model_dump(mode="json"))
     return run
+
+
+def _samples(settings: TrainingSettings, subjects: Sequence[Subject], cache: Cache) -> Samples:
+    low, high = settings.value_range
+    return Samples(subjects, cache, Sampling(settings.data, settings.seed, (low, high), settings.loss.timestep_power))
+
+
+def _examples(samples: Samples, settings: TrainingSettings) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Coefficients of conditions and target of the run's first samples, for `Regression.fit`."""
+    wavelet = settings.network.wavelet
+    for n in range(REGRESSION_SAMPLES):
+        sample = samples[n]
+        conditions = sample["conditions"][None]
+        yield dwt(conditions, wavelet)[0], dwt(sample["volume"][None], wavelet)[0], int(sample["target"])
 
 
 def _decode_all(cache: Cache, subjects: Sequence[Subject], shown: bool) -> None:
@@ -259,17 +276,15 @@ class _Run:
             for step in range(self.step, self.settings.steps)
             for i in range(share)
         ]
-        data = self.settings.data
-        low, high = self.settings.value_range
-        sampling = Sampling(data, self.settings.seed, (low, high), self.settings.loss.timestep_power)
+        workers = self.settings.data.workers
         loader = DataLoader(
-            Samples(self.subjects, self.cache, sampling),
+            _samples(self.settings, self.subjects, self.cache),
             batch_size=share // optimiser.accumulate,
             sampler=numbers,
-            num_workers=data.workers,
+            num_workers=workers,
             pin_memory=fabric.device.type == "cuda",
             worker_init_fn=_ignore_interrupts,
-            persistent_workers=data.workers > 0,
+            persistent_workers=workers > 0,
         )
         batches = iter(loader)
         while self.step < self.settings.steps:

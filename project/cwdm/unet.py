@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cwdm.fused import LAYOUT, add_, fuses, group_norm_silu
 from cwdm.wavelet import LLL_DIVISOR, haar, inverse_haar
 from cwdm.winograd import Resample, convolve, pays, resize
 
@@ -111,6 +112,8 @@ class UNet(nn.Module):
                 f"expected (B, {self.config.in_channels}, X, Y, Z) with X, Y, Z multiples of {multiple}, "
                 f"got {tuple(x.shape)}"
             )
+        if fuses(x, self.head.norm):
+            x = x.contiguous(memory_format=LAYOUT)
         emb = timestep_embedding(t, self.config.model_channels).to(x.dtype)
         first, second = self.time_embed
         emb = second(F.silu(first(emb)))
@@ -125,20 +128,41 @@ class UNet(nn.Module):
 
 
 class Regression(nn.Module):
-    """Linear maps of the conditions' coefficients, voxel by voxel; the mean of the conditions before training."""
+    """Linear maps of the conditions' coefficients, voxel by voxel: their mean until `fit`, which nothing trains on."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         out, given = config.out_channels, config.in_channels - config.out_channels
         mean = torch.eye(out).repeat(1, -(-given // out))[:, :given] * (out / given)
-        self.weight = nn.Parameter(mean.repeat(max(config.targets, 1), 1, 1))
-        self.bias = nn.Parameter(torch.zeros(max(config.targets, 1), out))
+        self.weight = nn.Parameter(mean.repeat(max(config.targets, 1), 1, 1), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(max(config.targets, 1), out), requires_grad=False)
 
     def forward(self, conditions: Tensor, target: Tensor | None) -> Tensor:
         """(B, in, X, Y, Z), the targets' numbers (B,) -> (B, out, X, Y, Z)."""
         number = torch.zeros(len(conditions), dtype=torch.long, device=conditions.device) if target is None else target
         bias, weight = self.bias[number], self.weight[number]
         return torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
+
+    @torch.no_grad()
+    def fit(self, examples: Iterable[tuple[Tensor, Tensor, int]]) -> None:
+        """Least squares over the voxels at which any condition is not 0.
+
+        Args:
+            examples: conditions (in, X, Y, Z), what should come out (out, X, Y, Z), the target's number.
+        """
+        targets, out, given = self.weight.shape
+        squares = torch.zeros(targets, given + 1, given + 1, dtype=torch.float64)
+        products = torch.zeros(targets, given + 1, out, dtype=torch.float64)
+        for conditions, wanted, target in examples:
+            inside = conditions.any(0)
+            x = F.pad(conditions[:, inside].double(), (0, 0, 0, 1), value=1.0)
+            squares[target] += x @ x.mT
+            products[target] += x @ wanted[:, inside].double().mT
+        # A condition that is always 0, such as the target itself, gets the weight 0.
+        ridge = 1e-9 * squares.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(given + 1)
+        solution = torch.linalg.solve(squares + ridge + 1e-9 * torch.eye(given + 1), products)
+        self.weight.copy_(solution[:, :-1].mT)
+        self.bias.copy_(solution[:, -1])
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -151,6 +175,8 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
 
 class Conv3(nn.Conv3d):
     """3×3×3 convolution that keeps the size."""
+
+    bias: Tensor
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, 3, padding=1)
@@ -166,6 +192,36 @@ def plain_layout(x: Tensor) -> Tensor:
     convolution spends more time on rearranging weights than on small tensors.
     """
     return x.contiguous() if x.device.type == "cpu" else x
+
+
+def change_size(x: Tensor, resample: Resample) -> Tensor:
+    """`resize` that keeps channels_last_3d.
+
+    On a GPU, PyTorch's pooling makes contiguous tensors of it, and its interpolation goes through them.
+    """
+    if resample is None or x.device.type == "cpu" or not x.is_contiguous(memory_format=LAYOUT):
+        return resize(x, resample)
+    return halve(x) if resample == "down" else double(x)
+
+
+def halve(x: Tensor) -> Tensor:
+    """Means of eight neighbours, (B, C, 2 X, 2 Y, 2 Z) -> (B, C, X, Y, Z), in channels_last_3d."""
+    pairs = x.movedim(1, -1).unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
+    return pairs.mean((2, 4, 6)).movedim(-1, 1)
+
+
+def double(x: Tensor) -> Tensor:
+    """Every voxel eight times, (B, C, X, Y, Z) -> (B, C, 2 X, 2 Y, 2 Z), in channels_last_3d."""
+    batch, channels, *sizes = x.shape
+    copies = x.movedim(1, -1)[:, :, None, :, None, :, None].expand(-1, -1, 2, -1, 2, -1, 2, -1)
+    return copies.reshape(batch, *(2 * n for n in sizes), channels).movedim(-1, 1)
+
+
+def join_bands(bands: list[Tensor]) -> Tensor:
+    """`inverse_haar` that keeps channels_last_3d on a GPU, at the cost of a copy."""
+    x = inverse_haar(bands)
+    last = x.device.type != "cpu" and bands[0].is_contiguous(memory_format=LAYOUT)
+    return x.contiguous(memory_format=LAYOUT) if last else x
 
 
 class VoxelNorm(nn.Module):
@@ -191,7 +247,7 @@ class NormSiLUConv(nn.Module):
         self.conv = Conv3(in_channels, out_channels)
         if zero:
             nn.init.zeros_(self.conv.weight)
-            nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]  # Conv3 always has a bias
+            nn.init.zeros_(self.conv.bias)
 
     def forward(
         self, x: Tensor, resample: Resample = None, add: Tensor | None = None, overwrite: bool = False
@@ -199,8 +255,11 @@ class NormSiLUConv(nn.Module):
         """(B, in, X, Y, Z) -> (B, out, X', Y', Z'), plus `add`, whose memory may be used if `overwrite`."""
         if isinstance(self.norm, nn.GroupNorm) and pays(x, self.conv, resample):
             return convolve(x, self.conv, self.norm, resample, add, overwrite)
-        h: Tensor = self.conv(resize(F.silu(self.norm(plain_layout(x))), resample))
+        h: Tensor = self.conv(change_size(self.activate(plain_layout(x)), resample))
         return h if add is None else h + add
+
+    def activate(self, x: Tensor) -> Tensor:
+        return group_norm_silu(x, self.norm) if isinstance(self.norm, nn.GroupNorm) else F.silu(self.norm(x))
 
 
 class ResBlock(nn.Module):
@@ -215,7 +274,30 @@ class ResBlock(nn.Module):
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return self.join(resize(x, self.resample), self.first(x, self.resample, self.timestep(emb)))
+        if fuses(x, self.first.norm):
+            return self.fused(x, emb)
+        return self.join(change_size(x, self.resample), self.first(x, self.resample, self.timestep(emb)))
+
+    def fused(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
+        """`forward` where the kernels of `cwdm.fused` may be used, in channels_last_3d.
+
+        The last of the block's input channels may come apart, as `skip`: the two are never copied into one tensor.
+        And biases, for which PyTorch passes over the whole result of a convolution once more, wait for the next
+        kernel that reads it.
+        """
+        norms = cast(nn.GroupNorm, self.first.norm), cast(nn.GroupNorm, self.second.norm)
+        first, second = self.first.conv, self.second.conv
+        h = change_size(group_norm_silu(x, norms[0], skip=skip), self.resample)
+        shift = self.timestep(emb).flatten(1).float() + first.bias
+        h = group_norm_silu(F.conv3d(h, first.weight, padding=1), norms[1], shift)
+        h = F.conv3d(h, second.weight, padding=1)
+        x = change_size(x, self.resample)
+        if isinstance(self.shortcut, nn.Identity):  # never beside a skip, with which more channels come than go
+            return add_(h, second.bias, x)
+        pieces = [x] if skip is None else [x, skip]
+        weights = self.shortcut.weight.flatten(1).split([piece.shape[1] for piece in pieces], dim=1)
+        shortcuts = [F.linear(piece.movedim(1, -1), w).movedim(-1, 1) for piece, w in zip(pieces, weights, strict=True)]
+        return add_(h, second.bias.float() + cast(Tensor, self.shortcut.bias), *shortcuts)
 
     def timestep(self, emb: Tensor) -> Tensor:
         """What the embedding (B, embedding) adds to every voxel between the convolutions: (B, out, 1, 1, 1)."""
@@ -268,6 +350,9 @@ class SkipBody(nn.Module):
             h = block(h, emb)
         for blocks in self.decoder:
             for block in cast(Iterable[ResBlock], blocks):
+                if self.concat and block.resample is None and fuses(h, block.first.norm):
+                    h = block.fused(h, emb, skips.pop())
+                    continue
                 if block.resample is None:
                     h = self.merge(h, skips.pop())
                 h = block(h, emb)
@@ -341,6 +426,6 @@ class WaveletDecoderLevel(nn.Module):
         # The published network runs the last block of a level twice, with the same weights.
         for block in [*self.blocks, self.blocks[-1]]:
             h = block(h, emb)
-        main = inverse_haar([self.up.first(h) * LLL_DIVISOR, *high]) + self.up.timestep(emb)
-        output: Tensor = self.up.join(inverse_haar([h * LLL_DIVISOR, *high]), main)
+        main = join_bands([self.up.first(h) * LLL_DIVISOR, *high]) + self.up.timestep(emb)
+        output: Tensor = self.up.join(join_bands([h * LLL_DIVISOR, *high]), main)
         return output

@@ -5,8 +5,9 @@ import pytest
 import torch
 from conftest import GOLDEN, TINY, golden, golden_model
 
+from cwdm.fused import LAYOUT
 from cwdm.published import published_config, published_names
-from cwdm.unet import UNet, UNetConfig, VoxelNorm
+from cwdm.unet import UNet, UNetConfig, VoxelNorm, double, halve
 
 
 @pytest.mark.parametrize("name", golden("unet.json"))
@@ -124,3 +125,55 @@ def test_regression_is_linear_in_the_conditions_and_starts_as_their_mean() -> No
 def test_regression_needs_conditions() -> None:
     with pytest.raises(ValueError, match="conditions"):
         UNetConfig(in_channels=8, regression=True)
+
+
+@pytest.mark.parametrize("skips", ["concat", "additive", "wavelet"])
+@pytest.mark.parametrize("norm", ["group", "voxel"])
+def test_channels_last_stays_off_the_cpu(skips: str, norm: str) -> None:
+    """Shapes and strides alone: convolutions made to keep the layout as cuDNN does, everything else has to."""
+    config = UNetConfig(in_channels=8, model_channels=8, channel_mult=(1, 2), groups=4, skips=skips, norm=norm)
+    with torch.device("meta"):
+        model = UNet(config)
+        x, t = torch.empty(2, 8, 8, 12, 4), torch.zeros(2, dtype=torch.long)
+    lost = []
+
+    def keep(_module: torch.nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        lost.extend(x.shape for x in inputs if x.ndim == 5 and not x.is_contiguous(memory_format=LAYOUT))
+        return output.contiguous(memory_format=LAYOUT)
+
+    convolutions = [module for module in model.modules() if isinstance(module, torch.nn.Conv3d)]
+    for convolution in convolutions:
+        convolution.register_forward_hook(keep)
+    output = model(x.contiguous(memory_format=LAYOUT), t)
+    assert len(convolutions) > 10
+    assert output.is_contiguous(memory_format=LAYOUT)
+    assert not lost
+
+
+def test_halving_and_doubling_in_channels_last() -> None:
+    x = torch.randn(2, 3, 4, 6, 8).contiguous(memory_format=LAYOUT)
+    torch.testing.assert_close(halve(x), torch.nn.functional.avg_pool3d(x, 2))
+    assert torch.equal(double(x), torch.nn.functional.interpolate(x, scale_factor=2.0))
+    assert halve(x).is_contiguous(memory_format=LAYOUT)
+    assert double(x).is_contiguous(memory_format=LAYOUT)
+
+
+@torch.inference_mode()
+def test_regression_fit_finds_a_linear_map() -> None:
+    config = UNetConfig(in_channels=40, targets=4, regression=True, **VOXEL)
+    truth = torch.randn(4, 8, 33)
+    for target in range(4):
+        truth[target, :, 8 * target : 8 * target + 8] = 0  # the target itself is no condition
+    examples = []
+    for target in (0, 1, 2, 3, 2):
+        conditions = torch.randn(32, 6, 5, 4)
+        conditions[8 * target : 8 * target + 8] = 0
+        conditions[:, :2] = 0  # background, where the constant must not be learned from
+        wanted = (
+            torch.einsum("oi,ixyz->oxyz", truth[target, :, :32], conditions) + truth[target, :, 32, None, None, None]
+        )
+        examples.append((conditions, wanted * conditions.any(0), target))
+    model = UNet(config)
+    model.regression.fit(examples)
+    torch.testing.assert_close(model.regression.weight, truth[..., :32], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model.regression.bias, truth[..., 32], rtol=1e-4, atol=1e-4)

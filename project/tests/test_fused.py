@@ -1,0 +1,255 @@
+"""The kernels against PyTorch in float64: on a GPU where there is one, else in Triton's interpreter.
+
+The interpreter must be chosen before Triton is first imported, so it has a process of its own.
+"""
+
+import os
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cwdm import fused
+from cwdm.fused import DTYPES, LAYOUT, add_, fuses, group_norm_silu, plain
+from cwdm.unet import UNet, UNetConfig
+
+Run = Callable[..., Any]
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+needs_triton = pytest.mark.skipif(fused.triton is None, reason="Triton is not installed")
+needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+
+
+@pytest.fixture(scope="module")
+def run() -> Iterator[Run]:
+    """Calls a function of this module where the kernels run."""
+    if DEVICE == "cuda":
+        yield lambda function, *arguments: function(*arguments)
+        return
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        pool = ProcessPoolExecutor(1, get_context("spawn"))
+        pool.submit(os.getpid).result()  # starts the process, with this environment
+    with pool:
+        yield lambda function, *arguments: pool.submit(function, *arguments).result()
+
+
+def group_norm(channels: int, groups: int) -> nn.GroupNorm:
+    norm = nn.GroupNorm(groups, channels)
+    nn.init.normal_(norm.weight)
+    nn.init.normal_(norm.bias)
+    return norm.to(DEVICE)
+
+
+def exact(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+    """`group_norm_silu` in float64."""
+    x = x.double() if skip is None else torch.cat((x, skip), dim=1).double()
+    if shift is not None:
+        x = x + shift.double()[:, :, None, None, None]
+    return F.silu(F.group_norm(x, norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps))
+
+
+def errors(
+    shape: tuple[int, ...], groups: int, dtype: torch.dtype, skip: int, mean: float, last: bool, parts: int
+) -> list[float]:
+    """Largest error of the kernels and of the plain path, with and without a shift, in turn.
+
+    Where the kernels write 16 bits, the rounding to them is taken off: what is left is the error before it. On a GPU
+    they round to nearest; the interpreter cuts bfloat16 off.
+    """
+    torch.manual_seed(0)
+    fused.MOST_PARTS = parts
+    batch, channels, *sizes = shape
+    norm = group_norm(channels + skip, groups)
+    layout = LAYOUT if last else torch.contiguous_format
+    x = (torch.randn(shape, device=DEVICE) * 2 + mean).to(dtype).contiguous(memory_format=layout)
+    more = torch.randn(batch, skip, *sizes, device=DEVICE).to(dtype) if skip else None
+    shift = torch.randn(batch, channels + skip, device=DEVICE)
+    found = []
+    with torch.no_grad():
+        assert fuses(x, norm)
+        for given in (None, shift):
+            reference = exact(x, norm, given, more)
+            result, again = group_norm_silu(x, norm, given, more), group_norm_silu(x, norm, given, more)
+            assert result.dtype == dtype
+            assert result.is_contiguous(memory_format=LAYOUT)
+            assert torch.equal(result, again)
+            step = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps * reference.abs()
+            step /= 1 if dtype == torch.bfloat16 and DEVICE == "cpu" else 2
+            found.append(float(((result - reference).abs() - step).max()))
+            oracle = plain(x.float(), norm, given, None if more is None else more.float())
+            found.append(float((oracle - reference).abs().max()))
+    return found
+
+
+@needs_triton
+@pytest.mark.parametrize(
+    ("shape", "groups", "dtype", "skip", "mean", "last", "parts"),
+    [
+        ((1, 8, 3, 4, 5), 4, torch.float32, 0, 0.0, True, 1024),
+        ((2, 24, 7, 5, 9), 10, torch.float32, 6, 0.0, True, 1024),  # 3 a group, which one of them shares with the skip
+        ((2, 12, 5, 3, 2), 4, torch.float32, 0, 2.0, False, 1024),
+        ((1, 96, 13, 7, 5), 32, torch.bfloat16, 32, 3.0, True, 1024),
+        ((2, 64, 6, 7, 8), 32, torch.float16, 0, -1.0, True, 1024),
+        ((1, 80, 11, 8, 4), 8, torch.float32, 0, 0.0, True, 3),  # several tiles in each part, the last one short
+        ((1, 5, 1, 1, 1), 1, torch.float32, 0, 0.0, True, 1024),
+    ],
+)
+def test_equals_group_norm_and_silu_in_float64(
+    shape: tuple[int, ...],
+    groups: int,
+    dtype: torch.dtype,
+    skip: int,
+    mean: float,
+    last: bool,
+    parts: int,
+    run: Run,
+) -> None:
+    without, _, shifted, _ = run(errors, shape, groups, dtype, skip, mean, last, parts)
+    assert max(without, shifted) < 4e-6
+
+
+def errors_far_from_zero(mean: float, sizes: tuple[int, ...]) -> tuple[float, float]:
+    """Largest error of the kernels and of the plain path for values of spread 1 about a mean, float32."""
+    torch.manual_seed(0)
+    norm = group_norm(1, 1)
+    x = torch.randn(1, 1, *sizes, device=DEVICE) + mean
+    with torch.no_grad():
+        reference = exact(x, norm)
+        found = group_norm_silu(x, norm), plain(x, norm, None, None)
+    return tuple(float((result - reference).abs().max()) for result in found)  # type: ignore[return-value]
+
+
+@needs_triton
+@pytest.mark.parametrize(("mean", "sizes"), [(1000.0, (100, 100, 100)), (-300.0, (40, 40, 50))])
+def test_a_mean_far_from_zero_over_many_voxels(mean: float, sizes: tuple[int, ...], run: Run) -> None:
+    """No worse than PyTorch's own float32 on contiguous tensors, up to the rounding of the mean itself."""
+    kernels, oracle = run(errors_far_from_zero, mean, sizes)
+    assert kernels < max(4 * abs(mean) * torch.finfo(torch.float32).eps, oracle)
+
+
+def sums() -> float:
+    """Largest error of `add_`, one and two addends, the first of them not in channels_last."""
+    torch.manual_seed(0)
+    x, a, b = torch.randn(3, 2, 20, 5, 7, 6, device=DEVICE)
+    bias = torch.randn(20, device=DEVICE)
+    reference = x.double() + bias[:, None, None, None] + a
+    last = x.contiguous(memory_format=LAYOUT)
+    one, two = add_(last.clone(), bias, a), add_(last.clone(), bias, a, b.contiguous(memory_format=LAYOUT))
+    in_place = add_(last, bias, a)
+    assert in_place.data_ptr() == last.data_ptr()
+    assert torch.equal(in_place, add_(x, bias, a))
+    half = add_(last.bfloat16(), bias, a.bfloat16())
+    assert half.dtype == torch.bfloat16
+    return max(float((one - reference).abs().max()), float((two - reference - b).abs().max()))
+
+
+@needs_triton
+def test_sum_in_one_pass(run: Run) -> None:
+    assert run(sums) < 1e-6
+
+
+def network_error(skips: str) -> float:
+    """Largest difference of a small network's output with the kernels from that with PyTorch's modules."""
+    torch.manual_seed(0)
+    config = UNetConfig(
+        in_channels=8, model_channels=8, channel_mult=(1, 2), num_res_blocks=2, groups=4, skips=skips  # type: ignore[arg-type]
+    )  # fmt: skip
+    model = UNet(config).requires_grad_(False)
+    for parameter in model.parameters():
+        parameter.normal_(std=0.2)
+    model.to(DEVICE)
+    x, t = torch.randn(2, 8, 4, 8, 4, device=DEVICE), torch.tensor([5, 900], device=DEVICE)
+    assert not fuses(x, model.head.norm)
+    reference = model(x, t)
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert fuses(x, model.head.norm)
+        return float((model(x, t) - reference).abs().max() / reference.abs().max())
+
+
+@needs_triton
+@pytest.mark.parametrize("skips", ["concat", "additive", "wavelet"])
+def test_whole_networks(skips: str, run: Run) -> None:
+    assert run(network_error, skips) < 1e-5
+
+
+@torch.no_grad()
+def test_plain_path_keeps_layout_and_type() -> None:
+    norm = group_norm(6, 3).cpu()
+    x, skip, shift = torch.randn(2, 4, 3, 5, 7), torch.randn(2, 2, 3, 5, 7), torch.randn(2, 6)
+    assert not fuses(x, norm)
+    for layout in (torch.contiguous_format, LAYOUT):
+        result = group_norm_silu(x.contiguous(memory_format=layout), norm, shift, skip)
+        assert result.is_contiguous(memory_format=layout)
+        torch.testing.assert_close(result, exact(x, norm.cpu(), shift, skip).float())
+    assert group_norm_silu(torch.cat((x, skip), dim=1).bfloat16(), norm.bfloat16()).dtype == torch.bfloat16
+
+
+@needs_gpu
+@needs_triton
+def test_taken_in_inference_through_group_norms_on_a_gpu_only() -> None:
+    norm, x = group_norm(8, 4), torch.randn(1, 8, 4, 4, 4, device="cuda")
+    assert not fuses(x, norm)  # gradients
+    with torch.no_grad():
+        assert fuses(x, norm)
+        assert not fuses(x.cpu(), norm)
+        assert not fuses(x.double(), norm)
+        assert not fuses(x, nn.Identity())
+        with torch.autocast("cuda", torch.bfloat16):
+            assert not fuses(x, norm)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kernels_compile_for_hopper(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As launched for the published network: 16 bytes a load, nothing spilled. Needs no GPU."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    tool = Path(fused.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    data = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
+    tensors = {"x": data, "out": data, "weight": data, "first": data, "second": data}
+    tile = {"ROWS": 64, "CHANNELS": 64}
+    for kernel, constants in (
+        (fused.measure, tile),
+        (fused.combine, {"BLOCK": 1024}),
+        (fused.normalise, tile),
+        (fused.accumulate, tile),
+    ):
+        kinds = dict.fromkeys(kernel.arg_names, "i32")
+        kinds |= {name: "*fp32" for name in ("means", "squares", "shift", "statistics", "bias") if name in kinds}
+        kinds |= {name: kind for name, kind in tensors.items() if name in kinds}
+        kinds |= {"first": "i32"} if "all_channels" in kinds else {}  # a column there, a tensor in `accumulate`
+        kinds |= {"eps": "fp32"} if "eps" in kinds else {}
+        kinds |= dict.fromkeys(constants, "constexpr")
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(kinds.values()) if kind[0] in "*i"}
+        binary = compile(
+            ASTSource(kernel, kinds, constants, aligned),
+            target=GPUTarget("cuda", 90, 32),
+            options={"num_warps": fused.WARPS},
+        )
+        path = tmp_path / f"{kernel.__name__}.cubin"
+        path.write_bytes(binary.asm["cubin"])
+        usage = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
+        assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], usage
+        if kernel is not fused.combine:
+            assert dtype != torch.bfloat16 or kernel is fused.measure or "cvt.rn.bf16x2" in binary.asm["ptx"]
+            wide = binary.asm["ptx"].count("ld.global.v4.b32")
+            assert wide >= 4 * dtype.itemsize // 4, f"{kernel.__name__}: {wide} loads of 16 bytes"
+
+
+def test_kernels_that_cannot_run_are_given_up(caplog: pytest.LogCaptureFixture) -> None:
+    """On the CPU without the interpreter they cannot be launched, as on a GPU that they do not suit."""
+    if fused.triton is None or fused.INTERPRETED:
+        pytest.skip("needs Triton's compiler without a GPU for it")
+    assert not fused.trusted(torch.device("cpu"), torch.float32)
+    assert "going on without them" in caplog.text
