@@ -40,7 +40,7 @@ from cwdm.train_config import load_training_settings
 from cwdm.training import train as run_training
 from cwdm.weights import BUNDLED, folder_of, record
 
-WIDE_PHANTOMS, USUAL_PHANTOMS, TRAIN_SEED, VALIDATION_SEED = 80, 40, 1001, 2002
+WIDE_PHANTOMS, USUAL_PHANTOMS, TRAIN_SEED, VALIDATION_SEED = 40, 80, 1001, 2002
 FIT_CASES, FIT_EVERY = 8, 50
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False)

@@ -206,6 +206,17 @@ def test_mlcube_trains(clients: Clients, image: str, cases: Path, tmp_path: Path
     assert (root / "workspace/run/newest/any.safetensors").is_file()
 
 
+def test_mlcube_evaluates(clients: Clients, image: str, cases: Path, expected: Path, complete: Path, tmp_path: Path):
+    root = mlcube_root(tmp_path, complete, "truth")
+    shutil.copytree(expected, root / "workspace/output", dirs_exist_ok=True)
+    options = (f"-Pdocker.image={image}", "-Pplatform.accelerator_count=0")
+    done = clients.mlcube("run", "--mlcube=.", "--task=evaluate", *options, cwd=root)
+    assert done.returncode == 0, done.stderr
+    scores = json.loads((root / "workspace/scores/evaluation.json").read_text())
+    assert "psnr" in json.dumps(scores)
+    assert len((root / "workspace/scores/evaluation.csv").read_text().splitlines()) > len(names(expected))
+
+
 @pytest.fixture
 def complete(cases: Path) -> Path:
     """Complete phantoms, small."""

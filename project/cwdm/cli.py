@@ -11,7 +11,7 @@ import sys
 import traceback
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -19,6 +19,13 @@ from rich.table import Table
 
 from cwdm import __version__
 from cwdm.errors import CwdmError, SettingsError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from cwdm.brats import CaseFolder
+    from cwdm.cohort import Outcome
+    from cwdm.progress import CohortProgress
 
 app = typer.Typer(
     name="cwdm",
@@ -122,9 +129,17 @@ def infer(
     shard: Annotated[
         str, typer.Option(help="This worker's share of the cases: i/n, i from 0, or 'auto' under Slurm or Kubernetes.")
     ] = "0/1",
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Workers, a GPU each: a number or 'all'. On the CPU they share the cores. Default: one."),
+    ] = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Spread the cases over a Ray cluster: its address, or 'local'."),
+    ] = None,
     report_path: Annotated[
         Path | None,
-        typer.Option("--report_path", "--report-path", help="Folder for JSON records: settings, weights, times."),
+        typer.Option("--report_path", "--report-path", help="Folder for report.html and JSON records."),
     ] = None,
     settings: Annotated[
         list[str] | None,
@@ -137,12 +152,11 @@ def infer(
     are skipped, so a stopped run goes on where it was.
     """
     from cwdm.brats import find_cases
-    from cwdm.cohort import synthesise_cohort
     from cwdm.config import load_settings
     from cwdm.files import check_apart
     from cwdm.progress import CohortProgress
-    from cwdm.shard import share
-    from cwdm.synthesis import Synthesizer
+    from cwdm.shard import place, share
+    from cwdm.workers import count_workers, has_gpus, run_workers
 
     loaded = load_settings(parameters_file, settings or ())
     folders = find_cases(data_path)
@@ -151,15 +165,35 @@ def infer(
             check_apart(written, kept)
     if report_path:
         check_apart(report_path, output_path)  # whoever scores the output folder opens every file in it
+    count = count_workers(devices or "1", device.value)
+    if count > 1 and ray is None:
+        named: dict[str, object] = {
+            "data_path": data_path,
+            "output_path": output_path,
+            "weights": weights,
+            "report_path": report_path,
+        }
+        named |= {"parameters_file": parameters_file, "device": device.value}
+        given = [f"--{name}={value}" for name, value in named.items() if value is not None]
+        given += ["--overwrite"] if overwrite else []
+        raise typer.Exit(run_workers([*given, *(settings or ())], count, place(shard), has_gpus(device.value)))
     folders = share(folders, shard)
-    synthesizer = Synthesizer(weights, loaded, device.value)
     progress = CohortProgress(len(folders))
-    progress.log(f"{len(folders)} cases; {synthesizer.summary()}")
     if loaded.samples > 1 and not report_path:
         progress.log("warning: the spread over the samples is written only with --report_path")
-    outcomes = synthesise_cohort(
-        folders, synthesizer, output_path, overwrite=overwrite, report=report_path, progress=progress
-    )
+    if ray is None:
+        from cwdm.cohort import synthesise_cohort
+        from cwdm.synthesis import Synthesizer
+
+        synthesizer = Synthesizer(weights, loaded, device.value)
+        progress.log(f"{len(folders)} cases; {synthesizer.summary()}")
+        outcomes = synthesise_cohort(
+            folders, synthesizer, output_path, overwrite=overwrite, report=report_path, progress=progress
+        )
+    else:
+        outcomes = _infer_on_ray(
+            folders, progress, ray, devices, (weights, loaded, device.value, output_path, overwrite, report_path)
+        )
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     skipped = sum(outcome.status == "skipped" for outcome in outcomes)
     done = len(outcomes) - len(failed)
@@ -169,8 +203,21 @@ def infer(
     progress.log(", ".join(counts))
     for outcome in failed:
         progress.log(f"  {outcome.case}: {outcome.reason}")
+    if report_path:
+        _report_on_run(report_path, data_path, output_path, progress.log)
     if failed:
         raise typer.Exit(1)
+
+
+def _infer_on_ray(
+    folders: "list[CaseFolder]", progress: "CohortProgress", address: str, devices: str | None, work: tuple[Any, ...]
+) -> "list[Outcome]":
+    try:
+        from cwdm.ray_cohort import Work, synthesise_on_ray
+    except ModuleNotFoundError as error:
+        raise CwdmError(f"{error.name} is missing; pip install 'cwdm[ray]' brings what --ray needs") from error
+    workers = int(devices) if devices and devices != "all" else None
+    return synthesise_on_ray(folders, Work(*work), progress, None if address == "local" else address, workers)
 
 
 @app.command()
@@ -185,6 +232,124 @@ def drop(
 
     for case, modality in drop_modalities(data_path, out, seed, copy):
         print(f"{case}: {modality} taken away")
+
+
+@app.command()
+def complete(
+    data_path: Annotated[
+        Path, typer.Argument(metavar="IN", help="Folder of cases with one modality missing; only read.")
+    ],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the cases with all four.")],
+    synthesised: Annotated[Path, typer.Option(help="Output folder of 'cwdm infer' on IN; only read.")],
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the files instead of linking to them.")] = False,
+) -> None:
+    """Put original and synthesised images together for a segmenter, with a record of which is which."""
+    from cwdm.complete import complete_cases
+    from cwdm.progress import CohortProgress
+
+    failed = 0
+    progress = CohortProgress(0)
+    for done in complete_cases(data_path, synthesised, out, copy):
+        failed += bool(done.reason)
+        line = f"FAILED: {done.reason}" if done.reason else f"complete, with a synthesised {done.modality}"
+        progress.log(f"{done.case}: {line}")
+    if failed:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Argument(metavar="PRED", help="Flat folder of <case>-<modality>.nii.gz.")],
+    truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="The true images: case folders, or flat like PRED.")],
+    seg: Annotated[
+        Path | None,
+        typer.Option(help="Folder of <case>-seg.nii.gz, flat or in case folders, for the tumour's figures."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for evaluation.csv and evaluation.json.")] = None,
+    segmenter: Annotated[
+        str | None,
+        typer.Option(help="Command with {input} (folder of a case) and {output} (its -seg.nii.gz), for Dice and HD95."),
+    ] = None,
+    segmenter_bundle: Annotated[
+        Path | None,
+        typer.Option(help="MONAI bundle instead of a command. It runs code of its own: know where it is from."),
+    ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images at a time, half a gigabyte each. Default: one a processor, at most 8."),
+    ] = None,
+) -> None:
+    """Score synthesised images against the true ones: each image, and mean, deviation, median and worst."""
+    from cwdm.evaluate import find_pairs, score_pairs, tables, write_evaluation
+    from cwdm.files import check_apart
+    from cwdm.progress import CohortProgress
+    from cwdm.segment import bundle_segmenter, command_segmenter
+
+    if segmenter and segmenter_bundle:
+        raise SettingsError("--segmenter and --segmenter-bundle exclude each other; give one")
+    pairs = find_pairs(predictions, truth, seg)
+    for kept in filter(None, (predictions, truth, seg)):
+        if out:
+            check_apart(out, kept)
+    segment = command_segmenter(segmenter) if segmenter else None
+    segment = bundle_segmenter(segmenter_bundle) if segmenter_bundle else segment
+    with CohortProgress(len(pairs)) as progress:
+        scores = score_pairs(pairs, segment, workers, lambda score: progress.end_case(score.line))
+    failed = [score for score in scores if score.reason]
+    for table in tables(scores):
+        Console().print(table)
+    if out:
+        record = {"predictions": str(predictions), "truth": str(truth), "segmentations": str(seg) if seg else None}
+        record["segmenter"] = segmenter or (str(segmenter_bundle) if segmenter_bundle else None)
+        for path in write_evaluation(out, scores, record):
+            print(path)
+    if failed:
+        progress.log(f"{len(failed)} of {len(scores)} FAILED and are in no mean")
+        for score in failed:
+            progress.log(f"  {score.line}")
+        raise typer.Exit(1)
+
+
+@app.command("evaluate-samples")
+def evaluate_samples(
+    generated: Annotated[Path, typer.Argument(metavar="GENERATED", help="Flat folder of .nii.gz from 'cwdm sample'.")],
+    real: Annotated[Path, typer.Argument(metavar="REAL", help="Real volumes: flat, or case folders.")],
+    features: Annotated[
+        Path | None, typer.Option(help="resnet_50_23dataset.pth of MedicalNet, for FID; without it there is none.")
+    ] = None,
+    modality: Annotated[Modality, typer.Option(help="Which images of case folders.")] = Modality.t1n,
+    pairs: Annotated[int, typer.Option(min=1, help="MS-SSIM: if there are more pairs, so many are drawn.")] = 200,
+    seed: Annotated[int, typer.Option(min=0, help="Of that draw.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="Folder for samples-evaluation.json.")] = None,
+) -> None:
+    """Score generated volumes as a set: FID to the real ones, and MS-SSIM among themselves."""
+    from dataclasses import asdict
+
+    from cwdm.files import check_apart, check_writable, write_json
+    from cwdm.generation_metrics import evaluate_generated
+    from cwdm.progress import CohortProgress
+
+    for kept in (generated, real):
+        if out:
+            check_apart(out, kept)
+    if out:
+        check_writable(out)
+    progress = CohortProgress(0)
+    score = evaluate_generated(generated, real, features, modality.value, pairs, seed, progress.log)
+    table = Table("figure", "value", title=f"{score.generated} generated, {score.real} real", caption_justify="left")
+    table.add_row("FID, lower is closer", "" if score.fid is None else f"{score.fid:.4f}")
+    spread = "" if score.ms_ssim_sd is None else f" ± {score.ms_ssim_sd:.4f}"
+    mean = "" if score.ms_ssim is None else f"{score.ms_ssim:.4f}{spread}"
+    table.add_row(f"MS-SSIM of {score.pairs} pairs, lower is more diverse", mean)
+    table.caption = "\n".join(f"{note}." for note in score.notes)
+    Console().print(table)
+    if out:
+        record = {"program": f"cwdm {__version__}", "folders": [str(generated), str(real)], **asdict(score)}
+        write_json(out / "samples-evaluation.json", record)
+        print(out / "samples-evaluation.json")
+    if score.failed:
+        progress.log(f"{len(score.failed)} volumes FAILED and are in no figure")
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -217,6 +382,51 @@ def demo(
         ) from error
 
     print(f"look at {run_demo(out, cases, weights)}")
+
+
+@app.command()
+def report(
+    records: Annotated[Path, typer.Argument(metavar="REPORT", help="Folder that 'cwdm infer --report_path' filled.")],
+    data_path: Annotated[
+        Path | None,
+        typer.Option("--data_path", "--data-path", help="Folder with the case folders. Default: as recorded."),
+    ] = None,
+    output_path: Annotated[
+        Path | None,
+        typer.Option("--output_path", "--output-path", help="Folder with the outputs. Default: as recorded."),
+    ] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="True images: complete case folders, or files named like the outputs.")
+    ] = None,
+    viewer: Annotated[
+        list[str] | None, typer.Option(metavar="CASE", help="Case that gets a slice viewer; repeat for several.")
+    ] = None,
+    cases: Annotated[int, typer.Option(min=0, help="How many cases are pictured, the worst first.")] = 60,
+    out: Annotated[Path | None, typer.Option(help="The file. Default: report.html beside the records.")] = None,
+) -> None:
+    """Write one HTML file about a run: what to look at first, slices, histograms, settings, checksums."""
+    from cwdm.report_data import Places
+
+    places = Places(records, data_path, output_path, truth)
+    print(f"look at {_write_report()(places, viewer or (), cases, out)}")
+
+
+def _write_report() -> "Callable[..., Path]":
+    try:
+        from cwdm.report import write_report
+    except ModuleNotFoundError as error:
+        raise CwdmError(f"{error.name} is missing; pip install 'cwdm[report]' brings what the report needs") from error
+    return write_report
+
+
+def _report_on_run(report_path: Path, data_path: Path, output_path: Path, log: "Callable[[str], None]") -> None:
+    """The report at the end of a run, whose exit code tells of the cases, not of this."""
+    from cwdm.report_data import Places
+
+    try:
+        log(f"look at {_write_report()(Places(report_path, data_path, output_path))}")
+    except Exception as error:
+        log(f"warning: no report was written: {error}")
 
 
 @app.command("self-test")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from cwdm.errors import SettingsError
 from cwdm.samplers import known_sampler
@@ -19,8 +19,17 @@ class StrictSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
 
+PRESETS: dict[str, dict[str, Any]] = {
+    "exact": {"name": "ddpm", "steps": 1000},  # what the published code does
+    "balanced": {"name": "dpmpp", "steps": 20},
+    "fast": {"name": "dpmpp", "steps": 5},
+}
+
+
 class SamplerSettings(StrictSettings):
     """How noise becomes an image; None leaves it to what the checkpoint recommends.
+
+    In place of `name` and `steps`, `preset` may name one of `PRESETS`.
 
     Attributes:
         name: ddpm (published), ddim or dpmpp.
@@ -31,6 +40,18 @@ class SamplerSettings(StrictSettings):
     name: Annotated[str, AfterValidator(known_sampler)] | None = None
     steps: int | None = Field(default=None, ge=1, le=1000)
     timesteps: list[int] | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or "preset" not in values:
+            return values
+        preset, others = values["preset"], {key: value for key, value in values.items() if key != "preset"}
+        if preset not in PRESETS:
+            raise ValueError(f"preset must be one of {', '.join(PRESETS)}")
+        if others:
+            raise ValueError(f"preset {preset} says name and steps itself; leave out {', '.join(others)}")
+        return PRESETS[preset]
 
     @field_validator("timesteps")
     @classmethod

@@ -60,7 +60,8 @@ def arguments(given: Sequence[str], root: Path = Path("/")) -> list[str]:
         return [command, *_infer(options, root)]
     if command == "self-test":
         return [command, *_with_weights(options, root)]
-    return ["train", *_train(options)] if command == "train" else [command, *options]
+    translate = {"train": _train, "evaluate": _evaluate}.get(command, list)
+    return [command, *translate(options)]
 
 
 def _infer(options: Sequence[str], root: Path) -> list[str]:
@@ -98,12 +99,22 @@ def _train(options: Sequence[str]) -> list[str]:
     return [known.parameters_file, *settings, *others, "--resume"]
 
 
+def _evaluate(options: Sequence[str]) -> list[str]:
+    """MLCube's named folders as the arguments of `cwdm evaluate`; segmentations lie beside the true images."""
+    known, others = _paths(options)
+    if known.predictions is None or known.data_path is None:
+        return list(options)
+    out = [f"--out={known.output_path}"] if known.output_path is not None else []
+    return [known.predictions, known.data_path, f"--seg={known.data_path}", *out, *others]
+
+
 def _paths(options: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Files and folders among the options, under either spelling, and everything else."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("data_path", "output_path", "parameters_file"):
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
     parser.add_argument("--weights")
+    parser.add_argument("--predictions")
     return parser.parse_known_args(list(options))
 
 

@@ -11,7 +11,13 @@ T = TypeVar("T")
 
 
 def share(items: Sequence[T], shard: str, environment: Mapping[str, str] = os.environ) -> list[T]:
-    """The items of a shard "i/n", i from 0 to n - 1, or "auto": the place among a scheduler's jobs.
+    """The items of a shard, given as for `place`."""
+    index, count = place(shard, environment)
+    return list(items[index::count])
+
+
+def place(shard: str, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """i and n of a shard "i/n", i from 0 to n - 1, or "auto": the place among a scheduler's jobs.
 
     "auto" reads a Slurm job array, else Slurm's tasks, else Kubernetes' JOB_COMPLETION_INDEX with JOB_COMPLETIONS,
     which the job's file has to set.
@@ -19,8 +25,7 @@ def share(items: Sequence[T], shard: str, environment: Mapping[str, str] = os.en
     Raises:
         InputError: not such a shard, or no scheduler where "auto" was asked for.
     """
-    index, count = _of_scheduler(environment) if shard == "auto" else _parse(shard)
-    return list(items[index::count])
+    return _of_scheduler(environment) if shard == "auto" else _parse(shard)
 
 
 def _parse(shard: str) -> tuple[int, int]:
@@ -32,14 +37,14 @@ def _parse(shard: str) -> tuple[int, int]:
 
 def _of_scheduler(environment: Mapping[str, str]) -> tuple[int, int]:
     first = environment.get("SLURM_ARRAY_TASK_MIN", "0")
-    for place, size in (
+    for index, size in (
         ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
         ("SLURM_PROCID", "SLURM_NTASKS"),
         ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"),
     ):
-        if place in environment and size in environment:
-            offset = int(first) if place == "SLURM_ARRAY_TASK_ID" else 0
-            return _parse(f"{int(environment[place]) - offset}/{environment[size]}")
+        if index in environment and size in environment:
+            offset = int(first) if index == "SLURM_ARRAY_TASK_ID" else 0
+            return _parse(f"{int(environment[index]) - offset}/{environment[size]}")
     raise InputError(
         "--shard auto: no Slurm job array (SLURM_ARRAY_TASK_ID, _COUNT), Slurm tasks (SLURM_PROCID, SLURM_NTASKS) or "
         "Kubernetes job (JOB_COMPLETION_INDEX, JOB_COMPLETIONS); give i/n"

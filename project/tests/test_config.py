@@ -113,3 +113,20 @@ def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00\x80")
     with pytest.raises(SettingsError, match=r"binary\.yaml"):
         load_settings(tmp_path / "binary.yaml")
+
+
+def test_a_preset_names_sampler_and_steps() -> None:
+    fast = load_settings(None, ["sampler.preset=fast"]).sampler
+    assert (fast.name, fast.steps) == ("dpmpp", 5)
+    assert load_settings(None, ["sampler.preset=exact"]).sampler.steps == 1000
+
+
+def test_an_unknown_preset_is_refused() -> None:
+    with pytest.raises(SettingsError, match="exact, balanced, fast"):
+        load_settings(None, ["sampler.preset=quick"])
+
+
+@pytest.mark.parametrize("other", ["sampler.steps=3", "sampler.name=ddim", "sampler.timesteps=[3, 2]"])
+def test_a_preset_and_something_else_is_refused(other: str) -> None:
+    with pytest.raises(SettingsError, match="preset"):
+        load_settings(None, ["sampler.preset=fast", other])

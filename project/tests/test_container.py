@@ -67,6 +67,12 @@ def test_mlcubes_training_folders_become_settings(tmp_path: Path) -> None:
     assert arguments(["train", "bundled", "out=/io2"], tmp_path) == ["train", "bundled", "out=/io2"]
 
 
+def test_mlcubes_folders_become_arguments_of_evaluate(tmp_path: Path) -> None:
+    given = ["evaluate", "--predictions=/io0", "--data_path=/io1", "--output_path=/io2"]
+    assert arguments(given, tmp_path) == ["evaluate", "/io0", "/io1", "--seg=/io1", "--out=/io2"]
+    assert arguments(["evaluate", "/a", "/b"], tmp_path) == ["evaluate", "/a", "/b"]
+
+
 @pytest.mark.parametrize("given", [["--help"], ["--version"], ["weights", "list"], ["infer", "--help"]])
 def test_other_commands_pass(given: list[str], tmp_path: Path) -> None:
     assert arguments(given, tmp_path) == given

@@ -1,0 +1,90 @@
+import os
+import threading
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import psutil
+import pytest
+from conftest import TINY
+
+from cwdm.brats import find_cases
+from cwdm.checkpoint import Record
+from cwdm.cohort import synthesise_cohort
+from cwdm.config import load_settings
+from cwdm.drop import drop_modalities
+from cwdm.errors import CwdmError, OutputError
+from cwdm.progress import CohortProgress
+from cwdm.synthesis import Synthesizer
+from cwdm.untrained import write_untrained
+
+pytest.importorskip("ray", reason="needs the extra 'ray'")
+
+from cwdm.ray_cohort import Work, synthesise_on_ray
+
+pytestmark = pytest.mark.full  # a cluster takes its time to start
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Work:
+    weights = tmp_path_factory.mktemp("weights")
+    write_untrained(weights, TINY, Record(sampler="ddim", steps=2))
+    return Work(weights, load_settings(None, []), "cpu", tmp_path_factory.mktemp("output"))
+
+
+@pytest.fixture(scope="module")
+def cases(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cases")
+    drop_modalities(phantoms, folder, seed=1)
+    (bad := folder / "BraTS-BAD").mkdir()
+    (bad / "BraTS-BAD-t1n.nii.gz").write_bytes(b"no image")
+    return folder
+
+
+def test_a_cluster_with_a_worker_killed_loses_no_case_and_does_none_twice(
+    work: Work, cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    folders = find_cases(cases)
+    slow = load_settings(None, ["sampler.steps=20"])
+    output = tmp_path / "ray"
+    killed: list[int] = []
+
+    def kill_one() -> None:
+        deadline = time.monotonic() + 60
+        while not killed and time.monotonic() < deadline:
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):  # it may be gone already
+                    if "_Worker.run" in " ".join(process.cmdline()):
+                        process.kill()
+                        killed.append(process.pid)
+                        break
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=kill_one)
+    thread.start()
+    here = Work(work.weights, slow, "cpu", output)
+    outcomes = synthesise_on_ray(folders, here, CohortProgress(len(folders)), workers=2)
+    thread.join()
+    assert killed
+    assert "was lost" in capfd.readouterr().err
+    assert sorted(outcome.case for outcome in outcomes) == sorted(folder.name for folder in folders)
+    assert {outcome.case: outcome.status for outcome in outcomes if outcome.status != "written"} == {
+        "BraTS-BAD": "failed"
+    }
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone = tmp_path / "alone"
+    synthesise_cohort(folders, Synthesizer(work.weights, slow, "cpu"), alone)
+    assert sorted(os.listdir(output)) == sorted(os.listdir(alone))  # noqa: PTH208
+    again = synthesise_on_ray(folders, here, CohortProgress(len(folders)), workers=1)
+    assert {outcome.status for outcome in again} == {"skipped", "failed"}
+
+
+def test_no_cluster_at_an_address(work: Work, cases: Path) -> None:
+    with pytest.raises(CwdmError, match="no Ray cluster at 127"):
+        synthesise_on_ray(find_cases(cases), work, CohortProgress(1), address="127.0.0.1:1")
+
+
+def test_an_output_that_cannot_be_written_ends_the_run(work: Work, cases: Path, tmp_path: Path) -> None:
+    (file := tmp_path / "file").touch()
+    with pytest.raises(OutputError):
+        synthesise_on_ray(find_cases(cases), Work(work.weights, work.settings, "cpu", file), CohortProgress(1))
