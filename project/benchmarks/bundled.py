@@ -1,6 +1,6 @@
 """The weights that come with cwdm: how they were made, and what they are worth.
 
-    python bundled.py train WORK                     # phantoms, training (about an hour on 2 cores), packing
+    python bundled.py train WORK                     # phantoms, training (an hour on 2 idle cores), packing
     python bundled.py pack RUN                       # newest weights of a run -> cwdm/bundled/any.safetensors
     python bundled.py compare CASES --train WORK/train   # against the nearest contrast and a linear regression
     python bundled.py steps CASES                    # quality by sampler and steps
@@ -15,6 +15,7 @@ or the middle, so that a thousand steps can be afforded on a CPU.
 import os
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -76,38 +77,41 @@ def compare(
     """A row a contrast: nearest contrast, linear regression, bundled weights."""
     print_hardware()
     folders = find_cases(cases)[:most]
-    unit = load_settings(None, ["output.intensity=unit"])
-    synthesizer = Synthesizer(BUNDLED, unit, "cpu")
-    fits = fit_regressions(find_cases(train)[:FIT_CASES])
-    columns = ("contrast", "nearest, rescaled", "linear regression", "bundled")
-    table, fitted = Table(*columns, "seconds a case"), Table(*columns, title="each fitted to the truth first")
-    for target in MODALITIES:
-        scores: dict[str, list[tuple[float, float]]] = {"nearest": [], "regression": [], "bundled": []}
-        fitted_scores: dict[str, list[float]] = {name: [] for name in scores}
-        seconds = []
-        for folder in shown(folders, target):
-            volumes = {name: read_grid(path)[0] for name, path in folder.files.items()}
-            units = {name: normalise(volume)[0] for name, volume in volumes.items()}
+    synthesizer = Synthesizer(BUNDLED, load_settings(None, ["output.intensity=unit"]), "cpu")
+    training = find_cases(train)
+    fits = fit_regressions(training[:: max(1, len(training) // FIT_CASES)])
+    scores: dict[tuple[str, str], list[tuple[float, float, float]]] = defaultdict(list)
+    seconds = defaultdict(list)
+    for folder in shown(folders, "cases"):
+        volumes = {name: read_grid(path)[0] for name, path in folder.files.items()}
+        units = {name: normalise(volume)[0] for name, volume in volumes.items()}
+        for target in MODALITIES:
             others = [name for name in MODALITIES if name != target]
-            mask = np.any([volumes[name] != 0 for name in others], axis=0)
             start = time.perf_counter()
             result = synthesizer(without(folder, target))
-            seconds.append(time.perf_counter() - start)
+            seconds[target].append(time.perf_counter() - start)
             *weights, constant = fits[target]
             predictions = {
                 "nearest": units[NEAREST[target]],
-                "regression": np.clip(np.tensordot(weights, [units[name] for name in others], 1) + constant, 0, 1),
-                "bundled": np.clip(result.volume, 0, 1),
+                "regression": np.tensordot(weights, [units[name] for name in others], 1) + constant,
+                "bundled": result.volume,
             }
+            mask = np.any([volumes[name] != 0 for name in others], axis=0)
+            truth = units[target]
             for name, prediction in predictions.items():
-                inside = np.where(mask, prediction, np.float32(0)).astype(np.float32)
-                scores[name].append((psnr(inside, units[target], mask), ssim(inside, units[target], mask)))
-                fitted_scores[name].append(psnr(fit_to(inside, units[target], mask), units[target], mask))
-        fitted.add_row(target, *(f"{mean(values):.2f} dB" for values in fitted_scores.values()))
-        table.add_row(target, *(figures(values) for values in scores.values()), f"{mean(seconds):.1f}")
+                inside = np.where(mask, np.clip(prediction, 0, 1), 0).astype(np.float32)
+                fitted = psnr(fit_to(inside, truth, mask), truth, mask)
+                scores[target, name].append((psnr(inside, truth, mask), ssim(inside, truth, mask), fitted))
+    columns = ("contrast", "nearest, rescaled", "linear regression", "bundled")
+    table, fitted_table = Table(*columns, "seconds a case"), Table(*columns, title="each fitted to the truth first")
+    for target in MODALITIES:
+        means = [np.mean(scores[target, name], axis=0) for name in ("nearest", "regression", "bundled")]
+        cells = (f"{a:.2f} dB  {b:.3f}" for a, b, _ in means)
+        table.add_row(target, *cells, f"{mean(seconds[target]):.1f}")
+        fitted_table.add_row(target, *(f"{c:.2f} dB" for _, _, c in means))
     print(f"{len(folders)} cases of {cases}, {synthesizer.plan(synthesizer.load('t1n'))[0]}")
     Console(width=110).print(table)
-    Console(width=110).print(fitted)
+    Console(width=110).print(fitted_table)
 
 
 def fit_to(prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> np.ndarray:
@@ -123,10 +127,6 @@ def shown(items: list[Any], label: str) -> Iterable[Any]:
 
 def without(folder: CaseFolder, target: str) -> CaseFolder:
     return replace(folder, files={name: path for name, path in folder.files.items() if name != target})
-
-
-def figures(values: list[tuple[float, float]]) -> str:
-    return f"{mean(a for a, _ in values):.2f} dB  {mean(b for _, b in values):.3f}"
 
 
 def fit_regressions(folders: list[CaseFolder]) -> dict[str, np.ndarray]:

@@ -58,7 +58,7 @@ def test_the_worst_exit_code_wins(cohort: tuple[Path, Path], tmp_path: Path) -> 
 def running(cohort: tuple[Path, Path], output: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
     """A slow run of two workers, and these."""
     process = subprocess.Popen(
-        command(cohort, output, "--devices=2", "sampler.steps=50"), stderr=subprocess.PIPE, text=True
+        command(cohort, output, "--devices=2", "sampler.steps=25"), stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
