@@ -464,8 +464,9 @@ def test_singularity_sandbox(engine: Engine, image: str, cases: Path, expected: 
     assert_same_images(output, expected)
 
 
-@pytest.mark.skipif(not shutil.which("kubectl"), reason="Kubernetes cluster: no kubectl here")
 def test_kubernetes_cluster_takes_the_job():
+    if not shutil.which("kubectl") or subprocess.run(["kubectl", "version"], capture_output=True).returncode:
+        pytest.skip("Kubernetes runner: no cluster here")
     subprocess.run(["kubectl", "apply", "--dry-run=server", "-f", ROOT / "mlcube/kubernetes.yaml"], check=True)
 
 

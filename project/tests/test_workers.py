@@ -44,6 +44,7 @@ def test_two_workers_do_what_one_does(cohort: tuple[Path, Path], tmp_path: Path)
     assert "[1] " in done.stderr
 
 
+@pytest.mark.full
 def test_a_share_is_shared_again(cohort: tuple[Path, Path], tmp_path: Path) -> None:
     subprocess.run(command(cohort, tmp_path, "--devices=2", "--shard=0/2"), check=True)
     assert len(images(tmp_path)) == 2
@@ -69,6 +70,7 @@ def running(cohort: tuple[Path, Path], output: Path) -> tuple[subprocess.Popen[s
     raise AssertionError("the workers did not start")
 
 
+@pytest.mark.full
 def test_a_killed_worker_is_started_again(cohort: tuple[Path, Path], tmp_path: Path) -> None:
     process, workers = running(cohort, tmp_path)
     workers[0].kill()
@@ -78,6 +80,7 @@ def test_a_killed_worker_is_started_again(cohort: tuple[Path, Path], tmp_path: P
     assert len(images(tmp_path)) == 3
 
 
+@pytest.mark.full
 def test_a_stopped_run_stops_its_workers(cohort: tuple[Path, Path], tmp_path: Path) -> None:
     process, workers = running(cohort, tmp_path)
     time.sleep(3)
