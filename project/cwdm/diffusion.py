@@ -18,6 +18,12 @@ def alpha_bars() -> Tensor:
     return torch.cumprod(1 - betas, dim=0)
 
 
+@cache
+def alpha_bars_on(device: torch.device) -> Tensor:
+    """`alpha_bars` in float32 on a device: (1000,)."""
+    return alpha_bars().float().to(device)
+
+
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
     """x_t = √ᾱ_t x0 + √(1−ᾱ_t) noise (Ho et al., 2020, eq. 4).
 

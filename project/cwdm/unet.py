@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cwdm.diffusion import alpha_bars_on
 from cwdm.fused import LAYOUT, add_, fuses, group_norm_silu
 from cwdm.wavelet import LLL_DIVISOR, haar, inverse_haar
 from cwdm.winograd import Resample, convolve, pays, resize
+
+SMALLEST_DEVIATION = 1e-4  # of a regression's errors, so that half precision can hold it
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class UNetConfig:
             voxel (Zhang and Sennrich, RMSNorm, 2019), the same for part of a volume as for the whole.
         groups: groups of every GroupNorm.
         targets: kinds of volume that one network makes, told apart by an embedding; 0: one kind, as published.
-        regression: adds a linear map of each voxel's conditions, one for each target, to the output, so that the
-            network learns what a linear regression does not know.
+        regression: the network learns what a linear regression of each voxel on its conditions does not know; see
+            `Regression`.
     """
 
     in_channels: int
@@ -121,48 +124,85 @@ class UNet(nn.Module):
             if target is None:
                 raise ValueError(f"which of the {self.config.targets} targets? Give their numbers, (B,)")
             emb = emb + self.target_embed(target)
-        output: Tensor = self.head(self.body(self.stem(x), x, emb))
-        if self.config.regression:
-            output = output + self.regression(x[:, self.config.out_channels :], target)
-        return output
+        if not self.config.regression:
+            output: Tensor = self.head(self.body(self.stem(x), x, emb))
+            return output
+        seen, mean, deviation = self.regression(x, t, target)
+        return torch.addcmul(mean, deviation, self.head(self.body(self.stem(seen), seen, emb)))
 
 
 class Regression(nn.Module):
-    """Linear maps of the conditions' coefficients, voxel by voxel: their mean until `fit`, which nothing trains on."""
+    """What a linear Gaussian model knows of the clean coefficients, voxel by voxel; the network learns the rest.
+
+    Given the conditions c, it takes the target's coefficients for W c + b plus normal errors of each band's own
+    `deviation`. The noisy coefficients then tell as much more as Bayes' rule allows: nothing among pure noise,
+    everything at the end. The network sees them, as it sees the conditions, in units of their spread, and answers in
+    standard deviations that are still left (after the preconditioning of Karras et al., 2022). Until `fit`, which
+    nothing trains on, W c is the conditions' mean and every spread 1.
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
-        out, given = config.out_channels, config.in_channels - config.out_channels
+        out, given, targets = config.out_channels, config.in_channels - config.out_channels, max(config.targets, 1)
         mean = torch.eye(out).repeat(1, -(-given // out))[:, :given] * (out / given)
-        self.weight = nn.Parameter(mean.repeat(max(config.targets, 1), 1, 1), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(max(config.targets, 1), out), requires_grad=False)
+        self.weight = nn.Parameter(mean.repeat(targets, 1, 1), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(targets, out), requires_grad=False)
+        self.deviation = nn.Parameter(torch.ones(targets, out), requires_grad=False)
+        self.magnitude = nn.Parameter(torch.ones(given), requires_grad=False)
 
-    def forward(self, conditions: Tensor, target: Tensor | None) -> Tensor:
-        """(B, in, X, Y, Z), the targets' numbers (B,) -> (B, out, X, Y, Z)."""
-        number = torch.zeros(len(conditions), dtype=torch.long, device=conditions.device) if target is None else target
-        bias, weight = self.bias[number], self.weight[number]
-        return torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
+    def forward(self, x: Tensor, t: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """What the network sees, the clean coefficients' mean and their standard deviation.
+
+        Args:
+            x: noisy coefficients and conditions (B, out + given, X, Y, Z).
+            t: (B,) integer timesteps.
+            target: (B,) the targets' numbers; None where there is one kind.
+
+        Returns:
+            (B, out + given, X, Y, Z), (B, out, X, Y, Z), (B, out, 1, 1, 1).
+        """
+        out = self.bias.shape[1]
+        noisy, conditions = x[:, :out], x[:, out:]
+        number = torch.zeros_like(t) if target is None else target
+        weight, bias = self.weight[number], self.bias[number]
+        expected = torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
+        prior = self.deviation[number][..., None, None, None].float()
+        alpha_bar = alpha_bars_on(t.device)[t][:, None, None, None, None]
+        total = alpha_bar * prior**2 + 1 - alpha_bar
+        gain = (alpha_bar.sqrt() * prior / total).to(x.dtype)  # of the noisy coefficients, in units of `prior`
+        told = gain * (noisy - alpha_bar.sqrt().to(x.dtype) * expected)
+        seen = torch.cat((told, conditions / self.magnitude[:, None, None, None]), dim=1)
+        return seen, expected + prior.to(x.dtype) * told, (prior * ((1 - alpha_bar) / total).sqrt()).to(x.dtype)
 
     @torch.no_grad()
     def fit(self, examples: Iterable[tuple[Tensor, Tensor, int]]) -> None:
         """Least squares over the voxels at which any condition is not 0.
 
         Args:
-            examples: conditions (in, X, Y, Z), what should come out (out, X, Y, Z), the target's number.
+            examples: conditions (given, X, Y, Z), what should come out (out, X, Y, Z), the target's number.
         """
         targets, out, given = self.weight.shape
-        squares = torch.zeros(targets, given + 1, given + 1, dtype=torch.float64)
-        products = torch.zeros(targets, given + 1, out, dtype=torch.float64)
+        # Products of conditions, a constant and what should come out, each with each.
+        sums = torch.zeros(targets, given + 1 + out, given + 1 + out, dtype=torch.float64)
+        voxels = torch.zeros(given, dtype=torch.float64)
         for conditions, wanted, target in examples:
             inside = conditions.any(0)
             x = F.pad(conditions[:, inside].double(), (0, 0, 0, 1), value=1.0)
-            squares[target] += x @ x.mT
-            products[target] += x @ wanted[:, inside].double().mT
+            rows = torch.cat((x, wanted[:, inside].double()))
+            sums[target] += rows @ rows.mT
+            voxels += inside.sum() * conditions.flatten(1).any(1)
+        squares, products = sums[:, : given + 1, : given + 1], sums[:, : given + 1, given + 1 :]
         # A condition that is always 0, such as the target itself, gets the weight 0.
         ridge = 1e-9 * squares.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(given + 1)
         solution = torch.linalg.solve(squares + ridge + 1e-9 * torch.eye(given + 1), products)
         self.weight.copy_(solution[:, :-1].mT)
         self.bias.copy_(solution[:, -1])
+        left = sums.diagonal(dim1=1, dim2=2)[:, given + 1 :] - (solution * products).sum(1)
+        count = squares[:, -1, -1:]
+        deviation = (left.clamp(min=0) / count).sqrt().clamp(min=SMALLEST_DEVIATION)
+        self.deviation.copy_(deviation.where(count > 0, 1))
+        magnitude = (squares.diagonal(dim1=1, dim2=2)[:, :-1].sum(0) / voxels).sqrt()
+        self.magnitude.copy_(magnitude.where(magnitude > 0, 1))
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
