@@ -123,6 +123,8 @@ class OptimiserSettings(StrictSettings):
         final_lr: share of the learning rate that is left at the last step, by a cosine; 1 keeps it constant.
         ema_decay: of the running mean of the weights, which is what is saved for inference.
         clip_norm: longest gradient; None: any.
+        sharded: each of several processes keeps a part of AdamW's moments, which take twice the memory of the weights
+            (ZeRO stage 1, Rajbhandari et al., 2020); the saved state is whole, for any number of processes.
     """
 
     lr: float = Field(default=1e-5, gt=0, strict=False)  # YAML 1.1 reads 1e-5 as text
@@ -133,6 +135,7 @@ class OptimiserSettings(StrictSettings):
     final_lr: float = Field(default=1.0, ge=0, le=1)
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     clip_norm: float | None = Field(default=None, gt=0)
+    sharded: bool = False
 
 
 class LossSettings(StrictSettings):

@@ -158,10 +158,7 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
         for block in model.modules():
             if isinstance(block, ResBlock):
                 block.forward = partial(recompute, block.forward, use_reentrant=False)  # type: ignore[method-assign]
-    optimiser = torch.optim.AdamW(
-        model.parameters(), lr=settings.optimiser.lr, weight_decay=settings.optimiser.weight_decay
-    )
-    wrapped, wrapped_optimiser = fabric.setup(model, optimiser)
+    wrapped, wrapped_optimiser = fabric.setup(model, _optimiser(settings, model, fabric.world_size))
     run = _Run(settings, fabric, model, wrapped, ema, wrapped_optimiser, cache, subjects, held_out)
     if resume:
         run.resume()
@@ -170,6 +167,16 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
     if fabric.is_global_zero:
         write_json(out / "settings.json", settings.model_dump(mode="json"))
     return run
+
+
+def _optimiser(settings: TrainingSettings, model: UNet, processes: int) -> torch.optim.Optimizer:
+    """AdamW, whose moments each process keeps whole or, `sharded`, its part of."""
+    options = {"lr": settings.optimiser.lr, "weight_decay": settings.optimiser.weight_decay}
+    if settings.optimiser.sharded and processes > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # compiles optimisers when imported
+
+        return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **options)
+    return torch.optim.AdamW(model.parameters(), **options)
 
 
 def _samples(settings: TrainingSettings, subjects: Sequence[Subject], cache: Cache) -> Samples:
@@ -459,11 +466,12 @@ class _Run:
             self.log.say(f"warning: weights or gradient not finite at step {self.step}, nothing saved")
             return
         self._save_weights(self.settings.out / "newest")
+        moments = self.optimiser.state_dict().get("state", {})  # brought together from all processes if sharded
         if not self.fabric.is_global_zero:
             return
         folder = self.settings.out / "states"
         header = {"step": self.step, "best": self.best if math.isfinite(self.best) else None, **self._identity()}
-        data = safetensors.torch.save(self._state(), {"cwdm": json.dumps(header)})
+        data = safetensors.torch.save(self._state(moments), {"cwdm": json.dumps(header)})
         write_atomically(folder / f"{self.step:09d}.safetensors", lambda file: file.write(data))
         states = sorted(folder.glob("*.safetensors"))
         # Later ones than this can only be damaged, or `resume` would have taken them.
@@ -479,11 +487,11 @@ class _Run:
         data = self.settings.data.model_dump(mode="json", exclude={"path", "validation_path", "cache", "workers"})
         return {"settings": {**keep, "data": data}, "cases": [subject.name for subject in self.subjects]}
 
-    def _state(self) -> dict[str, Tensor]:
+    def _state(self, moments: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
         tensors = {}
-        for name, parameter in self.model.named_parameters():
+        for number, (name, parameter) in enumerate(self.model.named_parameters()):
             tensors[f"model.{name}"] = parameter
-            for key, value in self.optimiser.state.get(parameter, {}).items():
+            for key, value in moments.get(number, {}).items():
                 tensors[f"optimiser.{key}.{name}"] = value
         tensors.update({f"ema.{name}": value for name, value in self.ema.named_parameters()})
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -527,14 +535,13 @@ class _Run:
     def _take(self, tensors: Mapping[str, Tensor]) -> None:
         for name, mean in self.ema.named_parameters():
             mean.copy_(tensors[f"ema.{name}"])
-        for name, parameter in self.model.named_parameters():
+        moments = {}
+        for number, (name, parameter) in enumerate(self.model.named_parameters()):
             parameter.copy_(tensors[f"model.{name}"])
-            prefix = "optimiser.{}." + name
-            keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if prefix.format(key) in tensors]
-            # AdamW counts steps on the CPU.
-            self.optimiser.state[parameter] = {
-                key: tensors[prefix.format(key)].to("cpu" if key == "step" else parameter.device) for key in keys
-            }
+            found = {key: tensors.get(f"optimiser.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+            moments[number] = {key: tensor for key, tensor in found.items() if tensor is not None}
+        groups = [{**group, "params": list(moments)} for group in self.optimiser.param_groups]
+        self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
 
 
 def _ignore_interrupts(_: int) -> None:

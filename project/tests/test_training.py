@@ -211,17 +211,41 @@ def test_unconditional_training_makes_weights_that_sample(small: Path, phantoms:
     assert np.isfinite(generator(0)).all()
 
 
-def test_two_processes_see_the_losses_of_one(small: Path, tmp_path: Path) -> None:
-    train(settings(small, tmp_path / "one"))
+def train_in_two_processes(config: Path, *arguments: str) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cwdm"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    arguments = ["train", str(small), f"out={tmp_path / 'two'}"]
-    result = subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, check=False)
+    result = subprocess.run(
+        [*command, "train", str(config), *arguments], capture_output=True, text=True, env=environment, check=False
+    )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_two_processes_see_the_losses_of_one(sharded: bool, small: Path, tmp_path: Path) -> None:
+    train(settings(small, tmp_path / "one"))
+    train_in_two_processes(small, f"out={tmp_path / 'two'}", f"optimiser.sharded={sharded}")
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=2e-4, rtol=1e-3)
+
+
+def test_sharded_states_are_saved_whole_and_taken_up_again(small: Path, tmp_path: Path) -> None:
+    out = f"out={tmp_path / 'run'}"
+    train_in_two_processes(small, out, "optimiser.sharded=true", "save_every=2")
+    whole = weights_of(tmp_path / "run")
+    newest = max((tmp_path / "run" / "states").iterdir())
+    state = load_file(newest)
+    trained = [name for name in state if name.startswith("optimiser.exp_avg_sq.")]
+    assert len(trained) == len([name for name in state if name.startswith("model.")])
+    newest.unlink()  # back to the state before
+    train_in_two_processes(small, out, "optimiser.sharded=true", "save_every=2", "--resume")
+    for name, tensor in weights_of(tmp_path / "run").items():
+        assert torch.equal(tensor, whole[name])
+    newest.unlink()
+    train(settings(small, tmp_path / "run", "optimiser.sharded=true", "save_every=2"), resume=True)  # one process
+    for name, tensor in weights_of(tmp_path / "run").items():
+        torch.testing.assert_close(tensor, whole[name], atol=2e-4, rtol=1e-3)
 
 
 def test_another_run_in_the_folder_is_not_overwritten(small: Path, tmp_path: Path) -> None:
