@@ -171,7 +171,7 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
 
 def _optimiser(settings: TrainingSettings, model: UNet, processes: int) -> torch.optim.Optimizer:
     """AdamW, whose moments each process keeps whole or, `sharded`, its part of."""
-    options = {"lr": settings.optimiser.lr, "weight_decay": settings.optimiser.weight_decay}
+    options: dict[str, Any] = {"lr": settings.optimiser.lr, "weight_decay": settings.optimiser.weight_decay}
     if settings.optimiser.sharded and processes > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # compiles optimisers when imported
 
@@ -488,7 +488,7 @@ class _Run:
         return {"settings": {**keep, "data": data}, "cases": [subject.name for subject in self.subjects]}
 
     def _state(self, moments: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for number, (name, parameter) in enumerate(self.model.named_parameters()):
             tensors[f"model.{name}"] = parameter
             for key, value in moments.get(number, {}).items():
