@@ -39,6 +39,8 @@ def main() -> None:
             for missing in MODALITIES:
                 table.add_row(*run(case, missing, weights, scratch / f"{case.name}-{missing}", arguments.steps))
     Console().print(table)
+    if "DIFFERS" in table.columns[3].cells:
+        raise SystemExit(1)
 
 
 def write_weights(folder: Path) -> Path:
