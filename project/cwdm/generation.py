@@ -17,8 +17,7 @@ from cwdm.errors import SettingsError, WeightsError
 from cwdm.files import check_writable, remove_stale, write_json
 from cwdm.preprocess import MOST_WINDOW_VOXELS
 from cwdm.samplers import SAMPLERS, spaced_timesteps
-from cwdm.synthesis import DeviceName, choose_device, choose_dtype, clamped_denoiser
-from cwdm.wavelet import idwt
+from cwdm.synthesis import DeviceName, choose_device, choose_dtype, clamped_denoiser, sample_volume
 
 PUBLISHED_SIZE = (128, 128, 128)
 
@@ -81,14 +80,14 @@ class Generator:
     def __call__(self, number: int, on_step: Callable[[], None] = lambda: None) -> npt.NDArray[np.float32]:
         """Volume (X, Y, Z) in [0, 1]; sample `number` depends on the settings' seed + number alone."""
         record = self.checkpoint.record
-        shape = (1, self.checkpoint.model.config.out_channels, *(n // 2 for n in self.size))
-        generator = torch.Generator(self.device).manual_seed(self.settings.seed + number)
-        noise = torch.randn(shape, generator=generator, device=self.device)
         denoise = clamped_denoiser(self.checkpoint, None, self.dtype, on_step)
+        size, seed = [n // 2 for n in self.size], self.settings.seed + number
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            x = SAMPLERS[self.sampler](denoise, noise, self.timesteps, generator=generator)
+            made = sample_volume(
+                self.checkpoint, denoise, size, SAMPLERS[self.sampler], self.timesteps, seed, self.device
+            )
         low, high = record.value_range
-        volume: npt.NDArray[np.float32] = ((idwt(x, record.wavelet)[0, 0] - low) / (high - low)).cpu().numpy()
+        volume: npt.NDArray[np.float32] = ((made[0, 0] - low) / (high - low)).cpu().numpy()
         return volume
 
 

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -334,10 +334,7 @@ class Synthesizer:
         """One sampled volume (1, 1, X, Y, Z) in the checkpoint's value range."""
         name, timesteps = self.plan(checkpoint)
         sampler = self.sampler or SAMPLERS[name]
-        shape = (1, checkpoint.model.config.out_channels, *condition.shape[2:])
-        generator = torch.Generator(self.device).manual_seed(seed)
-        noise = torch.randn(shape, generator=generator, device=self.device)
-        return idwt(sampler(denoise, noise, timesteps, generator=generator), checkpoint.record.wavelet)
+        return sample_volume(checkpoint, denoise, condition.shape[2:], sampler, timesteps, seed, self.device)
 
     def finish(self, prepared: Prepared, samples: Samples) -> Synthesis:
         """Bring the samples back to the grid, orientation and intensities of the case.
@@ -405,6 +402,22 @@ def clamped_denoiser(
         return x0
 
     return denoise
+
+
+def sample_volume(
+    checkpoint: Checkpoint,
+    denoise: Denoise,
+    size: Sequence[int],
+    sampler: Sampler,
+    timesteps: list[int],
+    seed: int,
+    device: torch.device,
+) -> Tensor:
+    """From noise to a volume (1, 1, X, Y, Z) in the checkpoint's value range; `size` is that of the coefficients."""
+    generator = torch.Generator(device).manual_seed(seed)
+    shape = (1, checkpoint.model.config.out_channels, *size)
+    noise = torch.randn(shape, generator=generator, device=device)
+    return idwt(sampler(denoise, noise, timesteps, generator=generator), checkpoint.record.wavelet)
 
 
 class _Lockstep:

@@ -40,11 +40,11 @@ from cwdm.errors import CwdmError, SettingsError
 from cwdm.files import check_apart, check_writable, remove_stale, write_atomically, write_json
 from cwdm.metrics import psnr, ssim
 from cwdm.samplers import SAMPLERS, spaced_timesteps
-from cwdm.synthesis import clamped_denoiser
+from cwdm.synthesis import clamped_denoiser, sample_volume
 from cwdm.train_config import TrainingSettings
 from cwdm.training_log import TrainingLog
 from cwdm.unet import ResBlock, UNet
-from cwdm.wavelet import LLL_DIVISOR, dwt, idwt
+from cwdm.wavelet import LLL_DIVISOR, dwt
 
 KEPT_STATES = 2
 REGRESSION_SAMPLES = 480
@@ -425,14 +425,12 @@ class _Run:
         if len(conditions):
             condition = dwt(torch.from_numpy(conditions)[None].to(device) * (high - low) + low, wavelet)
         record = self.record()
-        denoise = clamped_denoiser(
-            Checkpoint(self.ema, record), condition, torch.float32, self._raise_if_stopped, target
-        )
-        generator = torch.Generator(device).manual_seed(settings.seed)
-        noise = torch.randn((1, 8, *(n // 2 for n in unit.shape[1:])), generator=generator, device=device)
+        shown = Checkpoint(self.ema, record)
+        denoise = clamped_denoiser(shown, condition, torch.float32, self._raise_if_stopped, target)
+        size, sampler = [n // 2 for n in unit.shape[1:]], SAMPLERS[record.sampler]
         with torch.inference_mode():
-            x = SAMPLERS[record.sampler](denoise, noise, spaced_timesteps(record.steps), generator=generator)
-            volume = (idwt(x, wavelet)[0, 0] - low) / (high - low)
+            made = sample_volume(shown, denoise, size, sampler, spaced_timesteps(record.steps), settings.seed, device)
+        volume = (made[0, 0] - low) / (high - low)
         return unit[target], np.where(mask, volume.cpu().numpy(), np.float32(0)), mask
 
     def _raise_if_stopped(self) -> None:
