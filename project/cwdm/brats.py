@@ -14,7 +14,7 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, cast
@@ -61,30 +61,38 @@ class CaseFolder:
         folder: where it is.
         files: modality -> file; segmentations and everything else are left out.
         problem: why the case cannot be used, found while looking; `read_case` reports it.
+        chosen: what to synthesise where several modalities are missing.
     """
 
     name: str
     folder: Path
     files: dict[str, Path]
     problem: str | None = None
+    chosen: str = ""
 
     @property
     def missing(self) -> tuple[str, ...]:
         """The modalities without a file, in the order of MODALITIES."""
         return tuple(modality for modality in MODALITIES if modality not in self.files)
 
+    @property
+    def target(self) -> str:
+        """What is to be synthesised; empty where that cannot be told or the case cannot be used."""
+        alone = self.missing[0] if len(self.missing) == 1 else ""
+        return "" if self.problem is not None else self.chosen or alone
+
 
 @dataclass(frozen=True)
 class Case:
-    """Three contrasts of one head, and the name of the fourth.
+    """Three contrasts of one head, and the name of the fourth; fewer, where a network can do with them.
 
     Args:
         name: the case's name.
-        target: the missing modality.
+        target: the modality to be synthesised.
         volumes: modality -> (X, Y, Z) float32 in the units and the voxel order of the file,
             in the order of MODALITIES.
         affine: (4, 4), voxel indices to mm.
-        headers: modality -> header as NIfTI-1, of the volume's shape.
+        header: of the nearest contrast, as NIfTI-1, of the volume's shape.
         warnings: what is unusual about the case, in plain words.
     """
 
@@ -92,18 +100,27 @@ class Case:
     target: str
     volumes: dict[str, Volume]
     affine: Affine
-    headers: dict[str, nib.Nifti1Header]
+    header: nib.Nifti1Header
     warnings: tuple[str, ...]
 
     @property
     def has_orientation(self) -> bool:
         """Whether the header says how the head lies; without it the affine is a guess of nibabel's."""
-        header = self.headers[NEAREST[self.target]]
-        return bool(header["qform_code"] or header["sform_code"])
+        return bool(self.header["qform_code"] or self.header["sform_code"])
+
+    @property
+    def nearest(self) -> str:
+        """The contrast most like the target, of those that are there."""
+        return nearest_of(self.target, self.volumes)
 
 
 class _FileError(Exception):
     """A file cannot be used; the message says what was expected and found."""
+
+
+def nearest_of(target: str, there: Collection[str]) -> str:
+    """The contrast most like the target, of those that are there."""
+    return NEAREST[target] if NEAREST[target] in there else next(iter(there))
 
 
 def find_cases(data_path: Path) -> list[CaseFolder]:
@@ -145,18 +162,17 @@ def case_folder(folder: Path) -> CaseFolder:
 
 
 def read_case(folder: CaseFolder) -> Case:
-    """Read and check the three contrasts of a case.
+    """Read and check the contrasts of a case.
 
     Raises:
-        CaseError: other than exactly one modality is missing, or a file is damaged, is not one 3D volume
-            of finite real numbers with some contrast, or does not share the others' voxel grid.
+        CaseError: other than exactly one modality is missing and none is chosen, or a file is damaged, is not one 3D
+            volume of finite real numbers with some contrast, or does not share the others' voxel grid.
     """
     target = _target(folder)
-    nearest = NEAREST[target]
     volumes: dict[str, Volume] = {}
     headers: dict[str, nib.Nifti1Header] = {}
     affines: dict[str, Affine] = {}
-    for modality in (modality for modality in MODALITIES if modality != target):
+    for modality in (name for name in MODALITIES if name in folder.files and name != target):
         path = folder.files[modality]
         try:
             volumes[modality], headers[modality] = _read_volume(path)
@@ -164,9 +180,10 @@ def read_case(folder: CaseFolder) -> Case:
             _check_content(volumes[modality])
         except _FileError as error:
             raise CaseError(folder.name, f"{path.name}: {error}") from error
+    nearest = nearest_of(target, volumes)
     check_same_grid(folder.name, nearest, volumes, affines)
     warnings = (*_grid_warnings(headers[nearest], affines[nearest]), *_background_warnings(volumes))
-    return Case(folder.name, target, volumes, affines[nearest], headers, warnings)
+    return Case(folder.name, target, volumes, affines[nearest], headers[nearest], warnings)
 
 
 def read_volume(path: Path) -> Volume:
@@ -218,7 +235,7 @@ def write_volume(path: Path, volume: npt.ArrayLike, like: Case, native: bool = T
         OutputError: the file cannot be written.
     """
     values = np.asarray(volume, np.float32)
-    header = like.headers[NEAREST[like.target]].copy()
+    header = like.header.copy()
     assert values.shape == header.get_data_shape(), (values.shape, header.get_data_shape())
     if bad := values.size - np.count_nonzero(np.isfinite(values)):
         raise CaseError(like.name, f"the synthesised {like.target} has {bad} voxels that are not finite numbers")
@@ -294,14 +311,16 @@ def _no_case(data_path: Path, entries: Iterable[Path]) -> str:
 
 
 def _target(folder: CaseFolder) -> str:
-    """The one modality that is missing."""
+    """The one modality that is missing, or is chosen of several."""
     if folder.problem is not None:
         raise CaseError(folder.name, folder.problem)
-    if len(folder.missing) == 1:
-        return folder.missing[0]
+    if folder.target:
+        return folder.target
     there = ", ".join(modality for modality in MODALITIES if modality in folder.files) or "none"
     missing = ", ".join(folder.missing) or "nothing"
-    advice = "add the others" if folder.missing else "take the one to be synthesised away"
+    advice = "take the one to be synthesised away"
+    if folder.missing:
+        advice = "add the others, or take weights that were trained with so many missing"
     raise CaseError(
         folder.name,
         f"expected exactly one missing modality, found {there} with {missing} missing; {advice}",

@@ -49,6 +49,7 @@ class Record(BaseModel):
         value_range: range that the predicted volume is clamped to at every step.
         sampler, steps: what the makers of the weights recommend.
         notice: what every user of the outputs must know, such as "trained on phantoms, not for clinical use".
+        most_missing: how many of the four modalities may be missing at once, the target included.
         training: free-form record of the training run.
     """
 
@@ -61,6 +62,7 @@ class Record(BaseModel):
     sampler: str = "ddpm"
     steps: int = Field(default=1000, ge=1, le=1000)
     notice: str = Field(default="", max_length=500)
+    most_missing: int = Field(default=1, ge=1, le=3)
     training: dict[str, Any] = Field(default_factory=dict)
 
     @field_validator("sampler")
@@ -192,6 +194,21 @@ def _load_safetensors(path: Path) -> tuple[UNet, Record]:
             return _fill(model, {name: file.get_tensor(name) for name in expected}), record
     except safetensors.SafetensorError as error:
         raise WeightsError(f"not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def read_record(path: Path) -> Record:
+    """What a file of weights says about itself, without its weights; of other formats than ours, what holds for all.
+
+    Raises:
+        WeightsError: the file is damaged.
+    """
+    if path.suffix != ".safetensors":
+        return Record()
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return _parse_header((file.metadata() or {}).get(HEADER_KEY))[1]
+    except (safetensors.SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
 
 
 def _parse_header(text: str | None) -> tuple[UNetConfig, Record]:

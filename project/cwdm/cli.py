@@ -148,7 +148,8 @@ def infer(
 ) -> None:
     """Synthesise the missing modality of every case.
 
-    Each case is a folder with three of <case>-t1n, -t1c, -t2w, -t2f (.nii.gz or .nii). Cases that are done already
+    Each case is a folder with three of <case>-t1n, -t1c, -t2w, -t2f (.nii.gz or .nii); fewer, if the weights were
+    trained for that. Cases that are done already
     are skipped, so a stopped run goes on where it was.
     """
     from cwdm.brats import find_cases
@@ -237,7 +238,7 @@ def drop(
 @app.command()
 def complete(
     data_path: Annotated[
-        Path, typer.Argument(metavar="IN", help="Folder of cases with one modality missing; only read.")
+        Path, typer.Argument(metavar="IN", help="Folder of cases with modalities missing; only read.")
     ],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder for the cases with all four.")],
     synthesised: Annotated[Path, typer.Option(help="Output folder of 'cwdm infer' on IN; only read.")],
@@ -251,7 +252,9 @@ def complete(
     progress = CohortProgress(0)
     for done in complete_cases(data_path, synthesised, out, copy):
         failed += bool(done.reason)
-        line = f"FAILED: {done.reason}" if done.reason else f"complete, with a synthesised {done.modality}"
+        line = (
+            f"FAILED: {done.reason}" if done.reason else f"complete, with a synthesised {' and '.join(done.modalities)}"
+        )
         progress.log(f"{done.case}: {line}")
     if failed:
         raise typer.Exit(1)

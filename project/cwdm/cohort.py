@@ -59,14 +59,15 @@ def synthesise_cohort(
 ) -> list[Outcome]:
     """Synthesise what is missing in each case and write it to `output`, nothing else.
 
-    Cases are grouped by what is missing, so that each contrast's weights are loaded once. A case whose output
+    Where several modalities are missing, each is made from the contrasts that are there, if the weights were trained
+    for that. Cases are grouped by what is missing, so that each contrast's weights are loaded once. A case whose output
     is there already is skipped, unless `overwrite`. A case that cannot be used is reported and passed over.
 
     Args:
         report: folder for a JSON record of each case and of the run and, with several samples, the spread.
 
     Returns:
-        One outcome a case.
+        One outcome a case and modality.
 
     Raises:
         OutputError: an output folder cannot be written or is full; cases already written stay.
@@ -74,12 +75,14 @@ def synthesise_cohort(
     for folder in (output, report) if report else (output,):
         check_writable(folder)
         remove_stale(folder)
-    progress = progress or CohortProgress(len(folders))
-    run = _Run(synthesizer, output, report, overwrite, progress, total=len(folders))
+    tasks = [task for folder in folders for task in _tasks(folder, synthesizer)]
+    progress = progress or CohortProgress(len(tasks))
+    progress.expect(len(tasks))
+    run = _Run(synthesizer, output, report, overwrite, progress, total=len(tasks))
     started = time.time()
     try:
         with progress:
-            for modality, group in groupby(sorted(folders, key=_group), key=_group):
+            for modality, group in groupby(sorted(tasks, key=_target), key=_target):
                 run.group(modality, list(group))
     finally:
         if report:
@@ -170,7 +173,7 @@ class _Run:
         except OutputError:
             raise
         except Exception as error:  # whatever it is, it must not take the other cases down
-            self.fail(folder.name, _group(folder), error)
+            self.fail(folder.name, folder.target, error)
             return None
 
     def step(self) -> None:
@@ -245,9 +248,16 @@ def _one_ahead(items: Iterable[T]) -> Iterator[T]:
         yield cast(T, item)
 
 
-def _group(folder: CaseFolder) -> str:
-    """The missing modality; empty for a case that cannot be used."""
-    return folder.missing[0] if folder.problem is None and len(folder.missing) == 1 else ""
+def _target(folder: CaseFolder) -> str:
+    return folder.target
+
+
+def _tasks(folder: CaseFolder, synthesizer: Synthesizer) -> list[CaseFolder]:
+    """A case once for each volume to be made; weights that cannot be used fail later, with their cases."""
+    try:
+        return synthesizer.tasks(folder)
+    except CwdmError:
+        return [folder]
 
 
 def outcome_line(outcome: Outcome) -> str:

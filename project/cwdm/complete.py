@@ -2,14 +2,14 @@
 
 import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import nibabel as nib
 
 from cwdm import __version__
-from cwdm.brats import NEAREST, CaseFolder, check_same_grid, find_cases, output_name, read_grid
+from cwdm.brats import CaseFolder, check_same_grid, find_cases, nearest_of, output_name, read_grid
 from cwdm.errors import CaseError, InputError
 from cwdm.files import check_apart, output_errors, write_atomically, write_json
 
@@ -21,24 +21,24 @@ class Completed:
     """What became of a case.
 
     Attributes:
-        modality: what was synthesised; empty where that could not be told.
+        modalities: what was synthesised, or should be.
         reason: why the case was not completed; empty if it was.
     """
 
     case: str
-    modality: str
+    modalities: tuple[str, ...]
     reason: str = ""
 
 
 def complete_cases(data_path: Path, synthesised: Path, out: Path, copy: bool = False) -> Iterator[Completed]:
-    """Write OUT/<case>/ with the files of each case, its synthesised image and a record of what is synthesised.
+    """Write OUT/<case>/ with the files of each case, its synthesised images and a record of what is synthesised.
 
-    The record is <case>-synthesised.json; it is written before the image, so that no image stands there unmarked.
+    The record is <case>-synthesised.json; it is written before the images, so that none stands there unmarked.
     A case that cannot be completed leaves nothing new in OUT, and the others go on. Files of the same names in OUT
     are replaced.
 
     Args:
-        data_path: folder of cases with one modality missing; never written to.
+        data_path: folder of cases with modalities missing; never written to.
         synthesised: flat folder of <case>-<modality>.nii.gz, as `cwdm infer` writes it; never written to.
         copy: copy the files instead of linking to them. Links are absolute: they survive a move of OUT, but do not
             lead out of a container that mounts OUT alone.
@@ -60,28 +60,29 @@ def complete_cases(data_path: Path, synthesised: Path, out: Path, copy: bool = F
 
 
 def _complete(folder: CaseFolder, synthesised: Path, target: Path, copy: bool) -> Completed:
-    modality = folder.missing[0] if len(folder.missing) == 1 else ""
     try:
-        image = _checked_image(folder, modality, synthesised)
-        _write_case(folder, modality, image, target, copy)
+        _write_case(folder, _checked_images(folder, synthesised), target, copy)
     except CaseError as error:
-        return Completed(folder.name, modality, error.reason)
-    return Completed(folder.name, modality)
+        return Completed(folder.name, folder.missing, error.reason)
+    return Completed(folder.name, folder.missing)
+
+
+def _checked_images(folder: CaseFolder, synthesised: Path) -> dict[str, Path]:
+    """Modality -> synthesised image of a case, each known to be sound and on the grid of the contrast nearest to it."""
+    if folder.problem:
+        raise CaseError(folder.name, folder.problem)
+    if not folder.missing:
+        raise CaseError(folder.name, "expected a missing modality, found all four")
+    return {modality: _checked_image(folder, modality, synthesised) for modality in folder.missing}
 
 
 def _checked_image(folder: CaseFolder, modality: str, synthesised: Path) -> Path:
-    """The synthesised image of a case, known to be sound and on the grid of the contrast nearest to it."""
-    if folder.problem:
-        raise CaseError(folder.name, folder.problem)
-    if not modality:
-        missing = ", ".join(folder.missing) or "nothing"
-        raise CaseError(folder.name, f"expected exactly one missing modality, found {missing} missing")
     image = synthesised / output_name(folder.name, modality)
     if not image.is_file():
         raise CaseError(
             folder.name, f"expected its synthesised {modality} as {image}, found none; run 'cwdm infer' first"
         )
-    nearest = NEAREST[modality]
+    nearest = nearest_of(modality, folder.files)
     try:
         volume, affine, _ = read_grid(image)
         original, grid, _ = read_grid(folder.files[nearest])
@@ -94,7 +95,7 @@ def _checked_image(folder: CaseFolder, modality: str, synthesised: Path) -> Path
     return image
 
 
-def _write_case(folder: CaseFolder, modality: str, image: Path, target: Path, copy: bool) -> None:
+def _write_case(folder: CaseFolder, images: Mapping[str, Path], target: Path, copy: bool) -> None:
     record = {
         "program": f"cwdm {__version__}",
         "case": folder.name,
@@ -106,6 +107,7 @@ def _write_case(folder: CaseFolder, modality: str, image: Path, target: Path, co
                 "sha256": _sha256(folder.name, image),
                 "header": _description(image),
             }
+            for modality, image in images.items()
         ],
         "originals": {name: path.name for name, path in folder.files.items()},
     }
@@ -115,7 +117,8 @@ def _write_case(folder: CaseFolder, modality: str, image: Path, target: Path, co
         for source in sorted(folder.folder.iterdir()):
             if not source.name.startswith(".") and source.is_file():
                 _put(folder.name, source, target / source.name, copy)
-        _put(folder.name, image, target / output_name(folder.name, modality), copy)
+        for modality, image in images.items():
+            _put(folder.name, image, target / output_name(folder.name, modality), copy)
 
 
 def _put(case: str, source: Path, target: Path, copy: bool) -> None:

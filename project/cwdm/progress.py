@@ -33,6 +33,10 @@ class CohortProgress:
         self._steps = self._bars.add_task("steps", total=None)
         self._name, self._done, self._total, self._said = "", 0, 0, time.monotonic()
 
+    def expect(self, total: int) -> None:
+        """So many volumes are to be made."""
+        self._bars.update(self._cases, total=total)
+
     def __enter__(self) -> "CohortProgress":
         self._bars.start()
         return self

@@ -49,7 +49,7 @@ class _Worker:
         self.work = work
         self.synthesizer = Synthesizer(work.weights, work.settings, work.device)
 
-    def run(self, folder: CaseFolder) -> Outcome | OutputError:
+    def run(self, folder: CaseFolder) -> list[Outcome] | OutputError:
         """Synthesise one case; an OutputError is given back, because no other case could be written either."""
         work, quiet = self.work, CohortProgress(1, Console(quiet=True))
         try:
@@ -60,7 +60,7 @@ class _Worker:
                 overwrite=work.overwrite,
                 report=work.report,
                 progress=quiet,
-            )[0]
+            )
         except OutputError as error:
             return error
 
@@ -138,14 +138,14 @@ class _Pool:
             (done,), _ = ray.wait(list(self.busy), num_returns=1)
             worker, folder = self.busy.pop(done)
             try:
-                outcome = ray.get(done)
+                outcomes = ray.get(done)
             except RayActorError as error:
                 worker = self.hire()
                 self.replace(folder, waiting, error)
             except AnyRayError as error:
                 raise CwdmError(f"{folder.name}: the worker failed: {_first_line(error)}") from error
             else:
-                self.end(outcome)
+                self.end(outcomes)
             if waiting:
                 self.give(worker, waiting.popleft())
         return self.outcomes
@@ -167,14 +167,17 @@ class _Pool:
             self.progress.log(f"{folder.name}: {reason}; another one takes it")
             waiting.appendleft(folder)
         else:
-            missing = folder.missing[0] if folder.missing else ""
-            self.end(Outcome(folder.name, missing, "failed", f"{reason}, {ATTEMPTS} times"))
+            self.end([Outcome(folder.name, folder.target, "failed", f"{reason}, {ATTEMPTS} times")])
 
-    def end(self, outcome: Outcome | OutputError) -> None:
-        if isinstance(outcome, OutputError):
-            raise outcome
-        self.outcomes.append(outcome)
-        self.progress.end_case(f"[{len(self.outcomes)}/{self.total}] {outcome_line(outcome)}")
+    def end(self, outcomes: list[Outcome] | OutputError) -> None:
+        """What became of a case, which may be several volumes."""
+        if isinstance(outcomes, OutputError):
+            raise outcomes
+        self.total += len(outcomes) - 1
+        self.progress.expect(self.total)
+        for outcome in outcomes:
+            self.outcomes.append(outcome)
+            self.progress.end_case(f"[{len(self.outcomes)}/{self.total}] {outcome_line(outcome)}")
 
 
 def _first_line(error: Exception) -> str:

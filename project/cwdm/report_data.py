@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from cwdm.brats import MODALITIES, NEAREST, CaseFolder, case_folder, output_name, read_case, read_grid
+from cwdm.brats import MODALITIES, CaseFolder, case_folder, nearest_of, output_name, read_case, read_grid
 from cwdm.errors import CaseError, InputError
 from cwdm.metrics import psnr, ssim
 from cwdm.preprocess import ORIENTATION, ClipRange, Orientation, brain_mask, clip_range, normalise
@@ -302,7 +302,8 @@ def _unit(volume: Volume, shown: Any) -> Volume:
 
 
 def _without(folder: CaseFolder, modality: str) -> CaseFolder:
-    return replace(folder, files={name: path for name, path in folder.files.items() if name != modality})
+    others = {name: path for name, path in folder.files.items() if name != modality}
+    return replace(folder, files=others, chosen=modality)
 
 
 def _input_folder(entry: Entry, places: Places) -> CaseFolder:
@@ -337,7 +338,7 @@ def _written_range(entry: Entry, conditions: Mapping[str, Volume]) -> ClipRange:
     output = entry.record.settings.get("output", {}) if entry.record else {}
     if isinstance(output, dict) and output.get("intensity") == "unit":
         return ClipRange(0.0, 1.0)
-    return clip_range(conditions[NEAREST[entry.modality]])
+    return clip_range(conditions[nearest_of(entry.modality, conditions)])
 
 
 def _around(mask: Mask) -> Box:

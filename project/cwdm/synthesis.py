@@ -4,7 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError
 from typing import Any, Literal
@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cwdm.brats import MODALITIES, NEAREST, Case, CaseFolder, case_folder, read_case, write_volume
-from cwdm.checkpoint import ANY, Checkpoint
+from cwdm.brats import MODALITIES, Case, CaseFolder, case_folder, read_case, write_volume
+from cwdm.checkpoint import ANY, Checkpoint, read_record
 from cwdm.config import Settings
 from cwdm.errors import CaseError, SettingsError, WeightsError
 from cwdm.preprocess import (
@@ -48,7 +48,7 @@ class Prepared:
 
     Attributes:
         unit: conditions (1, 3, X, Y, Z) in [0, 1], inside the window, float32 on the CPU; for a network that makes
-            any contrast (1, 4, X, Y, Z), with zeros in place of the missing one.
+            any contrast (1, 4, X, Y, Z), with zeros in place of those that are not there.
         mask: brain of the conditions (X, Y, Z), in the order of the file.
         clip_range: of the nearest contrast, whose intensities the result will have.
     """
@@ -163,6 +163,13 @@ class Synthesizer:
         prepared = self.prepare(read_case(folder))
         return self.finish(prepared, self.sample(prepared, on_step))
 
+    def tasks(self, folder: CaseFolder) -> list[CaseFolder]:
+        """The case, or itself once for each missing modality if the weights were trained with so many missing."""
+        several = folder.problem is None and not folder.chosen and len(folder.missing) > 1
+        if not several or len(folder.missing) > read_record(find(self.weights, folder.missing[0])).most_missing:
+            return [folder]
+        return [replace(folder, chosen=modality) for modality in folder.missing]
+
     def load(self, modality: str) -> Checkpoint:
         """The checkpoint that synthesises `modality`, ready on the device; only the last one stays in memory."""
         if self._loaded is None or self._modality != modality:
@@ -232,10 +239,17 @@ class Synthesizer:
         """Bring a case into the network's orientation, window and range.
 
         Raises:
-            CaseError: a contrast is constant between its percentiles, or the brain is too large.
+            CaseError: a contrast is constant between its percentiles, the brain is too large, or more contrasts are
+                missing than the network was trained for.
             WeightsError: there are no usable weights for the missing contrast.
         """
         checkpoint = self.load(case.target)
+        missing = len(MODALITIES) - len(case.volumes)
+        if missing > checkpoint.record.most_missing:
+            raise CaseError(
+                case.name,
+                f"{missing} modalities are missing, the weights were trained for {checkpoint.record.most_missing}",
+            )
         orient = self.settings.output.orient and case.has_orientation
         orientation = Orientation.to(ORIENTATION, case.affine) if orient else Orientation.identity()
         mask = brain_mask(list(case.volumes.values()))
@@ -250,7 +264,7 @@ class Synthesizer:
             raise CaseError(case.name, str(error)) from error
         units, clip_ranges = [], {}
         for modality in MODALITIES if checkpoint.model.config.targets else case.volumes:
-            if modality == case.target:
+            if modality not in case.volumes:
                 units.append(np.zeros(window.size, np.float32))
                 continue
             volume = case.volumes[modality]
@@ -268,7 +282,7 @@ class Synthesizer:
             mask=mask,
             window=window,
             orientation=orientation,
-            clip_range=clip_ranges[NEAREST[case.target]],
+            clip_range=clip_ranges[case.nearest],
             warnings=warnings,
         )
 
@@ -366,7 +380,7 @@ class Synthesizer:
         conditions = {
             name: lps.apply(self._restore(prepared, inside))
             for name, inside in zip(names, prepared.unit[0], strict=True)
-            if name != case.target
+            if name in case.volumes
         }
         turned_spread = None if spread is None else lps.apply(spread)
         return assess(lps.apply(unit), conditions, lps.apply(prepared.mask), case.target, turned_spread)

@@ -369,11 +369,11 @@ class _Run:
             sampler=settings.record.sampler,
             steps=settings.record.steps,
             notice=settings.record.notice,
+            most_missing=data.most_missing,
             training={
                 "program": f"cwdm {__version__}",
                 "steps": self.step,
                 "cases": len(self.subjects),
-                "most_missing": data.most_missing,
                 **best,
                 "settings": settings.model_dump(
                     mode="json", exclude={"data": {"path", "validation_path", "cache"}, "out": True}

@@ -216,7 +216,7 @@ def test_a_sound_case(tmp_path: Path, missing: str) -> None:
     for modality, volume in case.volumes.items():
         assert volume.dtype == np.float32
         np.testing.assert_array_equal(volume, brain(MODALITIES.index(modality)))
-        assert case.headers[modality].get_data_shape() == SHAPE
+    assert case.header.get_data_shape() == SHAPE
     np.testing.assert_allclose(case.affine, AFFINE)
     assert case.warnings == ("12×10×9 voxels instead of the 240×240×155 that the weights were trained on",)
 
@@ -229,7 +229,7 @@ def test_a_sound_case(tmp_path: Path, missing: str) -> None:
 def test_every_number_type_is_read_as_nibabel_does(
     tmp_path: Path, dtype: str, scaling: tuple[float, float] | None, kind: Any
 ) -> None:
-    folder = make_case(tmp_path)
+    folder = make_case(tmp_path, "t2f")
     path = folder / f"{NAME}-t2w.nii"
     (folder / f"{NAME}-t2w.nii.gz").unlink()
     data = brain(5).astype(dtype)
@@ -246,8 +246,9 @@ def test_every_number_type_is_read_as_nibabel_does(
     path.write_bytes(contents)
     case = read(folder)
     np.testing.assert_array_equal(case.volumes["t2w"], nib.load(path).get_fdata(dtype=np.float64).astype(np.float32))
-    assert case.headers["t2w"].get_xyzt_units()[0] == "mm"
-    np.testing.assert_array_equal(case.headers["t2w"].get_best_affine(), AFFINE)
+    assert case.nearest == "t2w"
+    assert case.header.get_xyzt_units()[0] == "mm"
+    np.testing.assert_array_equal(case.header.get_best_affine(), AFFINE)
 
 
 @pytest.mark.parametrize("seed", range(10))

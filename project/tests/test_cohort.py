@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -17,10 +18,14 @@ import torch
 from conftest import link_case
 from typer.testing import CliRunner, Result
 
-from cwdm import Synthesizer
+from cwdm import Synthesizer, checkpoint
 from cwdm.brats import find_cases
+from cwdm.checkpoint import ANY, Record
 from cwdm.cli import app, main
 from cwdm.cohort import synthesise_cohort
+from cwdm.config import load_settings
+from cwdm.errors import CaseError
+from cwdm.unet import UNet, UNetConfig
 
 CWDM = [sys.executable, "-m", "cwdm"]
 FAST = ["sampler.timesteps=[1, 0]", "--device", "cpu"]
@@ -210,6 +215,48 @@ def truncate(path: Path) -> None:
     data = path.read_bytes()
     path.unlink()
     path.write_bytes(data[: len(data) // 2])
+
+
+@pytest.fixture
+def for_two_missing(tmp_path: Path) -> Path:
+    """A network for any contrast of which two may be missing; its image is the mean of what it is given."""
+    config = UNetConfig(40, model_channels=8, channel_mult=(1, 1), groups=4, targets=4, regression=True)
+    path = tmp_path / "any.safetensors"
+    checkpoint.save(path, UNet(config), Record(modality=ANY, most_missing=2, sampler="ddim", steps=2))
+    return path
+
+
+def test_several_missing_modalities_are_each_made_from_the_others(
+    phantoms: Path, for_two_missing: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    source = sorted(phantoms.iterdir())[0]
+    (link_case(source, tmp_path / "in", "t1n", "two") / "two-t2f.nii.gz").unlink()
+    out, report = tmp_path / "out", tmp_path / "report"
+    result = shell(tmp_path / "in", out, for_two_missing, "--report_path", str(report))
+    assert result.returncode == 0, result.stderr
+    assert names(out) == ["two-t1n.nii.gz", "two-t2f.nii.gz"]
+    assert {"two-t1n.json", "two-t2f.json", "report.html"} <= set(names(report))
+    folder = find_cases(tmp_path / "in")[0]
+    synthesizer = Synthesizer(for_two_missing, load_settings(None, FAST[:1]), device="cpu")
+    for modality in folder.missing:
+        alone = synthesizer(replace(folder, chosen=modality))
+        np.testing.assert_array_equal(nib.load(out / f"two-{modality}.nii.gz").get_fdata(), np.rint(alone.volume))
+    again = shell(tmp_path / "in", out, for_two_missing)
+    assert again.stderr.count("is there already") == 2
+    with pytest.raises(CaseError, match="2 modalities are missing, the weights were trained for 1"):
+        Synthesizer(weights_folder, device="cpu")(replace(folder, chosen="t1n"))
+
+
+def test_more_missing_than_the_weights_know_fails_alone(phantoms: Path, for_two_missing: Path, tmp_path: Path) -> None:
+    source = sorted(phantoms.iterdir())[0]
+    one = link_case(source, tmp_path / "in", "t1n", "one")
+    three = link_case(source, tmp_path / "in", "t1n", "three")
+    for modality in ("t1c", "t2w"):
+        (three / f"three-{modality}.nii.gz").unlink()
+    result = shell(tmp_path / "in", tmp_path / "out", for_two_missing)
+    assert result.returncode == 1
+    assert "three: expected exactly one missing modality, found t2f" in result.stderr
+    assert names(tmp_path / "out") == [f"{one.name}-t1n.nii.gz"]
 
 
 def test_one_bad_case_does_not_take_the_others_down(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from cwdm import __version__
 from cwdm.brats import find_cases, output_name, read_case, read_volume, write_nifti, write_volume
 from cwdm.cli import app
-from cwdm.complete import complete_cases
+from cwdm.complete import Completed, complete_cases
 from cwdm.errors import InputError
 
 
@@ -35,12 +35,12 @@ def test_completed_folders(cohort: Path, synthesised: Path, tmp_path: Path, copy
     before = tree(cohort), tree(synthesised)
     out = tmp_path / "complete"
     done = list(complete_cases(cohort, synthesised, out, copy))
-    assert [(one.case, one.modality, one.reason) for one in done] == [
-        (folder.name, *folder.missing, "") for folder in find_cases(cohort)
+    assert [(one.case, one.modalities, one.reason) for one in done] == [
+        (folder.name, folder.missing, "") for folder in find_cases(cohort)
     ]
     for folder in find_cases(out):
         assert folder.missing == ()
-        modality = next(one.modality for one in done if one.case == folder.name)
+        (modality,) = next(one.modalities for one in done if one.case == folder.name)
         image = synthesised / output_name(folder.name, modality)
         record = json.loads((folder.folder / f"{folder.name}-synthesised.json").read_text())
         assert record["program"] == f"cwdm {__version__}"
@@ -91,9 +91,22 @@ def test_cases_that_miss_nothing_or_too_much(cohort: Path, phantoms: Path, synth
     (cohort / first.name / name).symlink_to(phantoms / first.name / name)
     second.files["t1c"].unlink()
     reasons = [one.reason for one in complete_cases(cohort, synthesised, tmp_path / "out")]
-    assert "found nothing missing" in reasons[0]
-    assert "found t1c, t2f missing" in reasons[1]
+    assert "found all four" in reasons[0]
+    assert "expected its synthesised t1c" in reasons[1]
     assert reasons[2] == ""
+
+
+def test_several_missing_modalities_are_put_in_together(cohort: Path, synthesised: Path, tmp_path: Path) -> None:
+    second = find_cases(cohort)[1]
+    (lost,) = second.missing
+    second.files["t1c"].unlink()
+    image = synthesised / output_name(second.name, lost)
+    (synthesised / output_name(second.name, "t1c")).write_bytes(image.read_bytes())
+    assert list(complete_cases(cohort, synthesised, tmp_path / "out"))[1] == Completed(second.name, ("t1c", lost))
+    assert find_cases(tmp_path / "out")[1].missing == ()
+    record = json.loads((tmp_path / "out" / second.name / f"{second.name}-synthesised.json").read_text())
+    assert [one["modality"] for one in record["synthesised"]] == ["t1c", lost]
+    assert sorted(record["originals"]) == ["t1n", "t2w"]
 
 
 def test_a_synthesised_image_must_be_sound(cohort: Path, synthesised: Path, tmp_path: Path) -> None:
