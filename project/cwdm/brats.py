@@ -320,7 +320,7 @@ def _target(folder: CaseFolder) -> str:
     missing = ", ".join(folder.missing) or "nothing"
     advice = "take the one to be synthesised away"
     if folder.missing:
-        advice = "add the others, or take weights that were trained with so many missing"
+        advice = "add the others, or choose a target and take weights that were trained with so many missing"
     raise CaseError(
         folder.name,
         f"expected exactly one missing modality, found {there} with {missing} missing; {advice}",

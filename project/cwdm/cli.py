@@ -141,6 +141,7 @@ def infer(
         Path | None,
         typer.Option("--report_path", "--report-path", help="Folder for report.html and JSON records."),
     ] = None,
+    page: Annotated[bool, typer.Option("--page/--no-page", hidden=True, help="Write report.html at the end.")] = True,
     settings: Annotated[
         list[str] | None,
         typer.Argument(metavar="[KEY=VALUE]...", help="Settings that override the file, as sampler.steps=10."),
@@ -166,8 +167,9 @@ def infer(
             check_apart(written, kept)
     if report_path:
         check_apart(report_path, output_path)  # whoever scores the output folder opens every file in it
-    count = count_workers(devices or "1", device.value)
-    if count > 1 and ray is None:
+    # A cluster's GPUs are not this machine's.
+    count = count_workers(devices or "1", device.value) if ray is None else 1
+    if count > 1:
         named: dict[str, object] = {
             "data_path": data_path,
             "output_path": output_path,
@@ -176,8 +178,11 @@ def infer(
         }
         named |= {"parameters_file": parameters_file, "device": device.value}
         given = [f"--{name}={value}" for name, value in named.items() if value is not None]
-        given += ["--overwrite"] if overwrite else []
-        raise typer.Exit(run_workers([*given, *(settings or ())], count, place(shard), has_gpus(device.value)))
+        given += ["--overwrite", "--no-page"] if overwrite else ["--no-page"]
+        code = run_workers([*given, *(settings or ())], count, place(shard), has_gpus(device.value))
+        if report_path and page and code < 2:
+            _report_on_run(report_path, data_path, output_path, CohortProgress(0).log)
+        raise typer.Exit(code)
     folders = share(folders, shard)
     progress = CohortProgress(len(folders))
     if loaded.samples > 1 and not report_path:
@@ -198,13 +203,14 @@ def infer(
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     skipped = sum(outcome.status == "skipped" for outcome in outcomes)
     done = len(outcomes) - len(failed)
-    counts = [f"{done} of {len(outcomes)} cases are in {output_path}"]
+    several = len(outcomes) > len({outcome.case for outcome in outcomes})  # of a case
+    counts = [f"{done} of {len(outcomes)} {'volumes' if several else 'cases'} are in {output_path}"]
     counts += [f"{skipped} of them from before (--overwrite makes them again)"] if skipped else []
     counts += [f"{len(failed)} FAILED"] if failed else []
     progress.log(", ".join(counts))
     for outcome in failed:
-        progress.log(f"  {outcome.case}: {outcome.reason}")
-    if report_path:
+        progress.log(f"  {outcome.case}{f' {outcome.modality}' if several else ''}: {outcome.reason}")
+    if report_path and page:
         _report_on_run(report_path, data_path, output_path, progress.log)
     if failed:
         raise typer.Exit(1)
@@ -215,9 +221,10 @@ def _infer_on_ray(
 ) -> "list[Outcome]":
     try:
         from cwdm.ray_cohort import Work, synthesise_on_ray
+        from cwdm.workers import count_workers
     except ModuleNotFoundError as error:
         raise CwdmError(f"{error.name} is missing; pip install 'cwdm[ray]' brings what --ray needs") from error
-    workers = int(devices) if devices and devices != "all" else None
+    workers = None if devices in (None, "all") else count_workers(str(devices), "cpu")
     return synthesise_on_ray(folders, Work(*work), progress, None if address == "local" else address, workers)
 
 

@@ -7,7 +7,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import chain, groupby, pairwise
 from pathlib import Path
@@ -195,7 +195,8 @@ class _Run:
             if self.report:
                 made_by = self.synthesizer.describe(modality)
                 places = {"input": str(folder.folder.absolute()), "output": str(path.absolute())}
-                record = {"program": PROGRAM, "synthesised": True, **asdict(outcome), **places, **made_by}
+                whole = {**asdict(outcome), **places, "given": list(case.volumes), **made_by}
+                record = {"program": PROGRAM, "synthesised": True, **whole}
                 write_json(self.report / f"{name}.json", record)
                 if result.spread is not None:
                     write_volume(self.report / f"{name}-spread.nii.gz", result.spread, case, native=False)
@@ -253,11 +254,11 @@ def _target(folder: CaseFolder) -> str:
 
 
 def _tasks(folder: CaseFolder, synthesizer: Synthesizer) -> list[CaseFolder]:
-    """A case once for each volume to be made; weights that cannot be used fail later, with their cases."""
+    """A case once for each volume to be made; weights that cannot be used fail later, each with its cases."""
     try:
         return synthesizer.tasks(folder)
     except CwdmError:
-        return [folder]
+        return [replace(folder, chosen=modality) for modality in folder.missing]
 
 
 def outcome_line(outcome: Outcome) -> str:

@@ -94,7 +94,8 @@ for _region, _name in REGIONS.items():
         f"dice_{_region}": Figure(
             f"Dice, {_name}",
             True,
-            "of the segmentations of the completed case and of the true one; 1 if both are empty",
+            "of the segmentations of the true case with this image in place of its own, and as it is; 1 if both are "
+            "empty",
         ),
         f"hd95_{_region}": Figure(
             f"HD95, {_name} (mm)",

@@ -22,7 +22,7 @@ from rich.console import Console
 from cwdm.brats import CaseFolder
 from cwdm.cohort import Outcome, outcome_line, synthesise_cohort
 from cwdm.config import Settings
-from cwdm.errors import CwdmError, OutputError
+from cwdm.errors import CwdmError
 from cwdm.progress import CohortProgress
 from cwdm.synthesis import DeviceName, Synthesizer
 
@@ -47,12 +47,14 @@ class _Worker:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.synthesizer = Synthesizer(work.weights, work.settings, work.device)
+        self.synthesizer: Synthesizer | None = None
 
-    def run(self, folder: CaseFolder) -> list[Outcome] | OutputError:
-        """Synthesise one case; an OutputError is given back, because no other case could be written either."""
+    def run(self, folder: CaseFolder) -> list[Outcome] | CwdmError:
+        """Synthesise one case; what no other case could do without either (weights, output) is given back."""
         work, quiet = self.work, CohortProgress(1, Console(quiet=True))
         try:
+            # Not when the worker starts, where Ray would hide the reason.
+            self.synthesizer = self.synthesizer or Synthesizer(work.weights, work.settings, work.device)
             return synthesise_cohort(
                 [folder],
                 self.synthesizer,
@@ -61,7 +63,7 @@ class _Worker:
                 report=work.report,
                 progress=quiet,
             )
-        except OutputError as error:
+        except CwdmError as error:
             return error
 
 
@@ -81,7 +83,7 @@ def synthesise_on_ray(
         workers: how many; None for one a GPU, or where there is none one for every four cores.
 
     Raises:
-        CwdmError: no cluster at the address, or the workers do not start.
+        CwdmError: no cluster at the address, or no worker there can use the weights or the device.
         OutputError: an output folder cannot be written or is full.
     """
     _join(address)
@@ -169,9 +171,9 @@ class _Pool:
         else:
             self.end([Outcome(folder.name, folder.target, "failed", f"{reason}, {ATTEMPTS} times")])
 
-    def end(self, outcomes: list[Outcome] | OutputError) -> None:
+    def end(self, outcomes: list[Outcome] | CwdmError) -> None:
         """What became of a case, which may be several volumes."""
-        if isinstance(outcomes, OutputError):
+        if isinstance(outcomes, CwdmError):
             raise outcomes
         self.total += len(outcomes) - 1
         self.progress.expect(self.total)

@@ -318,7 +318,8 @@ def _made(entries: Iterable[Entry]) -> Iterator[_Made]:
         record = alike[0].record
         assert record
         modalities = sorted({entry.modality for entry in alike})
-        cases = "1 case" if len(alike) == 1 else f"{len(alike)} cases"
+        count = len({entry.case for entry in alike})
+        cases = "1 case" if count == 1 else f"{count} cases"
         steps = len(record.timesteps)
         yield _Made(
             modalities=f"{', '.join(modalities)} of {cases}",

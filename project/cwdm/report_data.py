@@ -1,5 +1,6 @@
 """What a report is made from: the JSON records of runs and cases, and the volumes that they speak of."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,6 +69,7 @@ class CaseRecord(OutcomeRecord):
     program: str = ""
     input: str = ""
     output: str = ""
+    given: list[Literal[MODALITIES]] = []  # type: ignore[valid-type]
     weights: WeightsRecord = WeightsRecord()
     weights_record: dict[str, Any] = {}
     sampler: str = ""
@@ -142,7 +144,7 @@ def read_records(folder: Path) -> Records:
     except OSError as error:
         raise InputError(f"the report folder {folder} cannot be read: {error.strerror}") from error
     faults: list[str] = []
-    run_paths = [path for path in paths if path.name.startswith("run-2")]
+    run_paths = [path for path in paths if re.fullmatch(r"run-\d{8}T\d{6}\.\d+-\d+\.json", path.name)]
     runs = sorted(_read_all(RunRecord, run_paths, faults), key=lambda run: run.started)
     cases = list(_read_all(CaseRecord, [path for path in paths if path not in set(run_paths)], faults))
     if not runs and not cases:
@@ -243,7 +245,7 @@ def read_shown(entry: Entry, places: Places) -> Shown:
     Raises:
         CwdmError: one that is needed is not there or cannot be used.
     """
-    case = read_case(_without(_input_folder(entry, places), entry.modality))
+    case = read_case(_as_given(_input_folder(entry, places), entry))
     to_lps = Orientation.to(ORIENTATION, case.affine) if case.has_orientation else Orientation.identity()
     mask = to_lps.apply(brain_mask(case.volumes.values()))
     shape = next(iter(case.volumes.values())).shape
@@ -301,9 +303,12 @@ def _unit(volume: Volume, shown: Any) -> Volume:
         return shown(np.zeros_like(volume))
 
 
-def _without(folder: CaseFolder, modality: str) -> CaseFolder:
-    others = {name: path for name, path in folder.files.items() if name != modality}
-    return replace(folder, files=others, chosen=modality)
+def _as_given(folder: CaseFolder, entry: Entry) -> CaseFolder:
+    """The case with the contrasts that its image was made from; the folder may hold more by now."""
+    given = entry.record.given if entry.record else []
+    names = given or [name for name in folder.files if name != entry.modality]
+    files = {name: path for name, path in folder.files.items() if name in names}
+    return replace(folder, files=files, chosen=entry.modality)
 
 
 def _input_folder(entry: Entry, places: Places) -> CaseFolder:

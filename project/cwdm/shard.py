@@ -19,8 +19,8 @@ def share(items: Sequence[T], shard: str, environment: Mapping[str, str] = os.en
 def place(shard: str, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """i and n of a shard "i/n", i from 0 to n - 1, or "auto": the place among a scheduler's jobs.
 
-    "auto" reads a Slurm job array, else Slurm's tasks, else Kubernetes' JOB_COMPLETION_INDEX with JOB_COMPLETIONS,
-    which the job's file has to set.
+    "auto" reads Slurm's job array and tasks, else Kubernetes' JOB_COMPLETION_INDEX with JOB_COMPLETIONS, which the
+    job's file has to set.
 
     Raises:
         InputError: not such a shard, or no scheduler where "auto" was asked for.
@@ -36,16 +36,32 @@ def _parse(shard: str) -> tuple[int, int]:
 
 
 def _of_scheduler(environment: Mapping[str, str]) -> tuple[int, int]:
-    first = environment.get("SLURM_ARRAY_TASK_MIN", "0")
-    for index, size in (
-        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"),
-        ("SLURM_PROCID", "SLURM_NTASKS"),
-        ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"),
-    ):
-        if index in environment and size in environment:
-            offset = int(first) if index == "SLURM_ARRAY_TASK_ID" else 0
-            return _parse(f"{int(environment[index]) - offset}/{environment[size]}")
-    raise InputError(
-        "--shard auto: no Slurm job array (SLURM_ARRAY_TASK_ID, _COUNT), Slurm tasks (SLURM_PROCID, SLURM_NTASKS) or "
-        "Kubernetes job (JOB_COMPLETION_INDEX, JOB_COMPLETIONS); give i/n"
-    )
+    places = [
+        _parse(f"{int(environment[index]) - offset}/{environment[size]}")
+        for index, size, offset in (
+            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", _start_of_array(environment)),
+            ("SLURM_PROCID", "SLURM_NTASKS", 0),
+            ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS", 0),
+        )
+        if index in environment and size in environment
+    ]
+    if not places:
+        raise InputError(
+            "--shard auto: no Slurm job array (SLURM_ARRAY_TASK_ID, _COUNT), Slurm tasks (SLURM_PROCID, SLURM_NTASKS) "
+            "or Kubernetes job (JOB_COMPLETION_INDEX, JOB_COMPLETIONS); give i/n"
+        )
+    index, count = places[0]
+    for inner, size in places[1:]:  # the tasks of each job of an array share its cases
+        index, count = index * size + inner, count * size
+    return index, count
+
+
+def _start_of_array(environment: Mapping[str, str]) -> int:
+    """The first number of a Slurm job array, which must have no gaps: a gap's cases would be nobody's."""
+    first, last, count = (int(environment.get(f"SLURM_ARRAY_TASK_{name}", 0)) for name in ("MIN", "MAX", "COUNT"))
+    if "SLURM_ARRAY_TASK_MAX" in environment and last - first + 1 != count:
+        raise InputError(
+            f"--shard auto: the job array has {count} jobs from {first} to {last}, and the cases of those left out "
+            "would be nobody's; give i/n, or an array without gaps such as 0-7"
+        )
+    return first

@@ -152,23 +152,31 @@ class Synthesizer:
         self._loaded: Checkpoint | None = None
         self._modality = ""
 
-    def __call__(self, case: CaseFolder | Path | str, on_step: Callable[[], None] = lambda: None) -> Synthesis:
-        """Read a case folder and synthesise what is missing; `on_step` is called after every network evaluation.
+    def __call__(
+        self, case: CaseFolder | Path | str, on_step: Callable[[], None] = lambda: None, target: str = ""
+    ) -> Synthesis:
+        """Read a case folder and synthesise what is missing.
+
+        Args:
+            on_step: called after every network evaluation.
+            target: which modality, where several are missing.
 
         Raises:
             CaseError: the case cannot be used.
             WeightsError: there are no usable weights for the missing contrast.
         """
         folder = case if isinstance(case, CaseFolder) else case_folder(Path(case))
-        prepared = self.prepare(read_case(folder))
+        prepared = self.prepare(read_case(replace(folder, chosen=target) if target else folder))
         return self.finish(prepared, self.sample(prepared, on_step))
 
     def tasks(self, folder: CaseFolder) -> list[CaseFolder]:
         """The case, or itself once for each missing modality if the weights were trained with so many missing."""
         several = folder.problem is None and not folder.chosen and len(folder.missing) > 1
-        if not several or len(folder.missing) > read_record(find(self.weights, folder.missing[0])).most_missing:
+        if not several:
             return [folder]
-        return [replace(folder, chosen=modality) for modality in folder.missing]
+        known = [read_record(find(self.weights, modality)).most_missing for modality in folder.missing]
+        enough = len(folder.missing) <= min(known)
+        return [replace(folder, chosen=modality) for modality in folder.missing] if enough else [folder]
 
     def load(self, modality: str) -> Checkpoint:
         """The checkpoint that synthesises `modality`, ready on the device; only the last one stays in memory."""

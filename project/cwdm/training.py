@@ -149,11 +149,12 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
     _together(fabric, lambda: _decode_all(cache, mine, fabric.is_global_zero))
     torch.manual_seed(settings.seed)
     model = UNet(settings.unet())
-    if model.config.regression and not resume:
+    if model.config.regression:  # a state that is resumed replaces it, but there may be none
         model.regression.fit(_examples(_samples(settings, subjects, cache), settings))
     ema = copy.deepcopy(model).requires_grad_(False).eval().to(fabric.device)
     layout = torch.channels_last_3d if fabric.device.type == "cuda" else torch.contiguous_format
-    model.to(memory_format=layout)  # type: ignore[call-overload]
+    # Before the optimiser: a sharded one takes the device of its processes' messages from its parameters.
+    model.to(fabric.device, memory_format=layout)  # type: ignore[call-overload]
     if settings.recompute:
         for block in model.modules():
             if isinstance(block, ResBlock):
@@ -463,8 +464,9 @@ class _Run:
         if not finite or (self.log.bad_in_a_row and not last):
             self.log.say(f"warning: weights or gradient not finite at step {self.step}, nothing saved")
             return
+        # Sharded moments are brought together from all processes, so nothing may fail in one of them before.
+        moments = self.optimiser.state_dict().get("state", {})
         self._save_weights(self.settings.out / "newest")
-        moments = self.optimiser.state_dict().get("state", {})  # brought together from all processes if sharded
         if not self.fabric.is_global_zero:
             return
         folder = self.settings.out / "states"
@@ -482,6 +484,7 @@ class _Run:
         keep = self.settings.model_dump(
             mode="json", include={"network", "optimiser", "loss", "seed", "value_range", "precision"}
         )
+        del keep["optimiser"]["sharded"]  # states are whole, and whoever runs out of memory may switch it on
         data = self.settings.data.model_dump(mode="json", exclude={"path", "validation_path", "cache", "workers"})
         return {"settings": {**keep, "data": data}, "cases": [subject.name for subject in self.subjects]}
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -25,6 +24,7 @@ from cwdm.cli import app, main
 from cwdm.cohort import synthesise_cohort
 from cwdm.config import load_settings
 from cwdm.errors import CaseError
+from cwdm.report_data import Places, read_records, read_shown
 from cwdm.unet import UNet, UNetConfig
 
 CWDM = [sys.executable, "-m", "cwdm"]
@@ -239,12 +239,15 @@ def test_several_missing_modalities_are_each_made_from_the_others(
     folder = find_cases(tmp_path / "in")[0]
     synthesizer = Synthesizer(for_two_missing, load_settings(None, FAST[:1]), device="cpu")
     for modality in folder.missing:
-        alone = synthesizer(replace(folder, chosen=modality))
+        alone = synthesizer(folder, target=modality)
         np.testing.assert_array_equal(nib.load(out / f"two-{modality}.nii.gz").get_fdata(), np.rint(alone.volume))
+    link_case(source, tmp_path / "complete", "", "two")  # by the time of the report more contrasts may be there
+    shown = read_shown(read_records(report).entries[0], Places(report, tmp_path / "complete", out))
+    assert set(shown.conditions) == {"t1c", "t2w"}
     again = shell(tmp_path / "in", out, for_two_missing)
     assert again.stderr.count("is there already") == 2
     with pytest.raises(CaseError, match="2 modalities are missing, the weights were trained for 1"):
-        Synthesizer(weights_folder, device="cpu")(replace(folder, chosen="t1n"))
+        Synthesizer(weights_folder, device="cpu")(folder, target="t1n")
 
 
 def test_more_missing_than_the_weights_know_fails_alone(phantoms: Path, for_two_missing: Path, tmp_path: Path) -> None:

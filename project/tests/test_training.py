@@ -144,11 +144,12 @@ def test_the_loss_that_is_logged_is_the_published_one(small: Path, tmp_path: Pat
 
 
 def test_stopped_killed_and_resumed_run_ends_with_the_same_weights(small: Path, tmp_path: Path) -> None:
-    train(settings(small, tmp_path / "whole", "steps=100"))
+    changes = ["steps=100", "network.regression=true"]
+    train(settings(small, tmp_path / "whole", *changes))
     out = tmp_path / "stopped"
     for kind in (signal.SIGTERM, signal.SIGKILL):
         before = newest_state(out)
-        command = [*COMMAND, str(small), f"out={out}", "steps=100", "data.workers=1", "--resume"]
+        command = [*COMMAND, str(small), f"out={out}", *changes, "data.workers=1", "--resume"]
         process = subprocess.Popen(command, stderr=subprocess.PIPE, start_new_session=True)
         while process.poll() is None and newest_state(out) == before:
             time.sleep(0.005)
@@ -156,8 +157,10 @@ def test_stopped_killed_and_resumed_run_ends_with_the_same_weights(small: Path, 
         process.communicate(timeout=60)
         assert process.returncode == (128 + kind if kind == signal.SIGTERM else -kind)
     assert newest_state(out) < "000000100"
-    train(settings(small, out, "steps=100"), resume=True)
+    train(settings(small, out, *changes), resume=True)
     assert_same_weights(tmp_path / "whole", out)
+    deviation = weights_of(out)["model.regression.deviation"]
+    assert (deviation != 1).all()  # fitted although the first start was a --resume
 
 
 def test_a_damaged_state_is_passed_over(small: Path, tmp_path: Path) -> None:
@@ -243,7 +246,7 @@ def test_sharded_states_are_saved_whole_and_taken_up_again(small: Path, tmp_path
     for name, tensor in weights_of(tmp_path / "run").items():
         assert torch.equal(tensor, whole[name])
     newest.unlink()
-    train(settings(small, tmp_path / "run", "optimiser.sharded=true", "save_every=2"), resume=True)  # one process
+    train(settings(small, tmp_path / "run", "save_every=2"), resume=True)  # one process
     for name, tensor in weights_of(tmp_path / "run").items():
         torch.testing.assert_close(tensor, whole[name], atol=2e-4, rtol=1e-3)
 
