@@ -72,12 +72,15 @@ def pack(run: Path, sampler: str | None = None, steps: int | None = None) -> Non
 
 @app.command()
 def compare(
-    cases: Path, train: Annotated[Path, typer.Option(help="Training phantoms, for the regression.")], most: int = 20
+    cases: Path,
+    train: Annotated[Path, typer.Option(help="Training phantoms, for the regression.")],
+    settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As sampler.steps=5.")] = None,
+    most: int = 20,
 ) -> None:
     """A row a contrast: nearest contrast, linear regression, bundled weights."""
     print_hardware()
     folders = find_cases(cases)[:most]
-    synthesizer = Synthesizer(BUNDLED, load_settings(None, ["output.intensity=unit"]), "cpu")
+    synthesizer = Synthesizer(BUNDLED, load_settings(None, ["output.intensity=unit", *(settings or ())]), "cpu")
     training = find_cases(train)
     fits = fit_regressions(training[:: max(1, len(training) // FIT_CASES)])
     scores: dict[tuple[str, str], list[tuple[float, float, float]]] = defaultdict(list)
@@ -109,7 +112,8 @@ def compare(
         cells = (f"{a:.2f} dB  {b:.3f}" for a, b, _ in means)
         table.add_row(target, *cells, f"{mean(seconds[target]):.1f}")
         fitted_table.add_row(target, *(f"{c:.2f} dB" for _, _, c in means))
-    print(f"{len(folders)} cases of {cases}, {synthesizer.plan(synthesizer.load('t1n'))[0]}")
+    sampler, timesteps = synthesizer.plan(synthesizer.load("t1n"))
+    print(f"{len(folders)} cases of {cases}, {sampler}, {len(timesteps)} steps")
     Console(width=110).print(table)
     Console(width=110).print(fitted_table)
 

@@ -175,18 +175,18 @@ class Regression(nn.Module):
         return seen, expected + prior.to(x.dtype) * told, (prior * ((1 - alpha_bar) / total).sqrt()).to(x.dtype)
 
     @torch.no_grad()
-    def fit(self, examples: Iterable[tuple[Tensor, Tensor, int]]) -> None:
-        """Least squares over the voxels at which any condition is not 0.
+    def fit(self, examples: Iterable[tuple[Tensor, Tensor, Tensor, int]]) -> None:
+        """Least squares.
 
         Args:
-            examples: conditions (given, X, Y, Z), what should come out (out, X, Y, Z), the target's number.
+            examples: conditions (given, X, Y, Z), what should come out (out, X, Y, Z), where to learn from it, bool
+                (X, Y, Z), and the target's number.
         """
         targets, out, given = self.weight.shape
         # Products of conditions, a constant and what should come out, each with each.
         sums = torch.zeros(targets, given + 1 + out, given + 1 + out, dtype=torch.float64)
         voxels = torch.zeros(given, dtype=torch.float64)
-        for conditions, wanted, target in examples:
-            inside = conditions.any(0)
+        for conditions, wanted, inside, target in examples:
             x = F.pad(conditions[:, inside].double(), (0, 0, 0, 1), value=1.0)
             rows = torch.cat((x, wanted[:, inside].double()))
             sums[target] += rows @ rows.mT

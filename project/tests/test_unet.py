@@ -192,7 +192,8 @@ def test_regression_fit_finds_a_linear_map_and_its_errors() -> None:
             torch.einsum("oi,ixyz->oxyz", truth[target, :, :32], conditions) + truth[target, :, 32, None, None, None]
         )
         wanted += torch.randn(wanted.shape) * spread[target, :, None, None, None]
-        examples.append((conditions, wanted * conditions.any(0), target))
+        inside = conditions.any(0)
+        examples.append((conditions, wanted * inside, inside, target))
     model = UNet(config)
     model.regression.fit(examples)
     torch.testing.assert_close(model.regression.weight, truth[..., :32], rtol=0.05, atol=0.05)
@@ -206,7 +207,7 @@ def test_regression_fit_of_exact_or_absent_examples_stays_finite() -> None:
     model = UNet(UNetConfig(in_channels=16, targets=2, regression=True, **VOXEL))
     conditions = torch.randn(8, 6, 5, 4)
     conditions[3] = 0
-    model.regression.fit([(conditions, 2 * conditions, 1)])
+    model.regression.fit([(conditions, 2 * conditions, torch.ones(6, 5, 4, dtype=torch.bool), 1)])
     assert all(parameter.isfinite().all() for parameter in model.regression.parameters())
     torch.testing.assert_close(model.regression.deviation[0], torch.ones(8))
     assert 0 < model.regression.deviation[1].min() <= model.regression.deviation[1].max() < 0.01
