@@ -134,8 +134,8 @@ class UNet(nn.Module):
 class Regression(nn.Module):
     """What a linear Gaussian model knows of the clean coefficients, voxel by voxel; the network learns the rest.
 
-    Given the conditions c, it takes the target's coefficients for W c + b plus normal errors of each band's own
-    `deviation`. The noisy coefficients then tell as much more as Bayes' rule allows: nothing among pure noise,
+    Given the conditions c, it takes the target's coefficients for W c + b, or 0 where all conditions are, plus normal
+    errors of each band's own `deviation`. The noisy coefficients then tell as much more as Bayes' rule allows: nothing among pure noise,
     everything at the end. The network sees them, as it sees the conditions, in units of their spread, and answers in
     standard deviations that are still left (after the preconditioning of Karras et al., 2022). Until `fit`, which
     nothing trains on, W c is the conditions' mean and every spread 1.
@@ -166,6 +166,7 @@ class Regression(nn.Module):
         number = torch.zeros_like(t) if target is None else target
         weight, bias = self.weight[number], self.bias[number]
         expected = torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
+        expected = expected * conditions.any(1, keepdim=True)  # nothing outside the head
         prior = self.deviation[number][..., None, None, None].float()
         alpha_bar = alpha_bars_on(t.device)[t][:, None, None, None, None]
         total = alpha_bar * prior**2 + 1 - alpha_bar

@@ -13,7 +13,7 @@ from cwdm.checkpoint import Record
 from cwdm.cohort import synthesise_cohort
 from cwdm.config import load_settings
 from cwdm.drop import drop_modalities
-from cwdm.errors import CwdmError, OutputError
+from cwdm.errors import CwdmError, OutputError, WeightsError
 from cwdm.progress import CohortProgress
 from cwdm.synthesis import Synthesizer
 from cwdm.untrained import write_untrained
@@ -88,3 +88,9 @@ def test_an_output_that_cannot_be_written_ends_the_run(work: Work, cases: Path, 
     (file := tmp_path / "file").touch()
     with pytest.raises(OutputError):
         synthesise_on_ray(find_cases(cases), Work(work.weights, work.settings, "cpu", file), CohortProgress(1))
+
+
+def test_weights_that_are_not_there_end_the_run_with_the_reason(cases: Path, tmp_path: Path) -> None:
+    work = Work(tmp_path / "none", load_settings(None, []), "cpu", tmp_path / "output")
+    with pytest.raises(WeightsError, match="no weights at"):
+        synthesise_on_ray(find_cases(cases), work, CohortProgress(1))
