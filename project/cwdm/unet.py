@@ -135,10 +135,10 @@ class Regression(nn.Module):
     """What a linear Gaussian model knows of the clean coefficients, voxel by voxel; the network learns the rest.
 
     Given the conditions c, it takes the target's coefficients for W c + b, or 0 where all conditions are, plus normal
-    errors of each band's own `deviation`. The noisy coefficients then tell as much more as Bayes' rule allows: nothing among pure noise,
-    everything at the end. The network sees them, as it sees the conditions, in units of their spread, and answers in
-    standard deviations that are still left (after the preconditioning of Karras et al., 2022). Until `fit`, which
-    nothing trains on, W c is the conditions' mean and every spread 1.
+    errors of each band's own `deviation`. The noisy coefficients then tell as much more as Bayes' rule allows: nothing
+    among pure noise, everything at the end. The network sees them, as it sees the conditions, in units of their
+    spread, and answers in standard deviations that are still left (after the preconditioning of Karras et al., 2022).
+    Until `fit`, which nothing trains on, W c is the conditions' mean and every spread 1.
     """
 
     def __init__(self, config: UNetConfig) -> None:
