@@ -224,16 +224,16 @@ def test_the_last_run_over_a_case_counts(tmp_path: Path) -> None:
         return {"case": "a", "modality": "t1n", "status": status, **more}
 
     quality = {"verdict": "look", "reasons": ["noisy"], "figures": {}}
-    write("run-20260102T0.json", started="2026-01-02", cases=[outcome("written", quality=quality)])
-    write("run-20260101T0.json", started="2026-01-01", cases=[{"case": "a", "modality": "", "status": "failed"}])
+    write("run-20260102T000000.0-1.json", started="2026-01-02", cases=[outcome("written", quality=quality)])
+    write("run-20260101T000000.0-1.json", started="2026-01-01", cases=[{"case": "a", "modality": "", "status": "failed"}])
     write("a-t1n.json", **outcome("written", quality=quality, warnings=["w"]))
     (entry,) = read_records(tmp_path).entries
     assert (entry.verdict, entry.warnings) == ("look", ("w",))
     skipped = outcome("skipped", warnings=["made with other settings"])
-    write("run-20260103T0.json", started="2026-01-03", cases=[skipped])
+    write("run-20260103T000000.0-1.json", started="2026-01-03", cases=[skipped])
     (entry,) = read_records(tmp_path).entries
     assert (entry.verdict, entry.warnings) == ("look", ("w", "made with other settings"))
-    write("run-20260104T0.json", started="2026-01-04", cases=[outcome("failed", reason="not enough memory")])
+    write("run-20260104T000000.0-1.json", started="2026-01-04", cases=[outcome("failed", reason="not enough memory")])
     (entry,) = read_records(tmp_path).entries
     assert (entry.verdict, entry.reason) == ("failed", "not enough memory")
 
