@@ -19,8 +19,9 @@ demo: $(STAMP)
 
 PYTEST := $(VENV)/bin/python -m pytest -c project/pyproject.toml --rootdir project
 
+# A process a core, each with one thread.
 test: lint
-	$(PYTEST) project/tests -m "not full"
+	OMP_NUM_THREADS=1 $(PYTEST) project/tests -m "not full" --numprocesses 2 --dist worksteal
 
 test-full: $(STAMP)
 	$(PYTEST) project/tests -m full

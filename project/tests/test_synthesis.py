@@ -92,8 +92,8 @@ def test_samples_drawn_at_once_are_those_drawn_alone(sampler: str, case: Path, w
     together.at_once = 2
     one, other = alone(case), together(case, on_step=lambda: steps.append(1))
     assert len(steps) == 20
-    np.testing.assert_allclose(other.volume, one.volume, atol=1e-5)
-    np.testing.assert_allclose(other.spread, one.spread, atol=1e-5)
+    np.testing.assert_allclose(other.volume, one.volume, atol=1e-4)
+    np.testing.assert_allclose(other.spread, one.spread, atol=1e-4)
 
 
 def test_samples_at_once_that_do_not_fit_are_halved(case: Path, weights_folder: Path) -> None:
