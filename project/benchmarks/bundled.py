@@ -1,6 +1,6 @@
 """The weights that come with cwdm: how they were made, and what they are worth.
 
-    python bundled.py train WORK                     # phantoms, training (an hour on 2 idle cores), packing
+    python bundled.py train WORK                     # phantoms, training (1.5 hours on 2 idle cores), packing
     python bundled.py pack RUN                       # newest weights of a run -> cwdm/bundled/any.safetensors
     python bundled.py compare CASES --train WORK/train   # against the nearest contrast and a linear regression
     python bundled.py steps CASES                    # quality by sampler and steps

@@ -131,6 +131,10 @@ class Clients:
     def brats(self, script: str, cwd: Path) -> subprocess.CompletedProcess[str]:
         return self._run(self.brats_bin / "python", "-c", script, cwd=cwd)
 
+    def brats_segmenter(self, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+        # From the package's folder, since this environment has brats alone.
+        return self._run(self.brats_bin / "python", "-m", "cwdm.brats_segmenter", *arguments, cwd=ROOT / "project")
+
     def _run(self, *command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
         path = os.pathsep.join((str(Path(shutil.which(self.engine.client) or "").parent), os.environ["PATH"]))
         environment = {**self.engine.environment, "PATH": path}

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 import nibabel as nib
+import numpy as np
 import pytest
 import yaml
-from conftest import REAL, Clients, assert_same_images, fingerprint, infer_bare, names, readable
+from conftest import CWDM, REAL, Clients, assert_same_images, fingerprint, infer_bare, names, readable
 from engine import ROOT, Engine, build_image
 
 from cwdm.brats import CaseFolder, find_cases
@@ -289,6 +290,42 @@ def test_brats_orchestrator(
     assert_same_images(tmp_path / "out-batch", tmp_path / "want")
     (tmp_path / "out-single/image.nii.gz").replace(tmp_path / "out-single" / name)
     assert_same_images(tmp_path / "out-single", tmp_path / "want")
+
+
+THRESHOLDS = """
+import nibabel
+from pathlib import Path
+for folder in Path("/input").iterdir():
+    image = nibabel.load(next(folder.glob("*-t2f.nii.gz")))
+    voxels = image.get_fdata()
+    labels = (voxels > voxels.max() * 0.5).astype("uint8") * 2
+    nibabel.save(nibabel.Nifti1Image(labels, image.affine), f"/output/{folder.name}.nii.gz")
+"""
+
+
+def test_an_algorithm_of_the_brats_package_segments_what_is_synthesised(
+    engine: Engine, image: str, clients: Clients, cases: Path, expected: Path, tmp_path: Path
+):
+    # The orchestrator's own images are not at hand: one that thresholds t2f takes the place of one of them.
+    (tmp_path / "image").mkdir()
+    (tmp_path / "image/segment.py").write_text(THRESHOLDS)
+    (tmp_path / "image/Dockerfile").write_text(
+        f'FROM {image}\nCOPY --chmod=644 segment.py /segment.py\nENTRYPOINT ["python3", "/segment.py"]\n'
+    )
+    built = engine.docker("build", "--tag=brainles/brats25_gli_ecnu:latest", tmp_path / "image")
+    assert built.returncode == 0, built.stderr
+    completed = [CWDM, "complete", cases, tmp_path / "completed", "--synthesised", expected]
+    assert subprocess.run(completed, capture_output=True).returncode == 0
+    one = min(path for path in (tmp_path / "completed").iterdir() if path.is_dir())
+    output = tmp_path / f"{one.name}-seg.nii.gz"
+    done = clients.brats_segmenter(one, output, "--algorithm=BraTS25_2", "--force-cpu")
+    assert done.returncode == 0, done.stdout + done.stderr
+    t2f, labels = (nib.load(path) for path in (one / f"{one.name}-t2f.nii.gz", output))
+    np.testing.assert_array_equal(labels.get_fdata() == 2, t2f.get_fdata() > t2f.get_fdata().max() * 0.5)
+    np.testing.assert_array_equal(labels.affine, t2f.affine)
+    wrong = clients.brats_segmenter(one, output, "--algorithm=BraTS99_1")
+    assert wrong.returncode == 1
+    assert "BraTS25_2" in wrong.stderr
 
 
 # ---------------------------------------------------------------------------------------------------- when it fails

@@ -225,7 +225,8 @@ def test_the_last_run_over_a_case_counts(tmp_path: Path) -> None:
 
     quality = {"verdict": "look", "reasons": ["noisy"], "figures": {}}
     write("run-20260102T000000.0-1.json", started="2026-01-02", cases=[outcome("written", quality=quality)])
-    write("run-20260101T000000.0-1.json", started="2026-01-01", cases=[{"case": "a", "modality": "", "status": "failed"}])
+    failed = {"case": "a", "modality": "", "status": "failed"}
+    write("run-20260101T000000.0-1.json", started="2026-01-01", cases=[failed])
     write("a-t1n.json", **outcome("written", quality=quality, warnings=["w"]))
     (entry,) = read_records(tmp_path).entries
     assert (entry.verdict, entry.warnings) == ("look", ("w",))
