@@ -1,7 +1,7 @@
 """How well the spread over several samples tells where a synthesis is wrong.
 
     python uncertainty.py calibration.png                        # four phantoms, eight samples, the bundled weights
-    python uncertainty.py calibration.png --weights DIR sampler.name=ddpm sampler.steps=100
+    python uncertainty.py calibration.png --weights DIR sampler.name=ddpm sampler.steps=250
 
 For each contrast of each phantom, in a cube around the tumour: Spearman's rank correlation of the spread with the
 absolute error of the mean (0: the spread tells nothing, 1: it ranks every voxel), the spread itself, and the error. The
@@ -53,7 +53,7 @@ def main(
     weights: str = BUNDLED,
 ) -> None:
     """Print the table and draw the calibration."""
-    chosen = [f"samples={samples}", *(settings or ("sampler.name=ddpm", "sampler.steps=10"))]
+    chosen = [f"samples={samples}", *(settings or ("sampler.name=ddim", "sampler.steps=5"))]
     synthesizer = Synthesizer(weights, load_settings(None, chosen))
     with TemporaryDirectory() as folder:
         paths = write_phantoms(Path(folder), cases, SEED)
