@@ -18,13 +18,14 @@ demo: $(STAMP)
 	$(VENV)/bin/cwdm demo demo
 
 PYTEST := $(VENV)/bin/python -m pytest -c project/pyproject.toml --rootdir project
-
 # A process a core, each with one thread.
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) project/tests --numprocesses 2 --dist worksteal
+
 test: lint
-	OMP_NUM_THREADS=1 $(PYTEST) project/tests -m "not full" --numprocesses 2 --dist worksteal
+	$(PARALLEL) -m "not full"
 
 test-full: $(STAMP)
-	$(PYTEST) project/tests -m full
+	$(PARALLEL) -m full
 
 # Needs Docker, or root on Debian or Ubuntu to install it.
 container-test: $(STAMP)

@@ -87,19 +87,19 @@ def test_mean_and_spread_of_several_samples(case: Path, weights_folder: Path) ->
 @pytest.mark.parametrize("sampler", ["ddpm", "dpmpp"])
 def test_samples_drawn_at_once_are_those_drawn_alone(sampler: str, case: Path, weights_folder: Path) -> None:
     steps: list[int] = []
-    alone = synthesizer(weights_folder, "samples=5", f"sampler.name={sampler}", "output.intensity=unit")
-    together = synthesizer(weights_folder, "samples=5", f"sampler.name={sampler}", "output.intensity=unit")
+    alone = synthesizer(weights_folder, "samples=3", f"sampler.name={sampler}", "output.intensity=unit")
+    together = synthesizer(weights_folder, "samples=3", f"sampler.name={sampler}", "output.intensity=unit")
     together.at_once = 2
     one, other = alone(case), together(case, on_step=lambda: steps.append(1))
-    assert len(steps) == 20
+    assert len(steps) == 12
     np.testing.assert_allclose(other.volume, one.volume, atol=1e-4)
     np.testing.assert_allclose(other.spread, one.spread, atol=1e-4)
 
 
 def test_samples_at_once_that_do_not_fit_are_halved(case: Path, weights_folder: Path) -> None:
-    made = synthesizer(weights_folder, "samples=4")
+    made = synthesizer(weights_folder, "samples=2")
     expected = made(case)
-    made.at_once = 4
+    made.at_once = 2
     network = made.load("t1n").model
 
     def small(module, inputs):
