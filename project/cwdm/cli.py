@@ -290,9 +290,10 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score synthesised images against the true ones: each image, and mean, deviation, median and worst."""
-    from cwdm.evaluate import find_pairs, score_pairs, tables, write_evaluation
+    from cwdm.evaluate import tables, write_evaluation
     from cwdm.files import check_apart
     from cwdm.progress import CohortProgress
+    from cwdm.scoring import find_pairs, score_pairs
     from cwdm.segment import bundle_segmenter, command_segmenter
 
     if segmenter and segmenter_bundle:

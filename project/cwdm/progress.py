@@ -9,26 +9,37 @@ SECONDS_BETWEEN_LINES = 60
 """Where there is no terminal to show a bar."""
 
 
+def to_stderr() -> Console:
+    """Standard output stays clean."""
+    return Console(stderr=True, highlight=False)
+
+
+def bars(console: Console | None = None, shown: bool = True) -> Progress:
+    """Bars with counts and times, which vanish when they are done; none where there is no terminal."""
+    console = console or to_stderr()
+    return Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not (shown and console.is_terminal),
+        transient=True,
+    )
+
+
 class CohortProgress:
     """Two bars, cases and sampling steps, with log lines above them. A context manager.
 
     Args:
         total: number of cases.
-        console: defaults to standard error, so that standard output stays clean.
+        console: defaults to standard error.
     """
 
     def __init__(self, total: int, console: Console | None = None) -> None:
-        self.console = console or Console(stderr=True, highlight=False)
-        self._bars = Progress(
-            TextColumn("{task.description}", markup=False),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self.console,
-            disable=not self.console.is_terminal,
-            transient=True,
-        )
+        self.console = console or to_stderr()
+        self._bars = bars(self.console)
         self._cases = self._bars.add_task("cases", total=total)
         self._steps = self._bars.add_task("steps", total=None)
         self._name, self._done, self._total, self._said = "", 0, 0, time.monotonic()

@@ -27,8 +27,6 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import DataLoader
@@ -40,6 +38,7 @@ from cwdm.diffusion import subband_losses
 from cwdm.errors import CwdmError, SettingsError
 from cwdm.files import check_apart, check_writable, remove_stale, write_atomically, write_json
 from cwdm.metrics import psnr, ssim
+from cwdm.progress import bars
 from cwdm.samplers import SAMPLERS, spaced_timesteps
 from cwdm.synthesis import clamped_denoiser, sample_volume
 from cwdm.train_config import TrainingSettings
@@ -202,20 +201,9 @@ def _examples(samples: Samples, settings: TrainingSettings) -> Iterator[tuple[Te
 
 
 def _decode_all(cache: Cache, subjects: Sequence[Subject], shown: bool) -> None:
-    with _bar(shown) as bar:
+    with bars(shown=shown) as bar:
         for subject in bar.track(subjects, description="decoding"):
             cache.load(subject)
-
-
-def _bar(shown: bool) -> Progress:
-    console = Console(stderr=True, highlight=False)
-    columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(
-        TextColumn("{task.description}", markup=False),
-        *columns,
-        console=console,
-        disable=not (shown and console.is_terminal),
-    )
 
 
 @dataclass
@@ -254,7 +242,7 @@ class _Run:
         heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
         handlers = {number: signal.signal(number, self._stop) for number in heard}
         try:
-            with _bar(self.fabric.is_global_zero) as bar:
+            with bars(shown=self.fabric.is_global_zero) as bar:
                 task = bar.add_task("training", total=settings.steps, completed=self.step)
                 for batches in self._batches():
                     self._one_step(batches)

@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from cwdm.brats import MODALITIES, write_nifti
 from cwdm.cli import app
 from cwdm.errors import CaseError, InputError
-from cwdm.evaluate import FIGURES, Pair, Score, find_pairs, score_pair, score_pairs, summaries, summarise
+from cwdm.evaluate import summaries, summarise
+from cwdm.figures import FIGURES
+from cwdm.scoring import Pair, Score, find_pairs, score_pair, score_pairs
 
 SHAPE = (22, 26, 20)
 AFFINE = np.array([[-1.0, 0, 0, 11], [0, -1.2, 0, 7], [0, 0, 0.9, -30], [0, 0, 0, 1]])

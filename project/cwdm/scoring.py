@@ -1,0 +1,324 @@
+"""The figures of a synthesised image against the true one, for folders of them."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from cwdm import metrics
+from cwdm.brats import MODALITIES, Affine, CaseFolder, Volume, check_same_grid, find_cases, output_name, read_grid
+from cwdm.errors import CaseError, CwdmError, InputError, OutputError, SettingsError
+from cwdm.preprocess import brain_mask, normalise
+from cwdm.segment import Segmenter, labels_of, one_at_a_time, segment_pair
+
+MOST_WORKERS = 8
+"""A pair of full-size volumes takes half a gigabyte; more workers than this hardly help, since the disk is shared."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A synthesised image and what it is held against, not read yet.
+
+    Attributes:
+        truth: the true image; None if there is none, and then `problem` says why.
+        contrasts: the case's other true images, modality -> file.
+        seg: the reference segmentation, if one was asked for.
+        problem: why the pair cannot be scored, found while looking.
+    """
+
+    case: str
+    modality: str
+    prediction: Path
+    truth: Path | None = None
+    contrasts: Mapping[str, Path] = field(default_factory=dict)
+    seg: Path | None = None
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class Score:
+    """The figures of one image.
+
+    Attributes:
+        modality: empty where there is no synthesised image.
+        figures: name -> value; a figure that has no value for this image is left out and `notes` says why.
+        brain: what the brain mask comes from.
+        reason: why there is no score.
+    """
+
+    case: str
+    modality: str
+    figures: dict[str, float] = field(default_factory=dict)
+    brain: str = ""
+    notes: tuple[str, ...] = ()
+    reason: str = ""
+
+    @property
+    def line(self) -> str:
+        """What happened, for the log."""
+        name = f"{self.case}: {self.modality}" if self.modality else self.case
+        if self.reason:
+            return f"{name} FAILED: {self.reason}"
+        notes = "".join(f"\n    note: {note}" for note in self.notes)
+        return f"{name} PSNR {self.figures['psnr']:.2f} dB, SSIM {self.figures['ssim']:.4f}{notes}"
+
+
+def find_pairs(predictions: Path, truth: Path, seg: Path | None = None) -> list[Pair]:
+    """Pair the images of a flat folder with the true ones by their names, sorted; no image is opened.
+
+    A case folder in `truth` of which no image was synthesised is a pair with a problem too: a mean over fewer
+    cases than were asked for would pass unnoticed.
+
+    Args:
+        predictions: flat folder of <case>-<modality>.nii.gz, as `cwdm infer` writes it.
+        truth: folder of case folders, or flat like `predictions`.
+        seg: folder with <case>-seg.nii.gz, flat or in case folders.
+
+    Raises:
+        InputError: a folder is missing or cannot be read, or no image is found.
+    """
+    found = [split for path in _files(predictions) if (split := _split(path))]
+    if not found:
+        raise InputError(
+            f"no synthesised image in {predictions}; expected files such as {output_name('<case>', 'one of')} "
+            f"{', '.join(MODALITIES)}, as 'cwdm infer' writes them"
+        )
+    _files(truth)
+    if seg:
+        _files(seg)
+    try:
+        folders = {folder.name: folder for folder in find_cases(truth)}
+    except InputError:  # flat
+        folders = {}
+    pairs = [_pair(case, modality, path, truth, folders.get(case), seg) for case, modality, path in found]
+    missed = sorted(folders.keys() - {pair.case for pair in pairs})
+    pairs += [Pair(name, "", predictions, problem=f"no synthesised image of it in {predictions}") for name in missed]
+    return sorted(pairs, key=lambda pair: (pair.case, pair.modality))
+
+
+def score_pair(pair: Pair, segmenter: Segmenter | None = None) -> Score:
+    """All figures of one synthesised image.
+
+    Raises:
+        CaseError: a file is missing or damaged, sizes or grids differ, or an image has nothing to compare.
+        SettingsError: the segmenter cannot be run at all.
+    """
+    if pair.truth is None:
+        raise CaseError(pair.case, pair.problem)
+    try:
+        images = _Images.read(pair)
+        figures = {**_paper_figures(images), **_brasyn_figures(images)}
+        notes = tuple(images.notes)
+        if segmenter:
+            files = {**pair.contrasts, pair.modality: pair.truth}
+            figures |= segment_pair(segmenter, pair.case, files, pair.modality, pair.prediction)
+    except InputError as error:
+        raise CaseError(pair.case, str(error)) from error
+    return Score(pair.case, pair.modality, figures, "other contrasts" if pair.contrasts else "true image", notes)
+
+
+def score_pairs(
+    pairs: Sequence[Pair],
+    segmenter: Segmenter | None = None,
+    workers: int | None = None,
+    on_score: Callable[[Score], None] = lambda score: None,
+) -> list[Score]:
+    """The scores of all pairs, in their order; one that cannot be scored carries its reason.
+
+    Args:
+        workers: pairs at a time; None for one a processor, MOST_WORKERS at most. Memory grows with it.
+        on_score: called after each pair, as they finish.
+
+    Raises:
+        SettingsError: the segmenter cannot be run at all.
+    """
+    workers = workers or min(_processors(), MOST_WORKERS)
+    segmenter = one_at_a_time(segmenter) if segmenter else None
+    scores: dict[int, Score] = {}
+    # Threads: reading, filtering and most arithmetic let go of the interpreter, and nothing need be sent to them.
+    with ThreadPoolExecutor(workers, "score") as pool:
+        running = {pool.submit(_score_or_reason, pair, segmenter): index for index, pair in enumerate(pairs)}
+        try:
+            for done in as_completed(running):
+                score = scores[running[done]] = done.result()
+                on_score(score)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [scores[index] for index in range(len(pairs))]
+
+
+# Pairing
+
+
+def _files(folder: Path) -> list[Path]:
+    try:
+        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except FileNotFoundError as error:
+        raise InputError(f"the folder {folder} does not exist; check the path") from error
+    except NotADirectoryError as error:
+        raise InputError(f"{folder} is not a folder; give the folder of images") from error
+    except OSError as error:
+        raise InputError(f"the folder {folder} cannot be read: {error.strerror}") from error
+
+
+def _split(path: Path) -> tuple[str, str, Path] | None:
+    """Case, modality and file, from its name."""
+    for modality in MODALITIES:
+        ending = output_name("", modality)
+        if path.name.endswith(ending) and len(path.name) > len(ending):
+            return path.name.removesuffix(ending), modality, path
+    return None
+
+
+def _pair(case: str, modality: str, path: Path, truth: Path, folder: CaseFolder | None, seg: Path | None) -> Pair:
+    mask, problem = None, ""
+    if seg:
+        mask = _beside_or_inside(seg, case, "seg")
+        problem = "" if mask else f"expected its segmentation {output_name(case, 'seg')} in {seg}, found none; add it"
+    if folder is None:
+        image = truth / output_name(case, modality)
+        if not image.exists():
+            problem = f"expected its true image {image.name} or a case folder {case} in {truth}, found neither"
+        return Pair(case, modality, path, None if problem else image, {}, mask, problem)
+    if folder.problem or modality not in folder.files:
+        problem = folder.problem or f"expected the true {modality} in {folder.folder}, found none; add it"
+    contrasts = {name: file for name, file in folder.files.items() if name != modality}
+    return Pair(case, modality, path, None if problem else folder.files[modality], contrasts, mask, problem)
+
+
+def _beside_or_inside(folder: Path, case: str, ending: str) -> Path | None:
+    name = output_name(case, ending)
+    places = (folder / name, folder / case / name)
+    return next((place for place in places if place.exists()), None)
+
+
+# Scoring
+
+
+@dataclass
+class _Images:
+    """What one image is scored with, read and checked; scaled versions are made when first needed."""
+
+    case: str
+    prediction: Volume
+    truth: Volume
+    brain: metrics.Mask
+    tumour: metrics.Mask | None
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, pair: Pair) -> "_Images":
+        assert pair.truth is not None
+        truth, affine, oriented = read_grid(pair.truth)
+        prediction = _read_like(pair, pair.prediction, truth, affine, oriented)
+        for path, volume in ((pair.prediction, prediction), (pair.truth, truth)):
+            if volume.min() == volume.max():
+                raise CaseError(pair.case, f"{path}: every voxel is {volume.flat[0]:g}; there is nothing to compare")
+        contrasts = (_read_like(pair, path, truth, affine, oriented) for path in pair.contrasts.values())
+        brain = brain_mask(contrasts) if pair.contrasts else truth != 0
+        tumour = None
+        if pair.seg:
+            tumour = labels_of(_read_like(pair, pair.seg, truth, affine, oriented), str(pair.seg)) > 0
+        return cls(pair.case, prediction, truth, brain, tumour)
+
+    @cached_property
+    def brasyn_units(self) -> tuple[Volume, Volume]:
+        return (
+            self.scaled("synthesised", self.prediction, metrics.brasyn_unit),
+            self.scaled("true", self.truth, metrics.brasyn_unit),
+        )
+
+    def scaled(self, which: str, volume: Volume, scale: Callable[[Volume], Volume]) -> Volume:
+        """A volume in [0, 1]; raises CaseError if its percentiles are equal."""
+        try:
+            return scale(volume)
+        except ValueError as error:
+            raise CaseError(self.case, f"the {which} image cannot be scaled: {error}") from error
+
+
+def _read_like(pair: Pair, path: Path, truth: Volume, affine: Affine, oriented: bool) -> Volume:
+    volume, own, has_orientation = read_grid(path)
+    if not (oriented and has_orientation):
+        own = affine  # one of them is a guess: only the shapes can be compared
+    true = "the true image"
+    check_same_grid(pair.case, true, {true: truth, path.name: volume}, {true: affine, path.name: own})
+    return volume
+
+
+def _paper_figures(images: _Images) -> dict[str, float]:
+    prediction = images.scaled("synthesised", images.prediction, lambda volume: normalise(volume)[0])
+    truth = images.scaled("true", images.truth, lambda volume: normalise(volume)[0])
+    prediction[~images.brain] = truth[~images.brain] = 0
+    everywhere = np.ones(truth.shape, np.bool_)
+    try:
+        return {
+            "psnr": metrics.psnr(prediction, truth, everywhere),
+            "mse": metrics.mse(prediction, truth, everywhere),
+            "mae": metrics.mae(prediction, truth, everywhere),
+            "ssim": metrics.ssim(prediction, truth, metrics.interior(truth.shape)),
+            "psnr_brain": metrics.psnr(prediction, truth, images.brain),
+            "ssim_brain": metrics.ssim(prediction, truth, images.brain),
+        }
+    except ValueError as error:
+        raise CaseError(images.case, f"cannot be scored: {error}") from error
+
+
+def _brasyn_figures(images: _Images) -> dict[str, float]:
+    try:
+        prediction, truth = images.prediction, images.truth
+        everywhere = np.ones(truth.shape, np.bool_)
+        span = metrics.value_range((prediction, truth))
+        figures = {"brasyn_2023_ssim": metrics.ssim(prediction, truth, everywhere, span)}
+        if images.tumour is None:
+            return figures
+        return figures | _region_figures(images, images.tumour)
+    except ValueError as error:
+        raise CaseError(images.case, f"cannot be scored by the challenge's rules: {error}") from error
+
+
+def _region_figures(images: _Images, tumour: metrics.Mask) -> dict[str, float]:
+    pair = images.brasyn_units
+    healthy = images.brain & ~tumour
+    figures: dict[str, float] = {}
+    if not tumour.any():
+        images.notes.append("the segmentation holds no tumour, so the figures of the tumour have no value")
+    elif metrics.value_range(volume * tumour for volume in pair) == 0:
+        images.notes.append("both images are 0 all over the tumour, so its SSIM has no value")
+        figures["brasyn_2025_mse_tumour"] = metrics.mse(*pair, tumour)
+    else:
+        figures["brasyn_2024_ssim_tumour"] = metrics.brasyn_ssim(*pair, tumour)
+        figures["brasyn_2025_mse_tumour"] = metrics.mse(*pair, tumour)
+    if not healthy.any():
+        images.notes.append("the segmentation covers the whole brain, so the figures of healthy tissue have no value")
+        return figures
+    figures["brasyn_2024_ssim_healthy"] = metrics.brasyn_ssim(*pair, ~tumour)
+    figures["brasyn_2025_mse_healthy"] = metrics.mse(*pair, healthy)
+    return figures
+
+
+def _score_or_reason(pair: Pair, segmenter: Segmenter | None) -> Score:
+    try:
+        return score_pair(pair, segmenter)
+    except (OutputError, SettingsError):
+        raise
+    except CaseError as error:
+        return Score(pair.case, pair.modality, reason=error.reason)
+    except CwdmError as error:
+        return Score(pair.case, pair.modality, reason=str(error))
+    except MemoryError:
+        return Score(pair.case, pair.modality, reason="not enough memory; give fewer --workers")
+    except Exception as error:  # whatever it is, it must not take the other images down
+        return Score(pair.case, pair.modality, reason=f"unexpected {type(error).__name__}: {error}")
+
+
+def _processors() -> int:
+    """Those that this process may use, which in a container are fewer than the machine has."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not Linux
+        return os.cpu_count() or 1
