@@ -2,15 +2,14 @@
 
 import difflib
 from collections.abc import Iterable
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from cwdm.errors import SettingsError
-from cwdm.samplers import known_sampler
+from cwdm.samplers import falling_timesteps, known_sampler
 
 
 class StrictSettings(BaseModel):
@@ -39,7 +38,7 @@ class SamplerSettings(StrictSettings):
 
     name: Annotated[str, AfterValidator(known_sampler)] | None = None
     steps: int | None = Field(default=None, ge=1, le=1000)
-    timesteps: list[int] | None = None
+    timesteps: Annotated[list[int], AfterValidator(falling_timesteps)] | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -52,16 +51,6 @@ class SamplerSettings(StrictSettings):
         if others:
             raise ValueError(f"preset {preset} says name and steps itself; leave out {', '.join(others)}")
         return PRESETS[preset]
-
-    @field_validator("timesteps")
-    @classmethod
-    def _falling(cls, timesteps: list[int] | None) -> list[int] | None:
-        if timesteps is None:
-            return None
-        falling = all(a > b for a, b in pairwise(timesteps))
-        if not timesteps or not falling or timesteps[0] > 999 or timesteps[-1] < 0:
-            raise ValueError("must be a falling list of whole numbers within 999 to 0, such as [3, 2, 1, 0]")
-        return timesteps
 
 
 class OutputSettings(StrictSettings):

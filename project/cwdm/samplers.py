@@ -99,12 +99,17 @@ def known_sampler(name: str) -> str:
     return name
 
 
+def falling_timesteps(timesteps: Sequence[int]) -> list[int]:
+    """The timesteps as whole numbers; raises ValueError if they are none, do not fall, or leave the schedule."""
+    whole = [int(t) for t in timesteps]
+    if not whole or any(a <= b for a, b in pairwise(whole)) or whole[0] >= TIMESTEPS or whole[-1] < 0:
+        raise ValueError(f"must be a falling list of whole numbers within {TIMESTEPS - 1} to 0, such as [3, 2, 1, 0]")
+    return whole
+
+
 def _steps(timesteps: Sequence[int]) -> Iterator[tuple[int, float, float]]:
     """(t, ᾱ_t, ᾱ of the next timestep), the last ᾱ being 1: no noise left."""
-    timesteps = [int(t) for t in timesteps]
-    falling = all(a > b for a, b in pairwise(timesteps))
-    if not timesteps or not falling or not 0 <= timesteps[-1] <= timesteps[0] < TIMESTEPS:
-        raise ValueError(f"timesteps must fall from at most {TIMESTEPS - 1} to at least 0, got {timesteps}")
+    timesteps = falling_timesteps(timesteps)
     schedule = [float(alpha_bars()[t]) for t in timesteps] + [1.0]
     yield from zip(timesteps, schedule, schedule[1:], strict=False)
 

@@ -141,7 +141,7 @@ def test_spaced_timesteps_of_the_published_shortened_schedule() -> None:
 
 @pytest.mark.parametrize("timesteps", [[], [0, 1], [5, 5], [1000, 0], [3, -1]])
 def test_impossible_timesteps_are_refused(timesteps: list[int]) -> None:
-    with pytest.raises(ValueError, match="must fall"):
+    with pytest.raises(ValueError, match="must be a falling list"):
         ddpm(lambda x, t: x, torch.zeros(1), timesteps)
 
 
