@@ -121,7 +121,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
             raise SettingsError(f"{path}: larger than 1 MiB, which no settings file is")
         if "&" in text and "*" in text:  # aliases, with which a few lines can expand to gigabytes
             _refuse_aliases(path, text)
-        values = yaml.safe_load(text)
+        values = yaml.load(text, _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: the settings cannot be read ({error})") from error
     except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2024-13-45
@@ -131,6 +131,18 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise SettingsError(f"{path}: expected 'key: value' lines, found a {type(values).__name__}")
     return values
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice; YAML forbids it, and PyYAML would take the last without a word."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
+            seen.add(key.value)
+        return super().construct_mapping(node, deep)
 
 
 def _refuse_aliases(path: Path, text: str) -> None:
