@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pywt
 import safetensors
@@ -39,13 +39,16 @@ def orthogonal_wavelet(name: str) -> str:
     return name
 
 
+Edge = Annotated[int, Field(ge=2, le=1024)]
+
+
 class Record(BaseModel):
     """What a network is for and how it came about; the header of our safetensors.
 
     Attributes:
         modality: contrast that a conditional network synthesises, `ANY` for one that is told which of the four;
             None where the file does not say.
-        window: `published`, or `brain` for a network that knows the box around the brain alone.
+        window: voxels that the network was trained on: `published`, a size, or `brain` for the box around the brain.
         value_range: range that the predicted volume is clamped to at every step.
         sampler, steps: what the makers of the weights recommend.
         notice: what every user of the outputs must know, such as "trained on phantoms, not for clinical use".
@@ -56,7 +59,7 @@ class Record(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     modality: str | None = Field(default=None, max_length=64)
-    window: Literal["published", "brain"] = "published"
+    window: Literal["published", "brain"] | tuple[Edge, Edge, Edge] = "published"
     wavelet: str = "haar"
     value_range: tuple[float, float] = (0.0, 1.0)
     sampler: str = "ddpm"
@@ -64,6 +67,13 @@ class Record(BaseModel):
     notice: str = Field(default="", max_length=500)
     most_missing: int = Field(default=1, ge=1, le=3)
     training: dict[str, Any] = Field(default_factory=dict)
+
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """The `data` settings of our training run; empty if the file does not say."""
+        settings = self.training.get("settings")
+        data = settings.get("data") if isinstance(settings, dict) else None
+        return data if isinstance(data, dict) else {}
 
     @field_validator("sampler")
     @classmethod

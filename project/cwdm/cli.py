@@ -161,7 +161,8 @@ def infer(
     from cwdm.workers import count_workers, has_gpus, run_workers
 
     loaded = load_settings(parameters_file, settings or ())
-    folders = find_cases(data_path)
+    # A cluster's workers are not in this folder.
+    folders = find_cases(data_path if ray is None else data_path.absolute())
     for written in filter(None, (output_path, report_path)):
         for kept in (data_path, *(folder.folder for folder in folders)):
             check_apart(written, kept)
@@ -197,9 +198,9 @@ def infer(
             folders, synthesizer, output_path, overwrite=overwrite, report=report_path, progress=progress
         )
     else:
-        outcomes = _infer_on_ray(
-            folders, progress, ray, devices, (weights, loaded, device.value, output_path, overwrite, report_path)
-        )
+        report = report_path.absolute() if report_path else None
+        work = (_for_all(weights), loaded, device.value, output_path.absolute(), overwrite, report)
+        outcomes = _infer_on_ray(folders, progress, ray, devices, work)
     failed = [outcome for outcome in outcomes if outcome.status == "failed"]
     skipped = sum(outcome.status == "skipped" for outcome in outcomes)
     done = len(outcomes) - len(failed)
@@ -214,6 +215,13 @@ def infer(
         _report_on_run(report_path, data_path, output_path, progress.log)
     if failed:
         raise typer.Exit(1)
+
+
+def _for_all(weights: Path | None) -> Path | str:
+    """A choice of weights that means the same in another folder and under another environment."""
+    from cwdm.weights import BUNDLED, folder_of
+
+    return BUNDLED if str(weights) == BUNDLED else folder_of(weights).absolute()
 
 
 def _infer_on_ray(
@@ -291,7 +299,7 @@ def evaluate(
 ) -> None:
     """Score synthesised images against the true ones: each image, and mean, deviation, median and worst."""
     from cwdm.evaluate import tables, write_evaluation
-    from cwdm.files import check_apart
+    from cwdm.files import check_apart, check_writable
     from cwdm.progress import CohortProgress
     from cwdm.scoring import find_pairs, score_pairs
     from cwdm.segment import bundle_segmenter, command_segmenter
@@ -302,6 +310,8 @@ def evaluate(
     for kept in filter(None, (predictions, truth, seg)):
         if out:
             check_apart(out, kept)
+    if out:
+        check_writable(out)
     segment = command_segmenter(segmenter) if segmenter else None
     segment = bundle_segmenter(segmenter_bundle) if segmenter_bundle else segment
     with CohortProgress(len(pairs)) as progress:
@@ -501,6 +511,33 @@ def sample(
             out,
             lambda path, new: progress.end_case(f"{path}: {'written' if new else 'there already'}"),
         )
+
+
+@app.command()
+def translate(
+    weights: Annotated[Path, typer.Argument(help="Weights that 'cwdm train' with layout: files wrote.")],
+    data_path: Annotated[
+        Path, typer.Option("--data_path", "--data-path", help="Folder of the images, laid out as for training.")
+    ],
+    output_path: Annotated[
+        Path, typer.Option("--output_path", "--output-path", help="Folder for <case>.nii.gz, flat.")
+    ],
+    device: Annotated[Device, typer.Option(help="'cuda' fails without a GPU, 'auto' falls back.")] = Device.auto,
+    settings: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As for infer: seed=1, sampler.steps=50.")
+    ] = None,
+) -> None:
+    """Make CT from MR, or whatever else a network was trained on. A stopped run goes on where it was."""
+    from cwdm.config import load_settings
+    from cwdm.progress import CohortProgress
+    from cwdm.translation import Translator, translate
+
+    translator = Translator(weights, load_settings(None, settings or ()), device.value)
+    with CohortProgress(0) as progress:
+        failed = translate(translator, data_path, output_path, progress.end_case, progress.expect)
+    if failed:
+        progress.log(f"{len(failed)} FAILED: {', '.join(failed)}")
+        raise typer.Exit(1)
 
 
 @prepare_app.command()

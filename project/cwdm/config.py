@@ -156,7 +156,9 @@ def _set(values: dict[str, Any], override: str) -> None:
         raise SettingsError(f"'{override}': expected key=value, such as sampler.steps=10")
     *groups, name = key.split(".")
     for group in groups:
-        values = values.setdefault(group, {})
+        if values.get(group) is None:
+            values[group] = {}
+        values = values[group]
         if not isinstance(values, dict):
             raise SettingsError(f"'{override}': {group} holds a value, not further keys")
     try:

@@ -7,7 +7,7 @@ folders, with or without `infer`; MLCube and the orchestrator of 2024 name every
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cwdm.cli import main as run
@@ -20,6 +20,8 @@ MOUNTS = (("input", "output"), (f"{MEDPERF}/data", f"{MEDPERF}/predictions"))
 PARAMETERS = (f"{MEDPERF}/parameters/parameters.yaml", f"{MEDPERF}/parameters/parameters_file.yaml")
 WEIGHTS = (f"{MEDPERF}/additional_files/weights", f"{MEDPERF}/additional_files", "weights")
 """Weights that MedPerf mounts without naming them, then those that were built in or mounted over them."""
+
+SUFFIXES = (".safetensors", ".pt")
 
 NO_WEIGHTS = """\
 no weights are built into this image or mounted at /weights, so it takes the small ones that come with cwdm:
@@ -83,7 +85,7 @@ def _with_weights(options: Sequence[str], root: Path) -> list[str]:
     if known.weights is not None:
         _say(f"{known.weights} is an empty folder; taking the weights of the image")
     kept = [f"--{name}={value}" for name, value in vars(known).items() if name != "weights" and value is not None]
-    own = [root / folder for folder in WEIGHTS if (root / folder).is_dir() and not _is_empty(root / folder)]
+    own = [root / folder for folder in WEIGHTS if any(Path(file).suffix in SUFFIXES for file in _files(root / folder))]
     if not own:
         _say(f"warning: {NO_WEIGHTS}")
     return [*kept, f"--weights={own[0] if own else BUNDLED}", *others]
@@ -119,11 +121,14 @@ def _paths(options: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 
 def _is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but hidden files, as one that git or a runner made."""
-    try:
-        return folder.is_dir() and not any(not name.startswith(".") for name in os.listdir(folder))  # noqa: PTH208
-    except OSError:
-        return False  # let the command say what is wrong with it
+    """Whether a folder can be read and holds nothing but hidden files and folders, as one that git or a runner made."""
+    return os.access(folder, os.R_OK) and folder.is_dir() and not any(_files(folder))
+
+
+def _files(folder: Path) -> Iterator[str]:
+    """Names of the files in a folder and below it that are not hidden."""
+    for _, _, names in os.walk(folder):
+        yield from (name for name in names if not name.startswith("."))
 
 
 def _say(message: str) -> None:

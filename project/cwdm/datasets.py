@@ -53,7 +53,13 @@ def find_subjects(folder: Path, data: DataSettings) -> list[Subject]:
         InputError: there is none.
         CaseError: a case lacks an image.
     """
-    return _find_brats(folder, data) if data.layout == "brats" else _find_files(folder, data)
+    if data.layout == "brats":
+        return _find_brats(folder, data)
+    subjects = list_subjects(folder, data)
+    for subject in subjects:
+        if lacking := [str(file) for file in subject.files if not file.is_file()]:
+            raise CaseError(subject.name, f"expected {', '.join(lacking)}; there is no such file")
+    return subjects
 
 
 def _find_brats(folder: Path, data: DataSettings) -> list[Subject]:
@@ -74,7 +80,12 @@ def modalities(data: DataSettings) -> tuple[str, ...]:
     return (data.target, *others) if data.condition_on == "others" else (data.target,)
 
 
-def _find_files(folder: Path, data: DataSettings) -> list[Subject]:
+def list_subjects(folder: Path, data: DataSettings) -> list[Subject]:
+    """For the layout `files`: the cases that have the first of the images; the others may be missing.
+
+    Raises:
+        InputError: there is none.
+    """
     images = data.images or []
     pattern = images[0].file
     if pattern.count("{case}") == 0:
@@ -85,13 +96,7 @@ def _find_files(folder: Path, data: DataSettings) -> list[Subject]:
     names = [match["case"] for path in found if (match := matcher.fullmatch(path))]
     if not names:
         raise InputError(f"no file like {pattern} in {folder}")
-    subjects = []
-    for name in names:
-        files = tuple(folder / image.file.replace("{case}", name) for image in images)
-        if lacking := [str(file) for file in files if not file.is_file()]:
-            raise CaseError(name, f"expected {', '.join(lacking)}; there is no such file")
-        subjects.append(Subject(name, files))
-    return subjects
+    return [Subject(name, tuple(folder / image.file.replace("{case}", name) for image in images)) for name in names]
 
 
 # ------------------------------------------------------------------------------------------------------ the cache
@@ -118,7 +123,7 @@ class Cache:
         entry = self.folder / f"{subject.name[:80]}-{self._key(subject)}.npy"
         meta = entry.with_suffix(".json")
         if not meta.exists():
-            stack, ranges = _decode(subject, self.data, self.multiple)
+            stack, ranges = decode(subject, self.data, self.multiple)
             write_atomically(entry, lambda file: np.save(file, stack))
             write_json(meta, ranges)
         ranges = json.loads(meta.read_bytes())
@@ -150,7 +155,15 @@ class Volumes:
         return (np.clip(self.stack[:, *box].astype(np.float32), low, high) - low) / (high - low)
 
 
-def _decode(subject: Subject, data: DataSettings, multiple: int) -> tuple[Array, list[list[float]]]:
+def decode(subject: Subject, data: DataSettings, multiple: int = 1) -> tuple[Array, list[list[float]]]:
+    """Channels of a case (C, X, Y, Z) in the numbers of the files, and what becomes 0 and 1 in each.
+
+    Args:
+        multiple: of voxels along each axis of a window around the brain.
+
+    Raises:
+        CaseError: a file cannot be used, or the files lie on different grids.
+    """
     images: Sequence[ImageSettings] = data.images or [ImageSettings(file="")] * len(subject.files)
     channels: list[Array] = []
     ranges: list[list[float]] = []

@@ -101,7 +101,8 @@ def check_apart(target: Path, kept: Path) -> None:
     Raises:
         InputError: `target` is `kept` or lies inside it, links followed.
     """
-    if target.resolve().is_relative_to(kept.resolve()):
+    # realpath: Path.resolve raises where links go in a circle.
+    if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(kept)):
         raise InputError(f"{target} lies in {kept}, where nothing else may be written; choose another folder")
 
 
@@ -117,7 +118,7 @@ def remove_stale(folder: Path) -> None:
     """
     with output_errors(folder):
         for path in folder.iterdir():
-            if _HIDDEN_NAME.fullmatch(path.name) and stat.S_ISREG(path.lstat().st_mode):
+            if _HIDDEN_NAME.fullmatch(path.name):
                 _remove_if_abandoned(path)
 
 
@@ -181,9 +182,11 @@ def _lock(descriptor: int) -> BinaryIO:
 
 def _remove_if_abandoned(path: Path) -> None:
     # An error leaves the file: a process holds it or has just finished it, or it is another user's.
-    with suppress(OSError), path.open("r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        path.unlink()
+    with suppress(OSError):
+        if stat.S_ISREG(path.lstat().st_mode):
+            with path.open("r+b") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
 
 
 def _hidden_path(folder: Path) -> Path:

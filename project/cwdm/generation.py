@@ -1,17 +1,18 @@
 """Whole volumes out of noise: unconditional sampling with WDM's networks."""
 
 import json
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from cwdm import __version__, checkpoint
 from cwdm.brats import write_nifti
-from cwdm.checkpoint import Checkpoint
 from cwdm.config import Settings
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.files import check_writable, remove_stale, write_json
@@ -24,12 +25,79 @@ PUBLISHED_SIZE = (128, 128, 128)
 Size = tuple[int, int, int]
 
 
-class Generator:
-    """Draws volumes from an unconditional network.
+class Network:
+    """A network with the settings that its volumes are drawn with.
 
     Args:
         weights: the file.
         settings: seed, precision and sampler are used; see `cwdm.config.Settings`.
+
+    Raises:
+        WeightsError: not usable.
+        SettingsError: no GPU where one was demanded.
+    """
+
+    def __init__(self, weights: Path, settings: Settings | None = None, device: DeviceName = "auto") -> None:
+        self.settings = settings or Settings()
+        self.device = choose_device(device)
+        self.dtype = choose_dtype(self.settings.precision, self.device)
+        self.checkpoint = checkpoint.load(weights)
+        self.checkpoint.model.to(self.device, self.dtype)
+        sampler = self.settings.sampler
+        self.sampler = sampler.name or self.checkpoint.record.sampler
+        self.timesteps = sampler.timesteps or spaced_timesteps(sampler.steps or self.checkpoint.record.steps)
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raises SettingsError if the network cannot make volumes of so many voxels."""
+        multiple = 2 * self.checkpoint.model.config.size_multiple
+        if any(n < multiple or n % multiple for n in size) or math.prod(size) > MOST_WINDOW_VOXELS:
+            raise SettingsError(
+                f"a size of {tuple(size)}: each must be a multiple of {multiple} for this network, "
+                f"at most {MOST_WINDOW_VOXELS:,} voxels in all"
+            )
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the volumes."""
+        return {
+            "weights_sha256": self.checkpoint.sha256,
+            "notice": self.checkpoint.record.notice,
+            "sampler": self.sampler,
+            "timesteps": self.timesteps,
+            "seed": self.settings.seed,
+            "precision": str(self.dtype).removeprefix("torch."),
+        }
+
+    @torch.inference_mode()
+    def draw(
+        self, condition: Tensor | None, size: Sequence[int], number: int, on_step: Callable[[], None] = lambda: None
+    ) -> npt.NDArray[np.float32]:
+        """Volume (X, Y, Z) of `size` voxels in [0, 1]; its noise depends on the settings' seed + number alone.
+
+        Args:
+            condition: coefficients (1, 8 N, X/2, Y/2, Z/2) of what it is made from.
+        """
+        low, high = self.checkpoint.record.value_range
+        denoise = clamped_denoiser(self.checkpoint, condition, self.dtype, on_step)
+        coefficients, sampler = [n // 2 for n in size], SAMPLERS[self.sampler]
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            made = sample_volume(
+                self.checkpoint,
+                denoise,
+                coefficients,
+                sampler,
+                self.timesteps,
+                self.settings.seed + number,
+                self.device,
+            )
+        volume: npt.NDArray[np.float32] = ((made[0, 0] - low) / (high - low)).cpu().numpy()
+        return volume
+
+
+class Generator:
+    """Draws volumes from an unconditional network.
+
+    Args:
+        weights, settings, device: as for `Network`.
         size: voxels of a volume; None for what the network was trained on.
 
     Raises:
@@ -44,57 +112,29 @@ class Generator:
         size: Size | None = None,
         device: DeviceName = "auto",
     ) -> None:
-        self.settings = settings or Settings()
-        self.device = choose_device(device)
-        self.dtype = choose_dtype(self.settings.precision, self.device)
-        self.checkpoint = checkpoint.load(weights)
-        config = self.checkpoint.model.config
+        self.network = Network(weights, settings, device)
+        config = self.network.checkpoint.model.config
         if config.in_channels != config.out_channels:
-            raise WeightsError(f"{weights}: a network that needs conditions; 'cwdm infer' synthesises with it")
-        told_size, self.spacing_mm = trained_grid(self.checkpoint)
-        self.size = size or told_size
-        multiple = 2 * config.size_multiple
-        if any(n < multiple or n % multiple for n in self.size) or np.prod(self.size) > MOST_WINDOW_VOXELS:
-            raise SettingsError(
-                f"a size of {self.size}: each must be a multiple of {multiple} for this network, "
-                f"at most {MOST_WINDOW_VOXELS:,} voxels in all"
+            raise WeightsError(
+                f"{weights}: a network that needs conditions; 'cwdm infer' or, for other images than those of BraTS, "
+                "'cwdm translate' synthesises with it"
             )
-        self.checkpoint.model.to(self.device, self.dtype)
-        sampler = self.settings.sampler
-        self.sampler = sampler.name or self.checkpoint.record.sampler
-        self.timesteps = sampler.timesteps or spaced_timesteps(sampler.steps or self.checkpoint.record.steps)
+        told_size, self.spacing_mm = trained_grid(self.network.checkpoint.record.trained_on)
+        self.size = size or told_size
+        self.network.check_size(self.size)
 
     def describe(self) -> dict[str, Any]:
         """What decides the samples."""
-        return {
-            "weights_sha256": self.checkpoint.sha256,
-            "notice": self.checkpoint.record.notice,
-            "sampler": self.sampler,
-            "timesteps": self.timesteps,
-            "seed": self.settings.seed,
-            "size": list(self.size),
-            "precision": str(self.dtype).removeprefix("torch."),
-        }
+        return {**self.network.describe(), "size": list(self.size)}
 
-    @torch.inference_mode()
     def __call__(self, number: int, on_step: Callable[[], None] = lambda: None) -> npt.NDArray[np.float32]:
         """Volume (X, Y, Z) in [0, 1]; sample `number` depends on the settings' seed + number alone."""
-        record = self.checkpoint.record
-        denoise = clamped_denoiser(self.checkpoint, None, self.dtype, on_step)
-        size, seed = [n // 2 for n in self.size], self.settings.seed + number
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            made = sample_volume(
-                self.checkpoint, denoise, size, SAMPLERS[self.sampler], self.timesteps, seed, self.device
-            )
-        low, high = record.value_range
-        volume: npt.NDArray[np.float32] = ((made[0, 0] - low) / (high - low)).cpu().numpy()
-        return volume
+        return self.network.draw(None, self.size, number, on_step)
 
 
-def trained_grid(loaded: Checkpoint) -> tuple[Size, float]:
+def trained_grid(data: Mapping[str, Any]) -> tuple[Size, float]:
     """Voxels and their edge in mm of the volumes that a network was trained on; 128³ of 1 mm if it does not say."""
     try:
-        data = loaded.record.training["settings"]["data"]
         edge = int(data["downsample"])
         x, y, z = (int(n) // edge for n in data["window"])
     except (KeyError, TypeError, ValueError, ArithmeticError):
@@ -115,7 +155,7 @@ def write_samples(
     """
     check_writable(out)
     remove_stale(out)
-    _check_same_origin(out / "samples.json", generator.describe())
+    check_same_origin(out / "samples.json", generator.describe())
     paths = [out / f"sample-{number:05d}.nii.gz" for number in range(count)]
     for number, path in enumerate(paths):
         new = not path.exists()
@@ -127,7 +167,12 @@ def write_samples(
     return paths
 
 
-def _check_same_origin(path: Path, description: dict[str, Any]) -> None:
+def check_same_origin(path: Path, description: dict[str, Any]) -> None:
+    """Write what the volumes of a folder are made with, or compare with what is written there.
+
+    Raises:
+        SettingsError: it is something else.
+    """
     if not path.exists():
         write_json(path, description)
         return
@@ -137,4 +182,4 @@ def _check_same_origin(path: Path, description: dict[str, Any]) -> None:
         raise SettingsError(f"{path} cannot be read ({error}); choose another folder") from error
     changed = [key for key, value in description.items() if found.get(key) != value]
     if changed:
-        raise SettingsError(f"the samples in {path.parent} have another {', '.join(changed)}; choose another folder")
+        raise SettingsError(f"the volumes in {path.parent} have another {', '.join(changed)}; choose another folder")

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no network unless asked for
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.exceptions import RayError as AnyRayError
 from rich.console import Console
 
@@ -25,6 +25,9 @@ from cwdm.config import Settings
 from cwdm.errors import CwdmError
 from cwdm.progress import CohortProgress
 from cwdm.synthesis import DeviceName, Synthesizer
+
+LOST = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
+"""A worker that is gone: killed, or for want of memory by Ray, or with its machine."""
 
 ATTEMPTS = 3
 """Workers that may die over one case before it counts as failed: it may be the one that kills them."""
@@ -120,13 +123,15 @@ class _Pool:
     """The workers, and which case each of them has."""
 
     def __init__(self, work: Work, progress: CohortProgress, total: int, workers: int | None) -> None:
-        resources = ray.cluster_resources()
         self.work, self.progress, self.total = work, progress, total
-        self.on_gpus = work.device != "cpu" and resources.get("GPU", 0) >= 1
-        cores = int(resources.get("CPU", 1))
-        default = int(resources["GPU"]) if self.on_gpus else max(1, cores // 4)
-        self.count = min(workers or default, max(total, 1))
-        self.cores = 1 if self.on_gpus else max(1, cores // self.count)
+        machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        gpus = sum(int(machine.get("GPU", 0)) for machine in machines)
+        self.on_gpus = work.device != "cpu" and gpus > 0
+        cores = [int(machine.get("CPU", 0)) for machine in machines]
+        default, most = (gpus, gpus) if self.on_gpus else (sum(n // 4 for n in cores), sum(cores))
+        # Ray lets a worker for whom there is no place wait for ever.
+        self.count = max(1, min(workers or default, most, total))
+        self.cores = 1 if self.on_gpus else cores_each(cores, self.count)
         self.busy: dict[Any, tuple[Any, CaseFolder]] = {}
         self.outcomes: list[Outcome] = []
         self.lost: dict[str, int] = {}
@@ -141,7 +146,7 @@ class _Pool:
             worker, folder = self.busy.pop(done)
             try:
                 outcomes = ray.get(done)
-            except RayActorError as error:
+            except LOST as error:
                 worker = self.hire()
                 self.replace(folder, waiting, error)
             except AnyRayError as error:
@@ -150,6 +155,8 @@ class _Pool:
                 self.end(outcomes)
             if waiting:
                 self.give(worker, waiting.popleft())
+            else:
+                del worker  # and Ray has its place for one that waits
         return self.outcomes
 
     def hire(self) -> Any:
@@ -180,6 +187,12 @@ class _Pool:
         for outcome in outcomes:
             self.outcomes.append(outcome)
             self.progress.end_case(f"[{len(self.outcomes)}/{self.total}] {outcome_line(outcome)}")
+
+
+def cores_each(machines: Sequence[int], workers: int) -> int:
+    """The most cores that each of so many workers can have, none of them on two machines; 1 if there are too few."""
+    fitting = (n for n in range(max(machines), 1, -1) if sum(cores // n for cores in machines) >= workers)
+    return next(fitting, 1)
 
 
 def _first_line(error: Exception) -> str:

@@ -138,13 +138,17 @@ def write_report(
     known = {entry.case for entry in records.entries}
     if unknown := [case for case in viewers if case not in known]:
         raise InputError(f"no record of {', '.join(unknown)} in {places.report}; --viewer takes a case's name")
+    if places.truth and not places.truth.is_dir():
+        raise InputError(f"the folder {places.truth} of true images does not exist; check --truth")
     check_writable(path.parent)
     environment = _environment()
     common = _common_warnings(records.entries)
+    numbered = list(enumerate(records.entries))
+    pictured = {number for number, entry in [pair for pair in numbered if not pair[1].failed][:most]}
     with tempfile.TemporaryFile() as sections:
         rows = [
-            _row(number, entry, places, entry.case in viewers, number < most, common, environment, sections)
-            for number, entry in enumerate(records.entries)
+            _row(number, entry, places, entry.case in viewers, number in pictured, common, environment, sections)
+            for number, entry in numbered
         ]
         rows.sort(key=_worst_first)
         page = environment.get_template("report.html").generate(
@@ -200,6 +204,8 @@ def _row(
         shown = read_shown(entry, places)
     except (CwdmError, OSError) as error:
         warnings.append(f"not pictured: {getattr(error, 'reason', error)}")
+    if shown and places.truth and shown.truth is None:
+        warnings.append(f"its true image is not in {places.truth}")
     section = environment.get_template("case.html").render(
         number=number,
         entry=entry,

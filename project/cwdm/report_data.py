@@ -10,7 +10,16 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from cwdm.brats import MODALITIES, CaseFolder, case_folder, nearest_of, output_name, read_case, read_grid
+from cwdm.brats import (
+    MODALITIES,
+    CaseFolder,
+    case_folder,
+    check_same_grid,
+    nearest_of,
+    output_name,
+    read_case,
+    read_grid,
+)
 from cwdm.errors import CaseError, InputError
 from cwdm.metrics import psnr, ssim
 from cwdm.preprocess import ORIENTATION, ClipRange, Orientation, brain_mask, clip_range, normalise
@@ -248,13 +257,13 @@ def read_shown(entry: Entry, places: Places) -> Shown:
     case = read_case(_as_given(_input_folder(entry, places), entry))
     to_lps = Orientation.to(ORIENTATION, case.affine) if case.has_orientation else Orientation.identity()
     mask = to_lps.apply(brain_mask(case.volumes.values()))
-    shape = next(iter(case.volumes.values())).shape
+    name, like = next(iter(case.volumes.items()))
     box = _around(mask)
 
     def read(path: Path) -> Volume:
-        volume = read_grid(path)[0]
-        if volume.shape != shape:
-            raise CaseError(case.name, f"{path} has {volume.shape} voxels, the case has {shape}")
+        volume, affine, oriented = read_grid(path)
+        own = affine if oriented and case.has_orientation else case.affine  # else one is a guess
+        check_same_grid(case.name, name, {name: like, str(path): volume}, {name: case.affine, str(path): own})
         return volume
 
     def shown(unit: Volume) -> Volume:

@@ -19,8 +19,8 @@ def share(items: Sequence[T], shard: str, environment: Mapping[str, str] = os.en
 def place(shard: str, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """i and n of a shard "i/n", i from 0 to n - 1, or "auto": the place among a scheduler's jobs.
 
-    "auto" reads Slurm's job array and tasks, else Kubernetes' JOB_COMPLETION_INDEX with JOB_COMPLETIONS, which the
-    job's file has to set.
+    "auto" reads Slurm's job array and the tasks of `srun`, else Kubernetes' JOB_COMPLETION_INDEX with
+    JOB_COMPLETIONS, which the job's file has to set.
 
     Raises:
         InputError: not such a shard, or no scheduler where "auto" was asked for.
@@ -36,6 +36,11 @@ def _parse(shard: str) -> tuple[int, int]:
 
 
 def _of_scheduler(environment: Mapping[str, str]) -> tuple[int, int]:
+    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" not in environment:
+        raise InputError(
+            f"--shard auto: the Slurm job has {environment['SLURM_NTASKS']} tasks, and this is not one of them, so the "
+            "cases of the others would be nobody's; start it with srun, or ask for one task (--ntasks=1)"
+        )
     places = [
         _parse(f"{int(environment[index]) - offset}/{environment[size]}")
         for index, size, offset in (

@@ -1,9 +1,10 @@
 """One case in, one volume out."""
 
+import gc
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError
@@ -266,8 +267,10 @@ class Synthesizer:
         try:
             if checkpoint.record.window == "brain":
                 window = tight_window(orientation.apply(mask), multiple)
-            else:  # 32 is the published network's multiple, and smaller ones keep its window
+            elif checkpoint.record.window == "published":  # 32 is that network's multiple, and smaller ones keep it
                 window, window_warnings = choose_window(orientation.apply(mask), max(32, multiple))
+            else:
+                window, window_warnings = choose_window(orientation.apply(mask), multiple, checkpoint.record.window)
         except ValueError as error:
             raise CaseError(case.name, str(error)) from error
         units, clip_ranges = [], {}
@@ -323,15 +326,18 @@ class Synthesizer:
         done = 0
         while done < count:
             at_once = min(self.at_once, count - done)
+            volumes: list[Tensor] = []
             try:
-                yield from self._draw_together(checkpoint, denoise, condition, range(done, done + at_once))
+                volumes = self._draw_together(checkpoint, denoise, condition, range(done, done + at_once))
             except torch.OutOfMemoryError:
                 if at_once == 1:
                     raise
                 self.at_once = at_once // 2
+            if not volumes:  # only here is the error gone, whose frames keep the network's tensors alive
+                gc.collect()
                 torch.cuda.empty_cache()
-                continue
-            done += at_once
+            yield from volumes
+            done += len(volumes)
 
     def _draw_together(
         self, checkpoint: Checkpoint, denoise: Denoise, condition: Tensor, indices: range
@@ -347,6 +353,11 @@ class Synthesizer:
 
         with ThreadPoolExecutor(len(indices), "sampler") as threads:
             drawing = [threads.submit(draw, place, self.settings.seed + i) for place, i in enumerate(indices)]
+            try:
+                wait(drawing)
+            except BaseException:  # stopped from outside: the threads would go on to their end
+                lockstep.stop()
+                raise
         faults = [fault for future in drawing if (fault := future.exception())]
         for fault in sorted(faults, key=lambda fault: isinstance(fault, BrokenBarrierError)):
             raise fault  # the one that broke the barrier for the others
@@ -463,6 +474,10 @@ class _Lockstep:
             return self._clean[place]
 
         return denoise
+
+    def stop(self) -> None:
+        """Every sampler fails with BrokenBarrierError when it next asks."""
+        self._barrier.abort()
 
     def _evaluate(self) -> None:
         (t,) = {t for _, t in self._asked}

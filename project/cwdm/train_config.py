@@ -1,7 +1,7 @@
 """Settings of a training run: a YAML file of ours or yours, then `key=value` overrides."""
 
 from importlib.resources import files
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -23,7 +23,15 @@ def _rising(values: list[float]) -> list[float]:
 
 Range = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_rising)]
 Positive = Annotated[int, Field(ge=1)]
+Number = Annotated[float, Field(strict=False)]  # YAML 1.1 reads 1e-5 as text
 Folder = Annotated[Path, Field(strict=False)]
+
+
+def _inside(file: str) -> str:
+    path = PurePosixPath(file)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError("must be a path inside the data folder")
+    return file
 
 
 class ImageSettings(StrictSettings):
@@ -36,7 +44,7 @@ class ImageSettings(StrictSettings):
             [-1000, 1000] HU.
     """
 
-    file: str
+    file: Annotated[str, AfterValidator(_inside)]
     labels: list[int] | None = None
     intensity: Literal["percentiles"] | Range = "percentiles"
 
@@ -73,7 +81,7 @@ class DataSettings(StrictSettings):
     downsample: int = Field(default=1, ge=1, le=8)
     crop: Size | None = None
     mirror: bool = False
-    jitter: float = Field(default=0.0, ge=0, le=1)
+    jitter: Number = Field(default=0.0, ge=0, le=1)
     cache: Folder | None = None
     workers: int = Field(default=4, ge=0, le=64)
 
@@ -127,14 +135,14 @@ class OptimiserSettings(StrictSettings):
             (ZeRO stage 1, Rajbhandari et al., 2020); the saved state is whole, for any number of processes.
     """
 
-    lr: float = Field(default=1e-5, gt=0, strict=False)  # YAML 1.1 reads 1e-5 as text
-    weight_decay: float = Field(default=0.0, ge=0)
+    lr: Number = Field(default=1e-5, gt=0)
+    weight_decay: Number = Field(default=0.0, ge=0)
     batch_size: Positive = 1
     accumulate: Positive = 1
     warmup_steps: int = Field(default=0, ge=0)
-    final_lr: float = Field(default=1.0, ge=0, le=1)
-    ema_decay: float = Field(default=0.9999, ge=0, lt=1)
-    clip_norm: float | None = Field(default=None, gt=0)
+    final_lr: Number = Field(default=1.0, ge=0, le=1)
+    ema_decay: Number = Field(default=0.9999, ge=0, lt=1)
+    clip_norm: Number | None = Field(default=None, gt=0)
     sharded: bool = False
 
 
@@ -149,7 +157,7 @@ class LossSettings(StrictSettings):
     """
 
     over: Literal["coefficients", "voxels"] = "coefficients"
-    timestep_power: float = Field(default=1.0, gt=0, le=100)
+    timestep_power: Number = Field(default=1.0, gt=0, le=100)
 
 
 class RecordSettings(StrictSettings):

@@ -9,6 +9,7 @@ import copy
 import json
 import math
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import safetensors
@@ -25,6 +26,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
 from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -38,13 +40,16 @@ from cwdm.diffusion import subband_losses
 from cwdm.errors import CwdmError, SettingsError
 from cwdm.files import check_apart, check_writable, remove_stale, write_atomically, write_json
 from cwdm.metrics import psnr, ssim
+from cwdm.preprocess import PUBLISHED_WINDOW
 from cwdm.progress import bars
 from cwdm.samplers import SAMPLERS, spaced_timesteps
 from cwdm.synthesis import clamped_denoiser, sample_volume
-from cwdm.train_config import TrainingSettings
+from cwdm.train_config import DataSettings, TrainingSettings
 from cwdm.training_log import TrainingLog
 from cwdm.unet import ResBlock, UNet
 from cwdm.wavelet import LLL_DIVISOR, dwt
+
+T = TypeVar("T")
 
 KEPT_STATES = 2
 REGRESSION_SAMPLES = 480
@@ -90,20 +95,47 @@ def _launch(settings: TrainingSettings) -> Fabric:
         raise SettingsError("device=cuda, but PyTorch finds no GPU; check the driver, or train with device=cpu")
     device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
     devices, nodes = _processes(settings)
+    _check_shares(settings, devices * nodes)
     # Ranks wait for each other while one decodes, validates or saves.
     strategy: Any = DDPStrategy(timeout=timedelta(days=1)) if devices * nodes > 1 else "auto"
     precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed"}[settings.precision]
+    # In a batch script Slurm's variables are there too, and Fabric would wait for tasks that no one started.
+    alone: Any = LightningEnvironment() if "SLURM_NTASKS" in os.environ and not _is_task_of_slurm() else None
     try:
-        fabric = Fabric(accelerator=device, devices=devices, num_nodes=nodes, precision=precision, strategy=strategy)
+        fabric = Fabric(
+            accelerator=device, strategy=strategy, devices=devices, num_nodes=nodes, precision=precision, plugins=alone
+        )
         fabric.launch()
     except (ValueError, RuntimeError, MisconfigurationException) as error:
         raise SettingsError(f"{devices} devices on each of {nodes} machines cannot be used: {error}") from error
-    if settings.optimiser.batch_size % (fabric.world_size * settings.optimiser.accumulate):
+    if fabric.world_size != devices * nodes:
         raise SettingsError(
-            f"optimiser.batch_size {settings.optimiser.batch_size} cannot be shared evenly among "
-            f"{fabric.world_size} devices in {settings.optimiser.accumulate} parts"
+            f"{devices} devices on each of {nodes} machines were asked for, and {fabric.world_size} processes run; "
+            "under Slurm start a task for each device with srun"
         )
     return fabric
+
+
+def _check_shares(settings: TrainingSettings, processes: int) -> None:
+    """Every process gets as many volumes of a step as the others, in parts that can be put together."""
+    batch, parts = settings.optimiser.batch_size, processes * settings.optimiser.accumulate
+    if batch % parts:
+        raise SettingsError(
+            f"optimiser.batch_size {batch} cannot be shared evenly among {processes} devices in "
+            f"{settings.optimiser.accumulate} parts each; give optimiser.batch_size={-(-batch // parts) * parts}"
+        )
+    if batch > parts and settings.data.window == "brain" and not settings.data.crop:
+        raise SettingsError(
+            "brains differ in size, so that whole ones cannot be computed together; give data.crop, or "
+            f"optimiser.accumulate={batch // processes}"
+        )
+
+
+def _is_task_of_slurm() -> bool:
+    """Whether `srun` started this process as one of several; a batch script has all these variables but the last."""
+    environment = os.environ
+    several = "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1
+    return several and "SLURM_STEP_ID" in environment
 
 
 def _processes(settings: TrainingSettings) -> tuple[int, int]:
@@ -112,17 +144,17 @@ def _processes(settings: TrainingSettings) -> tuple[int, int]:
     if torch.distributed.is_torchelastic_launched():
         devices = int(environment["LOCAL_WORLD_SIZE"])
         return devices, int(environment["WORLD_SIZE"]) // devices
-    if "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1:
+    if _is_task_of_slurm():
         nodes = int(environment["SLURM_NNODES"])
         return int(environment["SLURM_NTASKS"]) // nodes, nodes
     return settings.devices, settings.nodes
 
 
-def _together(fabric: Fabric, work: Callable[[], None]) -> None:
+def _together(fabric: Fabric, work: Callable[[], T]) -> T:
     """Do something in every process; if it fails in one, the others stop too instead of waiting for ever."""
     fault: Exception | None = None
     try:
-        work()
+        done = work()
     except Exception as error:
         fault = error
     failed = fault is not None
@@ -132,18 +164,25 @@ def _together(fabric: Fabric, work: Callable[[], None]) -> None:
         raise fault
     if failed:
         raise TrainingError("another process failed; its message says why")
+    return done
 
 
-def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run":
+def _find_data(settings: TrainingSettings) -> tuple[list[Subject], list[Subject]]:
+    """What is trained on and what is held out, when the run's folder can be written."""
     data, out = settings.data, settings.out
     for folder in filter(None, (data.path, data.validation_path)):
         check_apart(out, folder)
     for folder in (out, out / "states", out / "newest", out / "best"):
         check_writable(folder)
         remove_stale(folder)
-    cache = Cache(data.cache or out / "cache", data, 2 * settings.unet().size_multiple)
-    subjects = find_subjects(data.path, data)
     held_out = find_subjects(data.validation_path, data)[: settings.validation_cases] if data.validation_path else []
+    return find_subjects(data.path, data), held_out
+
+
+def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run":
+    data, out = settings.data, settings.out
+    subjects, held_out = _together(fabric, lambda: _find_data(settings))
+    cache = Cache(data.cache or out / "cache", data, 2 * settings.unet().size_multiple)
     # Each machine may have a cache of its own; its processes share the work.
     mine = [*subjects, *held_out][fabric.local_rank :: _processes(settings)[0]]
     _together(fabric, lambda: _decode_all(cache, mine, fabric.is_global_zero))
@@ -163,7 +202,7 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
     run = _Run(settings, fabric, model, wrapped, ema, wrapped_optimiser, cache, subjects, held_out)
     if resume:
         run.resume()
-    elif list((out / "states").glob("*.safetensors")):
+    elif _states(out):
         raise SettingsError(f"{out} holds a run already; give --resume to go on with it, or another folder")
     if fabric.is_global_zero:
         write_json(out / "settings.json", settings.model_dump(mode="json"))
@@ -215,6 +254,7 @@ class _Run:
         ema: running mean of the weights.
         step: steps done.
         best: PSNR of the best validation.
+        validated: the step of the last one that came to its end.
     """
 
     settings: TrainingSettings
@@ -228,6 +268,7 @@ class _Run:
     held_out: list[Subject]
     step: int = 0
     best: float = -math.inf
+    validated: int = 0
     stopped_by: int = 0
     log: TrainingLog = field(init=False)
 
@@ -244,21 +285,30 @@ class _Run:
         try:
             with bars(shown=self.fabric.is_global_zero) as bar:
                 task = bar.add_task("training", total=settings.steps, completed=self.step)
+                if self._is_validation_due():  # the one that the run was stopped in
+                    self._settle()
                 for batches in self._batches():
                     self._one_step(batches)
                     bar.update(task, completed=self.step, description=self.log.line or "training")
-                    last = self.step == settings.steps
-                    if self.held_out and (last or self.step % settings.validate_every == 0):
-                        self._validate()
-                    stopped = self._any_stopped()
-                    if last or stopped or self.step % settings.save_every == 0:
-                        _together(self.fabric, self.save)
-                    if stopped:
-                        raise SystemExit(128 + stopped)
+                    self._settle()
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
             self.log.close()
+
+    def _settle(self) -> None:
+        """What a step ends with, where it is due: a validation, a state on the disk, the end of a stopped run."""
+        if self._is_validation_due():
+            self._validate()
+        stopped = self._any_stopped()
+        if stopped or self.step == self.settings.steps or self.step % self.settings.save_every == 0:
+            _together(self.fabric, self.save)
+        if stopped:
+            raise SystemExit(128 + stopped)
+
+    def _is_validation_due(self) -> bool:
+        due = self.step == self.settings.steps or self.step % self.settings.validate_every == 0
+        return due and bool(self.held_out) and self.validated != self.step
 
     def _stop(self, number: int, _: object) -> None:
         self.stopped_by = number
@@ -359,7 +409,7 @@ class _Run:
         best = {"best_psnr_db": round(self.best, 2)} if math.isfinite(self.best) else {}
         return Record(
             modality=ANY if data.condition_on == "any" else data.target,
-            window="brain" if data.window == "brain" else "published",
+            window=_window(data),
             wavelet=settings.network.wavelet,
             value_range=(low, high),
             sampler=settings.record.sampler,
@@ -387,7 +437,10 @@ class _Run:
         _together(self.fabric, lambda: self._score_share(scores))
         if self.fabric.world_size > 1:
             scores = cast(Tensor, self.fabric.all_reduce(scores, reduce_op="sum"))
-        if self._any_stopped() or not self.settings.channels:
+        if self._any_stopped():
+            return
+        self.validated = self.step
+        if not self.settings.channels:
             return
         mean_psnr, mean_ssim = (float(value / scores[2]) for value in scores[:2])
         self.log.scores(self.step, mean_psnr, mean_ssim)
@@ -465,10 +518,11 @@ class _Run:
         if not self.fabric.is_global_zero:
             return
         folder = self.settings.out / "states"
-        header = {"step": self.step, "best": self.best if math.isfinite(self.best) else None, **self._identity()}
+        best = self.best if math.isfinite(self.best) else None
+        header = {"step": self.step, "best": best, "validated": self.validated, **self._identity()}
         data = safetensors.torch.save(self._state(moments), {"cwdm": json.dumps(header)})
         write_atomically(folder / f"{self.step:09d}.safetensors", lambda file: file.write(data))
-        states = sorted(folder.glob("*.safetensors"))
+        states = _states(self.settings.out)
         # Later ones than this can only be damaged, or `resume` would have taken them.
         later = [path for path in states if int(path.stem) > self.step]
         for old in [*later, *[path for path in states if path not in later][:-KEPT_STATES]]:
@@ -498,7 +552,7 @@ class _Run:
         Raises:
             SettingsError: the state belongs to other settings or other cases.
         """
-        for path in sorted((self.settings.out / "states").glob("*.safetensors"), reverse=True):
+        for path in reversed(_states(self.settings.out)):
             try:
                 with safetensors.safe_open(path, framework="pt") as file:
                     header = json.loads((file.metadata() or {})["cwdm"])
@@ -509,6 +563,7 @@ class _Run:
             self._check_identity(path, header)
             self._take(tensors)
             self.step, self.best = int(header["step"]), header["best"] or -math.inf
+            self.validated = int(header.get("validated", self.step))
             self.log.say(f"going on after step {self.step} from {path}")
             break
         else:
@@ -538,6 +593,19 @@ class _Run:
             moments[number] = {key: tensor for key, tensor in found.items() if tensor is not None}
         groups = [{**group, "params": list(moments)} for group in self.optimiser.param_groups]
         self.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _states(out: Path) -> list[Path]:
+    """A run's saved states, oldest first; copies under other names are the user's own."""
+    return sorted(path for path in (out / "states").glob("*.safetensors") if re.fullmatch(r"\d{9}", path.stem))
+
+
+def _window(data: DataSettings) -> Literal["published", "brain"] | tuple[int, int, int]:
+    """What inference has to give a network that was trained on these data."""
+    if data.window == "brain":
+        return "brain"
+    x, y, z = data.window
+    return "published" if (x, y, z) == PUBLISHED_WINDOW else (x, y, z)
 
 
 def _ignore_interrupts(_: int) -> None:

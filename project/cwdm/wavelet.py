@@ -82,16 +82,20 @@ def _check_even(x: Tensor) -> None:
 
 
 @lru_cache(maxsize=8)
-def _ptwt_transforms(wavelet: str) -> tuple[ptwt.MatrixWavedec3, ptwt.MatrixWaverec3]:
+def _ptwt_transforms(
+    wavelet: str, device: torch.device, dtype: torch.dtype
+) -> tuple[ptwt.MatrixWavedec3, ptwt.MatrixWaverec3]:
+    """They keep the matrices of the last shape they saw, whatever the next volume's device and dtype."""
     return ptwt.MatrixWavedec3(wavelet, level=1), ptwt.MatrixWaverec3(wavelet)
 
 
 def _ptwt_bands(x: Tensor, wavelet: str) -> list[Tensor]:
-    lll, high = _ptwt_transforms(wavelet)[0](x.flatten(0, 1))
+    lll, high = _ptwt_transforms(wavelet, x.device, x.dtype)[0](x.flatten(0, 1))
     return [band.unflatten(0, x.shape[:2]) for band in (lll, *(high[name] for name in _PTWT_BANDS))]
 
 
 def _ptwt_inverse(bands: list[Tensor], wavelet: str) -> Tensor:
     lll, *high = [band.flatten(0, 1) for band in bands]
-    volume: Tensor = _ptwt_transforms(wavelet)[1]((lll, dict(zip(_PTWT_BANDS, high, strict=True))))
+    transform = _ptwt_transforms(wavelet, lll.device, lll.dtype)[1]
+    volume: Tensor = transform((lll, dict(zip(_PTWT_BANDS, high, strict=True))))
     return volume.unflatten(0, bands[0].shape[:2])

@@ -90,6 +90,8 @@ def load_for(weights: Path, modality: str) -> Checkpoint:
     expected = recorded(path.parent).get(path.name, {}).get("sha256", loaded.sha256)
     if loaded.sha256 != expected:
         raise WeightsError(f"{path}: sha256 {loaded.sha256}, but {CHECKSUMS} beside it says {expected}; fetch it again")
+    if loaded.record.trained_on.get("layout") == "files":
+        raise WeightsError(f"{path}: was trained on other images than those of BraTS; 'cwdm translate' works with it")
     config = loaded.model.config
     if config.in_channels == config.out_channels:
         raise WeightsError(f"{path}: an unconditional network, which cannot synthesise {modality} of a patient")

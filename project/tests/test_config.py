@@ -45,6 +45,11 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     }
 
 
+def test_a_group_without_keys_can_be_overridden(tmp_path: Path) -> None:
+    (path := tmp_path / "p.yaml").write_text("sampler:\n  # steps: 5\n")
+    assert load_settings(path, ["sampler.steps=10"]).sampler.steps == 10
+
+
 def test_overrides_win(tmp_path: Path) -> None:
     path = tmp_path / "p.yaml"
     path.write_text(EVERYTHING)

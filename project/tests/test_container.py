@@ -61,6 +61,16 @@ def test_medperf_mounts_are_found(tmp_path: Path) -> None:
     }
 
 
+def test_medperfs_empty_folders_mean_the_weights_of_the_image(tmp_path: Path) -> None:
+    folder(tmp_path / "mlcommons/volumes/additional_files/weights", ".gitkeep")
+    folder(tmp_path / "mlcommons/volumes/additional_files", "README.md")
+    folder(tmp_path / "weights", "t1n.safetensors")
+    assert f"--weights={tmp_path}/weights" in arguments(["infer"], tmp_path)
+    (tmp_path / "mlcommons/volumes/additional_files/t1n").mkdir()
+    (tmp_path / "mlcommons/volumes/additional_files/t1n/brats_1200000.pt").touch()
+    assert f"--weights={tmp_path}/mlcommons/volumes/additional_files" in arguments(["infer"], tmp_path)
+
+
 def test_mlcubes_training_folders_become_settings(tmp_path: Path) -> None:
     given = ["train", "--data_path=/io0", "--parameters_file=/io1/training.yaml", "--output_path=/io2"]
     assert arguments(given, tmp_path) == ["train", "/io1/training.yaml", "data.path=/io0", "out=/io2", "--resume"]

@@ -11,16 +11,18 @@ import tempfile
 import textwrap
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
 import pytest
 
-from cwdm.errors import OutputError
+from cwdm.errors import InputError, OutputError
 from cwdm.files import (
     _open_hidden,
     _open_unnamed,
     _write_under_hidden_name,
+    check_apart,
     check_writable,
     remove_stale,
     write_atomically,
@@ -174,6 +176,27 @@ def test_the_remains_of_a_killed_writer_are_removed_and_only_those(tmp_path: Pat
     assert len(names(tmp_path)) == len(keep) + 1
     remove_stale(tmp_path)
     assert names(tmp_path) == sorted(keep)
+
+
+def test_cleaning_up_beside_other_writers(tmp_path: Path) -> None:
+    def write() -> None:
+        for _ in range(300):
+            _write_under_hidden_name(tmp_path / "a", lambda file: file.write(b"new"))
+
+    with ThreadPoolExecutor(2) as pool:
+        writing = [pool.submit(write) for _ in range(2)]
+        while not all(future.done() for future in writing):
+            remove_stale(tmp_path)
+    for future in writing:
+        future.result()
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_link_that_leads_to_itself_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "round").symlink_to("round")
+    check_apart(tmp_path / "out", tmp_path / "round")
+    with pytest.raises(InputError, match="lies in"):
+        check_apart(tmp_path / "round", tmp_path)
 
 
 def test_hidden_files_are_locked_while_open(tmp_path: Path) -> None:

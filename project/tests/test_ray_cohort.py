@@ -20,7 +20,7 @@ from cwdm.untrained import write_untrained
 
 pytest.importorskip("ray", reason="needs the extra 'ray'")
 
-from cwdm.ray_cohort import Work, synthesise_on_ray
+from cwdm.ray_cohort import Work, cores_each, synthesise_on_ray
 
 pytestmark = pytest.mark.full  # a cluster takes its time to start
 
@@ -77,6 +77,35 @@ def test_a_cluster_with_a_worker_killed_loses_no_case_and_does_none_twice(
     assert sorted(os.listdir(output)) == sorted(os.listdir(alone))  # noqa: PTH208
     again = synthesise_on_ray(folders, here, CohortProgress(len(folders)), workers=1)
     assert {outcome.status for outcome in again} == {"skipped", "failed"}
+
+
+@pytest.mark.parametrize(
+    ("machines", "workers", "cores"),
+    [
+        ([16] * 4, 2, 16),
+        ([16, 16], 1, 16),
+        ([2] * 8, 4, 2),
+        ([2] * 8, 16, 1),
+        ([2] * 8, 17, 1),
+        ([8, 3], 3, 3),
+        ([0], 1, 1),
+    ],
+)
+def test_every_worker_finds_a_machine(machines: list[int], workers: int, cores: int) -> None:
+    assert cores_each(machines, workers) == cores
+
+
+def test_workers_that_the_cluster_kills_for_memory_end_no_cohort(
+    work: Work, cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")  # any use is too much
+    monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "50")
+    slow = load_settings(None, ["sampler.steps=1000"])
+    folders = find_cases(cases)
+    here = Work(work.weights, slow, "cpu", tmp_path)
+    outcomes = synthesise_on_ray(folders, here, CohortProgress(len(folders)), workers=1)
+    assert sorted(outcome.case for outcome in outcomes) == sorted(folder.name for folder in folders)
+    assert any("its worker was lost" in outcome.reason for outcome in outcomes)
 
 
 def test_no_cluster_at_an_address(work: Work, cases: Path) -> None:

@@ -184,8 +184,8 @@ def test_without_a_viewer_it_is_small_and_says_what_it_leaves_out(run: Places, t
     everything = write_report(run, path=tmp_path / "all.html")
     assert everything.stat().st_size < 400_000
     few = write_report(run, most=2, path=tmp_path / "few.html").read_text()
-    assert "Only the worst 1 cases are pictured" in few
-    assert few.count('class="case"') == 1
+    assert "Only the worst 2 cases are pictured" in few  # the failed one, which has no picture, does not count
+    assert few.count('class="case"') == 2
 
 
 def test_the_same_slice_of_the_same_head_whatever_order_it_is_stored_in(run: Places, tmp_path: Path) -> None:
@@ -208,6 +208,23 @@ def test_the_same_slice_of_the_same_head_whatever_order_it_is_stored_in(run: Pla
         np.testing.assert_allclose(other.conditions[name], volume, atol=1e-6)
     assert straight.truth is not None
     assert other.truth is other.spread is None
+
+
+def test_a_true_image_on_another_grid_or_missing_is_named(run: Places, tmp_path: Path) -> None:
+    assert run.truth is not None
+    for source in run.truth.iterdir():
+        link_case(source, tmp_path / "truth", "none")
+    turned, missing = sorted((tmp_path / "truth").glob("BraTS*"))
+    for path in turned.iterdir():
+        volume, affine, _ = read_grid(path)
+        path.unlink()
+        write_nifti(path, volume, affine @ np.diag([-1, 1, 1, 1]))
+    shutil.rmtree(missing)
+    text = write_report(replace(run, truth=tmp_path / "truth"), path=tmp_path / "report.html").read_text()
+    assert text.count("mm apart (affines differ)") >= 1
+    assert text.count("its true image is not in") >= 1
+    with pytest.raises(InputError, match="true images does not exist"):
+        write_report(replace(run, truth=tmp_path / "none"))
 
 
 def test_a_case_that_cannot_be_pictured_is_listed_with_the_reason(run: Places, tmp_path: Path) -> None:

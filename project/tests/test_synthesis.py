@@ -1,5 +1,8 @@
 import dataclasses
 import json
+import signal
+import threading
+import weakref
 from pathlib import Path
 
 import nibabel as nib
@@ -14,7 +17,7 @@ from cwdm.brats import case_folder as find_case
 from cwdm.checkpoint import Record, load_published
 from cwdm.config import load_settings
 from cwdm.errors import CaseError, SettingsError, WeightsError
-from cwdm.preprocess import normalise
+from cwdm.preprocess import choose_window, normalise
 from cwdm.samplers import ddim
 from cwdm.synthesis import Samples
 from cwdm.untrained import untrained_state
@@ -57,6 +60,17 @@ def test_native_intensities_span_the_nearest_contrasts_clipping_range(case: Path
     np.testing.assert_allclose(native.volume[brain], unit.volume[brain] * (high - low) + low, atol=1e-2, rtol=1e-5)
     assert not unit.volume[~brain].any()
     assert not native.volume[~brain].any()
+
+
+def test_a_network_sees_the_window_that_it_was_trained_on(case: Path, weights_folder: Path, tmp_path: Path) -> None:
+    loaded = synthesizer(weights_folder).load("t1n")
+    record = loaded.record.model_copy(update={"window": (64, 32, 48)})
+    checkpoint.save(tmp_path / "t1n.safetensors", loaded.model, record)
+    prepared = synthesizer(tmp_path).prepare(read_case(find_case(case)))
+    brain = np.logical_or.reduce([volume != 0 for volume in prepared.case.volumes.values()])
+    multiple = 2 * loaded.model.config.size_multiple
+    assert prepared.window == choose_window(brain, multiple, (64, 32, 48))[0]
+    assert prepared.window != synthesizer(weights_folder).prepare(prepared.case).window
 
 
 def test_background_rules(case: Path, weights_folder: Path) -> None:
@@ -102,14 +116,41 @@ def test_samples_at_once_that_do_not_fit_are_halved(case: Path, weights_folder: 
     made.at_once = 2
     network = made.load("t1n").model
 
+    held: list[weakref.ref] = []
+
     def small(module, inputs):
         if inputs[0].shape[0] > 1:
+            activations = torch.zeros(8)
+            held.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("CUDA out of memory")
+        assert held[0]() is None, "what did not fit is still there"
 
     network.register_forward_pre_hook(small)
     result = made(case)
     assert made.at_once == 1
     np.testing.assert_array_equal(result.volume, expected.volume)
+
+
+def test_samples_at_once_stop_when_the_run_is_stopped(case: Path, weights_folder: Path) -> None:
+    made = synthesizer(weights_folder, "samples=2", "sampler={name: ddim, steps: 500}")
+    made.at_once = 2
+    steps: list[int] = []
+
+    def step() -> None:
+        steps.append(1)
+        if len(steps) == 4:
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            made(case, on_step=step)
+    finally:
+        signal.signal(signal.SIGINT, handler)
+    for thread in [thread for thread in threading.enumerate() if thread.name.startswith("sampler")]:
+        thread.join(60)
+        assert not thread.is_alive()
+    assert len(steps) < 100
 
 
 def test_every_sample_is_checked_with_its_spread(case: Path, weights_folder: Path) -> None:

@@ -163,6 +163,30 @@ def test_stopped_killed_and_resumed_run_ends_with_the_same_weights(small: Path, 
     assert (deviation != 1).all()  # fitted although the first start was a --resume
 
 
+def test_a_validation_that_the_run_was_stopped_in_is_made_up(small: Path, phantoms: Path, tmp_path: Path) -> None:
+    out, changes = tmp_path / "run", [f"data.validation_path={phantoms}", "steps=2", "data.window=[32, 48, 32]"]
+    command = [*COMMAND, str(small), f"out={out}", *changes, "record.sampler=ddpm", "record.steps=1000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stderr or ():
+        if "step 2:" in line:
+            break
+    process.terminate()
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not list((out / "best").iterdir())
+    train(settings(small, out, *changes), resume=True)
+    (best,) = (out / "best").iterdir()
+    assert checkpoint.load(best).record.window == (32, 48, 32)
+
+
+def test_a_batch_script_of_slurm_waits_for_no_tasks(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NTASKS": "8", "NNODES": "1", "PROCID": "0", "LOCALID": "0", "JOB_NAME": "train"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    train(settings(small, tmp_path / "run", "steps=2"))
+
+
 def test_a_damaged_state_is_passed_over(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(settings(small, out))
@@ -178,7 +202,10 @@ def test_states_later_than_the_one_resumed_from_are_damaged_and_go(small: Path, 
     train(settings(small, out))
     for path in (out / "states").iterdir():
         path.write_bytes(b"damaged")
+    (copy := out / "states" / "before-change.safetensors").write_bytes(b"the user's own")
     train(settings(small, out), resume=True)
+    assert copy.read_bytes() == b"the user's own"
+    copy.unlink()
     assert sorted(path.stem for path in (out / "states").iterdir()) == ["000000004", "000000006"]
     weights_of(out)
 
@@ -287,8 +314,11 @@ def test_what_is_wrong_with_the_data_or_settings_is_said(small: Path, tmp_path: 
         train(settings(small, tmp_path / "run", f"data.path={tmp_path / 'data'}"))
     with pytest.raises(SettingsError, match="did you mean 'batch_size'"):
         settings(small, tmp_path / "run", "optimiser.batchsize=2")
-    with pytest.raises(SettingsError, match="shared evenly"):
+    with pytest.raises(SettingsError, match=r"shared evenly .* give optimiser.batch_size=4"):
         train(settings(small, tmp_path / "run", "optimiser.batch_size=3", "optimiser.accumulate=2"))
+    with pytest.raises(SettingsError, match=r"give data.crop, or optimiser.accumulate=2"):
+        train(settings(small, tmp_path / "run", "data.crop=null"))
+    assert settings(small, tmp_path / "run", "optimiser.weight_decay=1e-2").optimiser.weight_decay == 0.01
     for wrong, message in (
         ("value_range=[1, 0]", "rising"),
         ("network.wavelet=bior2.2", "no orthogonal wavelet"),

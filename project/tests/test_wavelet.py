@@ -69,3 +69,12 @@ def test_odd_sizes_and_missing_axes_are_refused(shape: tuple[int, ...]) -> None:
 def test_gradients_flow() -> None:
     x = torch.randn(1, 1, 4, 4, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda v: idwt(dwt(v) ** 2), (x,))
+
+
+def test_another_dtype_of_the_same_shape_is_transformed_in_its_own() -> None:
+    x = torch.randn(1, 1, 8, 10, 12)
+    single = dwt(x, "db2")
+    double = dwt(x.double(), "db2")
+    assert double.dtype == torch.float64
+    torch.testing.assert_close(single, double.float())
+    torch.testing.assert_close(idwt(double, "db2"), x.double())

@@ -1,0 +1,143 @@
+"""Images of one kind out of others, such as CT out of MR, by networks trained on files that their settings describe."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import ValidationError
+
+from cwdm import __version__
+from cwdm.brats import read_grid, write_nifti
+from cwdm.config import Settings
+from cwdm.datasets import Subject, Volumes, decode, list_subjects
+from cwdm.errors import CaseError, CwdmError, WeightsError
+from cwdm.files import check_apart, check_writable, remove_stale
+from cwdm.generation import Network, check_same_origin
+from cwdm.preprocess import ORIENTATION, Orientation, centre
+from cwdm.synthesis import DeviceName
+from cwdm.train_config import DataSettings
+from cwdm.wavelet import dwt
+
+RECORD = "translations.json"
+
+Affine = npt.NDArray[np.float64]
+Volume = npt.NDArray[np.float32]
+
+
+class Translator:
+    """Makes the target image of a case from the images that its network was trained to make it from.
+
+    Args:
+        weights: the file that `cwdm train` with `layout: files` wrote; it says which images the network needs.
+        settings: seed, precision and sampler are used; see `cwdm.config.Settings`.
+
+    Raises:
+        WeightsError: not usable, or trained on something else.
+        SettingsError: no GPU where one was demanded.
+    """
+
+    def __init__(self, weights: Path, settings: Settings | None = None, device: DeviceName = "auto") -> None:
+        self.network = Network(weights, settings, device)
+        trained = self.network.checkpoint.record.trained_on
+        try:
+            data = DataSettings.model_validate({**trained, "path": "."})
+        except ValidationError as error:
+            raise WeightsError(f"{weights}: does not say what it was trained on") from error
+        if data.layout != "files" or not data.images or not data.images[1:] or not isinstance(data.window, list):
+            raise WeightsError(f"{weights}: was not trained on pairs of images; try 'cwdm infer' or 'cwdm sample'")
+        self.network.check_size(data.window)
+        self.target, self.downsample, self.window = data.images[0], data.downsample, data.window
+        self.given = data.model_copy(update={"images": data.images[1:]})
+
+    def find(self, folder: Path) -> list[Subject]:
+        """The cases of a folder that have the first of the images needed, sorted by name.
+
+        Raises:
+            InputError: there is none.
+        """
+        return list_subjects(folder, self.given)
+
+    def __call__(self, subject: Subject, on_step: Callable[[], None] = lambda: None) -> tuple[Volume, Affine]:
+        """The target image on the grid of the first image given, or on cubes of its voxels if trained on such.
+
+        Its numbers are those of the target's `intensity` range, or [0, 1] where that was by percentiles.
+
+        Raises:
+            CaseError: an image is missing or damaged, or the images lie on different grids.
+        """
+        stack, ranges = decode(subject, self.given)
+        unit = Volumes(stack, np.asarray(ranges, np.float32)).unit()
+        record = self.network.checkpoint.record
+        low, high = record.value_range
+        volume = torch.from_numpy(unit)[None].to(self.network.device) * (high - low) + low
+        made = self.network.draw(dwt(volume, record.wavelet), unit.shape[1:], 0, on_step)
+        first, last = self.target.intensity if isinstance(self.target.intensity, list) else (0.0, 1.0)
+        return self._on_grid(made * np.float32(last - first), subject.files[0], np.float32(first))
+
+    def _on_grid(self, volume: Volume, like: Path, offset: np.float32) -> tuple[Volume, Affine]:
+        """The window's volume, stored LPS, in the order and size of a file; `offset` is added, and fills the rest."""
+        image, affine, known = read_grid(like)
+        orientation = Orientation.to(ORIENTATION, affine) if known else Orientation.identity()
+        n, starts = self.downsample, []
+        for axis, have in enumerate(orientation.apply(image).shape):
+            cut = (have - self.window[axis]) // 2 if have >= self.window[axis] else -((self.window[axis] - have) // 2)
+            small, inside = have // n, volume.shape[axis]
+            padded = (small - inside) // 2 if small >= inside else -((inside - small) // 2)
+            volume = centre(volume, axis, small)
+            start = cut - padded * n + (n - 1) / 2
+            starts.append(have - 1 - start - (small - 1) * n if orientation.flips[axis] else start)
+        scaled = np.diag([n, n, n, 1.0])
+        scaled[list(orientation.axes), 3] = starts
+        return np.ascontiguousarray(orientation.invert(volume) + offset), affine @ scaled
+
+
+def translate(
+    translator: Translator,
+    folder: Path,
+    output: Path,
+    on_case: Callable[[str], None] = lambda line: None,
+    expect: Callable[[int], None] = lambda total: None,
+) -> list[str]:
+    """Write OUTPUT/<case>.nii.gz for every case of a folder; a bad case is told and passed over, a finished one stays.
+
+    `translations.json` beside the images says what they were made with, and that they are synthesised.
+
+    Args:
+        on_case: what became of a case, in words.
+        expect: told how many there are.
+
+    Returns:
+        The names of the cases that failed.
+
+    Raises:
+        InputError: no case has the images needed.
+        OutputError: the folder cannot be written or is full.
+        SettingsError: the images in the folder were made with other weights or settings.
+    """
+    subjects = translator.find(folder)
+    check_apart(output, folder)
+    check_writable(output)
+    remove_stale(output)
+    check_same_origin(output / RECORD, {"synthesised": True, **translator.network.describe()})
+    expect(len(subjects))
+    return [subject.name for subject in subjects if not _translate_one(translator, subject, output, on_case)]
+
+
+def _translate_one(translator: Translator, subject: Subject, output: Path, on_case: Callable[[str], None]) -> bool:
+    path = output / f"{subject.name}.nii.gz"
+    if path.exists():
+        on_case(f"{subject.name}: is there already")
+        return True
+    try:
+        volume, affine = translator(subject)
+    except CaseError as error:
+        on_case(f"{subject.name}: FAILED: {error.reason}")
+    except (CwdmError, MemoryError, RuntimeError) as error:  # none of them may take the other cases down
+        on_case(f"{subject.name}: FAILED: {error or 'not enough memory'}")
+    else:
+        write_nifti(path, volume, affine, f"synthesised by cwdm {__version__}, no acquisition")
+        on_case(f"{subject.name}: written")
+        return True
+    return False
