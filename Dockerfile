@@ -8,8 +8,11 @@
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 
 FROM ${BASE_IMAGE} AS python
-RUN python3 -c 'import ensurepip, venv' 2>/dev/null \
-    || (apt-get update && apt-get install -y --no-install-recommends python3 python3-venv ca-certificates \
+# On a GPU Triton compiles its launcher at first use, with a C compiler and Python's headers.
+RUN { python3 -c 'import ensurepip, venv' && command -v cc \
+        && test -e "$(python3 -c 'import sysconfig; print(sysconfig.get_path("include"))')/Python.h"; } >/dev/null 2>&1 \
+    || (apt-get update && apt-get install -y --no-install-recommends \
+            python3 python3-venv python3-dev gcc libc6-dev ca-certificates \
         && rm -rf /var/lib/apt/lists/*)
 
 FROM python AS build

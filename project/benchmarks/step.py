@@ -176,7 +176,10 @@ def compare(path: Path, reference_path: Path) -> str:
 def on_gpu(size: list[int], runs: int) -> None:
     properties = torch.cuda.get_device_properties()
     versions = f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-    kernels = f"Triton {fused.triton.__version__}" if fused.triton else "no Triton, so 'fused' is 'channels_last'"
+    kernels = f"Triton {fused.triton.__version__}" if fused.triton else "no Triton"
+    gpu = torch.device("cuda")
+    refused = [name for name, (dtype, _) in PRECISIONS.items() if not (fused.triton and fused.trusted(gpu, dtype))]
+    kernels += f"; 'fused' is 'channels_last' in {', '.join(refused)}" if refused else ""
     print(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {versions}, {kernels}")
     shapes, flops = survey(size)
     print(f"UNet of cWDM (81.5 M parameters), coefficients 32 × {' × '.join(map(str, size))}: {flops / 1e12:.2f} TFLOP")

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-BASE = "cwdm-test-base"
+BASE = "cwdm-test-base:2"
 IMAGE = "cwdm-test"
 STATE = Path("/var/tmp/cwdm-engine")
 NO_NETWORK = ("--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false")
-PACKAGES = "ca-certificates,python3,python3-pip,python3-venv"
+PACKAGES = "ca-certificates,gcc,libc6-dev,python3,python3-dev,python3-pip,python3-venv"
 CERTIFICATES = "/etc/ssl/certs/ca-certificates.crt"
 
 

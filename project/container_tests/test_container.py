@@ -422,6 +422,11 @@ def test_image_says_what_it_is(engine: Engine, image: str):
     licence = engine.docker("run", "--rm", "--entrypoint=cat", image, "/licenses/cwdm/LICENSE")
     assert licence.stdout == (ROOT / "LICENSE").read_text()
     assert "mlcube" not in engine.docker("run", "--rm", "--entrypoint=ls", image, "/opt/cwdm/bin").stdout
+    # What Triton needs on a GPU.
+    headers = "python3 -c 'import sysconfig; print(sysconfig.get_path(\"include\"))'"
+    compiler = f"echo '#include <Python.h>' | cc -fsyntax-only -x c -I$({headers}) -"
+    compiled = engine.docker("run", "--rm", "--entrypoint=sh", image, "-c", compiler)
+    assert compiled.returncode == 0, compiled.stderr
 
 
 def test_own_weights_are_built_in(

@@ -66,7 +66,8 @@ class _Stopped(Exception):
 
 
 def train(settings: TrainingSettings, resume: bool = False) -> Path:
-    """Train a network and keep its newest and best weights, ready for `cwdm infer` or `cwdm sample`.
+    """Train a network and keep its newest and best weights, ready for `cwdm infer`,
+    `cwdm sample` or `cwdm translate`.
 
     In the run's folder: `newest/` and `best/` (weights), `states/` (what `resume` needs), `settings.json`, and
     TensorBoard's files in `log/`.
