@@ -14,7 +14,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -187,9 +187,13 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
     # Each machine may have a cache of its own; its processes share the work.
     mine = [*subjects, *held_out][fabric.local_rank :: _processes(settings)[0]]
     _together(fabric, lambda: _decode_all(cache, mine, fabric.is_global_zero))
+    if not resume and _states(out):
+        raise SettingsError(f"{out} holds a run already; give --resume to go on with it, or another folder")
+    log = TrainingLog(out / "log", fabric.is_global_zero)
+    state = _newest_whole_state(out, log.say) if resume else None
     torch.manual_seed(settings.seed)
     model = UNet(settings.unet())
-    if model.config.regression:  # a state that is resumed replaces it, but there may be none
+    if model.config.regression and state is None:
         model.regression.fit(_examples(_samples(settings, subjects, cache), settings))
     ema = copy.deepcopy(model).requires_grad_(False).eval().to(fabric.device)
     layout = torch.channels_last_3d if fabric.device.type == "cuda" else torch.contiguous_format
@@ -200,11 +204,9 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
             if isinstance(block, ResBlock):
                 block.forward = partial(recompute, block.forward, use_reentrant=False)  # type: ignore[method-assign]
     wrapped, wrapped_optimiser = fabric.setup(model, _optimiser(settings, model, fabric.world_size))
-    run = _Run(settings, fabric, model, wrapped, ema, wrapped_optimiser, cache, subjects, held_out)
+    run = _Run(settings, fabric, log, model, wrapped, ema, wrapped_optimiser, cache, subjects, held_out)
     if resume:
-        run.resume()
-    elif _states(out):
-        raise SettingsError(f"{out} holds a run already; give --resume to go on with it, or another folder")
+        run.resume(state)
     if fabric.is_global_zero:
         write_json(out / "settings.json", settings.model_dump(mode="json"))
     return run
@@ -260,6 +262,7 @@ class _Run:
 
     settings: TrainingSettings
     fabric: Fabric
+    log: TrainingLog
     model: UNet
     wrapped: nn.Module
     ema: UNet
@@ -271,10 +274,6 @@ class _Run:
     best: float = -math.inf
     validated: int = 0
     stopped_by: int = 0
-    log: TrainingLog = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.log = TrainingLog(self.settings.out / "log", self.fabric.is_global_zero)
 
     # ------------------------------------------------------------------------------------------------- the loop
 
@@ -547,28 +546,21 @@ class _Run:
         tensors.update({f"ema.{name}": value for name, value in self.ema.named_parameters()})
         return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
 
-    def resume(self) -> None:
-        """Go on from the newest state that is whole.
+    def resume(self, state: "_State | None") -> None:
+        """Go on from a state.
 
         Raises:
-            SettingsError: the state belongs to other settings or other cases.
+            SettingsError: it belongs to other settings or other cases.
         """
-        for path in reversed(_states(self.settings.out)):
-            try:
-                with safetensors.safe_open(path, framework="pt") as file:
-                    header = json.loads((file.metadata() or {})["cwdm"])
-                    tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
-                self.log.say(f"warning: {path} is not whole ({error}); trying the one before")
-                continue
-            self._check_identity(path, header)
-            self._take(tensors)
+        if state is None:
+            self.log.say("no state to go on from; starting at the first step")
+        else:
+            header = state.header
+            self._check_identity(state.path, header)
+            self._take(state.tensors)
             self.step, self.best = int(header["step"]), header["best"] or -math.inf
             self.validated = int(header.get("validated", self.step))
-            self.log.say(f"going on after step {self.step} from {path}")
-            break
-        else:
-            self.log.say("no state to go on from; starting at the first step")
+            self.log.say(f"going on after step {self.step} from {state.path}")
         steps = cast(Tensor, self.fabric.all_gather(torch.tensor(self.step, device=self.fabric.device)))
         if int(steps.min()) != int(steps.max()):
             raise SettingsError(
@@ -599,6 +591,26 @@ class _Run:
 def _states(out: Path) -> list[Path]:
     """A run's saved states, oldest first; copies under other names are the user's own."""
     return sorted(path for path in (out / "states").glob("*.safetensors") if re.fullmatch(r"\d{9}", path.stem))
+
+
+@dataclass(frozen=True)
+class _State:
+    """What a run goes on from, as it stood in a file."""
+
+    path: Path
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def _newest_whole_state(out: Path, say: Callable[[str], None]) -> _State | None:
+    for path in reversed(_states(out)):
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["cwdm"])
+                return _State(path, header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+            say(f"warning: {path} is not whole ({error}); trying the one before")
+    return None
 
 
 def _window(data: DataSettings) -> Literal["published", "brain"] | tuple[int, int, int]:
