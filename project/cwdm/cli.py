@@ -6,6 +6,7 @@ run again to go on.
 """
 
 import io
+import shlex
 import signal
 import sys
 import traceback
@@ -283,7 +284,9 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder of <case>-seg.nii.gz, flat or in case folders, for the tumour's figures."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for evaluation.csv and evaluation.json.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for evaluation.csv and .json, and images/ with a score each.")
+    ] = None,
     segmenter: Annotated[
         str | None,
         typer.Option(help="Command with {input} (folder of a case) and {output} (its -seg.nii.gz), for Dice and HD95."),
@@ -296,11 +299,16 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Images at a time, half a gigabyte each. Default: one a processor, at most 8."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Score again what --out holds scores of.")] = False,
 ) -> None:
-    """Score synthesised images against the true ones: each image, and mean, deviation, median and worst."""
+    """Score synthesised images against the true ones: each image, and mean, deviation, median and worst.
+
+    With --out, a stopped evaluation goes on where it was.
+    """
     from cwdm.evaluate import tables, write_evaluation
-    from cwdm.files import check_apart, check_writable
+    from cwdm.files import check_apart, check_writable, remove_stale
     from cwdm.progress import CohortProgress
+    from cwdm.score_cache import ScoreCache
     from cwdm.scoring import find_pairs, score_pairs
     from cwdm.segment import bundle_segmenter, command_segmenter
 
@@ -310,18 +318,24 @@ def evaluate(
     for kept in filter(None, (predictions, truth, seg)):
         if out:
             check_apart(out, kept)
-    if out:
-        check_writable(out)
     segment = command_segmenter(segmenter) if segmenter else None
     segment = bundle_segmenter(segmenter_bundle) if segmenter_bundle else segment
+    segmented_by = segmenter or (str(segmenter_bundle) if segmenter_bundle else None)
+    programs = [Path(word) for word in shlex.split(segmenter or "") if Path(word).is_file()]
+    programs += [path for path in segmenter_bundle.rglob("*") if path.is_file()] if segmenter_bundle else []
+    cache = None
+    if out:
+        check_writable(out / "images")
+        remove_stale(out / "images")
+        cache = ScoreCache(out / "images", segmented_by or "", programs, overwrite)
     with CohortProgress(len(pairs)) as progress:
-        scores = score_pairs(pairs, segment, workers, lambda score: progress.end_case(score.line))
+        scores = score_pairs(pairs, segment, workers, lambda score: progress.end_case(score.line), cache)
     failed = [score for score in scores if score.reason]
     for table in tables(scores):
         Console().print(table)
     if out:
         record = {"predictions": str(predictions), "truth": str(truth), "segmentations": str(seg) if seg else None}
-        record["segmenter"] = segmenter or (str(segmenter_bundle) if segmenter_bundle else None)
+        record["segmenter"] = segmented_by
         for path in write_evaluation(out, scores, record):
             print(path)
     if failed:

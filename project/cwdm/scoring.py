@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -67,6 +68,16 @@ class Score:
         return f"{name} PSNR {self.figures['psnr']:.2f} dB, SSIM {self.figures['ssim']:.4f}{notes}"
 
 
+class Kept(Protocol):
+    """Where scores are kept; see `score_cache`."""
+
+    def get(self, pair: Pair) -> Score | None:
+        """A score of the same files by the same means."""
+
+    def put(self, pair: Pair, score: Score) -> None:
+        """Keep a score."""
+
+
 def find_pairs(predictions: Path, truth: Path, seg: Path | None = None) -> list[Pair]:
     """Pair the images of a flat folder with the true ones by their names, sorted; no image is opened.
 
@@ -126,12 +137,14 @@ def score_pairs(
     segmenter: Segmenter | None = None,
     workers: int | None = None,
     on_score: Callable[[Score], None] = lambda score: None,
+    kept: "Kept | None" = None,
 ) -> list[Score]:
     """The scores of all pairs, in their order; one that cannot be scored carries its reason.
 
     Args:
         workers: pairs at a time; None for one a processor, MOST_WORKERS at most. Memory grows with it.
         on_score: called after each pair, as they finish.
+        kept: scores of an earlier run, which are not computed again; takes those of this one.
 
     Raises:
         SettingsError: the segmenter cannot be run at all.
@@ -141,7 +154,7 @@ def score_pairs(
     scores: dict[int, Score] = {}
     # Threads: reading, filtering and most arithmetic let go of the interpreter, and nothing need be sent to them.
     with ThreadPoolExecutor(workers, "score") as pool:
-        running = {pool.submit(_score_or_reason, pair, segmenter): index for index, pair in enumerate(pairs)}
+        running = {pool.submit(_score_or_reason, pair, segmenter, kept): index for index, pair in enumerate(pairs)}
         try:
             for done in as_completed(running):
                 score = scores[running[done]] = done.result()
@@ -301,9 +314,14 @@ def _region_figures(images: _Images, tumour: metrics.Mask) -> dict[str, float]:
     return figures
 
 
-def _score_or_reason(pair: Pair, segmenter: Segmenter | None) -> Score:
+def _score_or_reason(pair: Pair, segmenter: Segmenter | None, kept: Kept | None) -> Score:
     try:
-        return score_pair(pair, segmenter)
+        if kept and not pair.problem and (known := kept.get(pair)):
+            return known
+        score = score_pair(pair, segmenter)
+        if kept:
+            kept.put(pair, score)
+        return score
     except (OutputError, SettingsError):
         raise
     except CaseError as error:

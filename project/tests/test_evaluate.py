@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import statistics
 from pathlib import Path
@@ -17,6 +18,7 @@ from cwdm.cli import app
 from cwdm.errors import CaseError, InputError
 from cwdm.evaluate import summaries, summarise
 from cwdm.figures import FIGURES
+from cwdm.score_cache import ScoreCache
 from cwdm.scoring import Pair, Score, find_pairs, score_pair, score_pairs
 
 SHAPE = (22, 26, 20)
@@ -241,7 +243,7 @@ def test_command_and_its_files(folders: tuple[Path, Path], tmp_path: Path) -> No
     assert report["images"][0]["figures"]["psnr"] == report["summary"]["all"]["psnr"]["mean"] == "inf"
     assert report["figures"].keys() == scores[0].figures.keys()
     assert all(report["figures"][name]["not_confirmed"] == (FIGURES[name].doubt or None) for name in scores[0].figures)
-    assert sorted(path.name for path in out.iterdir()) == ["evaluation.csv", "evaluation.json"]
+    assert sorted(path.name for path in out.iterdir()) == ["evaluation.csv", "evaluation.json", "images"]
 
     (pred / f"{NAMES[1]}-t2f.nii.gz").write_text("damaged")
     done = CliRunner().invoke(app, command)
@@ -257,6 +259,29 @@ def test_nothing_is_written_into_what_is_scored(folders: tuple[Path, Path], kept
     result = CliRunner().invoke(app, ["evaluate", str(pred), str(truth), "--out", out])
     assert isinstance(result.exception, InputError)
     assert not Path(out).exists()
+
+
+def test_a_stopped_evaluation_goes_on_where_it_was(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pairs, asked = find_pairs(*folders), []
+
+    def segment(case: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+        asked.append(case)
+        return np.ones(SHAPE, np.uint8), AFFINE
+
+    cache = ScoreCache(tmp_path, "ones")
+    first = score_pairs(pairs[:1], segment, kept=cache)
+    both = score_pairs(pairs, segment, kept=cache)
+    assert both[0] == first[0]
+    assert len(asked) == 4  # the true case and the completed one, of each
+    assert score_pairs(pairs, segment, kept=cache) == both
+    assert len(asked) == 4
+    for other in (ScoreCache(tmp_path, "twos"), ScoreCache(tmp_path, "ones", renew=True)):
+        assert score_pairs(pairs[:1], segment, kept=other) == first
+    assert len(asked) == 8
+    os.utime(pairs[1].prediction, ns=(1, 1))
+    (tmp_path / f"{NAMES[0]}-t1n.json").write_text("damaged")
+    assert score_pairs(pairs, segment, kept=ScoreCache(tmp_path, "ones")) == both
+    assert len(asked) == 12
 
 
 def test_a_pair_without_truth_says_why() -> None:

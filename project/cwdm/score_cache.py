@@ -1,0 +1,55 @@
+"""Scores of an evaluation that was stopped, so that the next one goes on where it was."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from pydantic import TypeAdapter, ValidationError
+
+from cwdm import __version__
+from cwdm.files import write_json
+from cwdm.scoring import Pair, Score
+
+_SCORE = TypeAdapter(Score)
+
+
+@dataclass(frozen=True)
+class ScoreCache:
+    """A file an image; what it was made from and by is part of it.
+
+    Attributes:
+        folder: must exist.
+        segmenter: what segments, in words.
+        programs: its files; what else it depends on is not noticed.
+        renew: nothing that is there counts.
+    """
+
+    folder: Path
+    segmenter: str = ""
+    programs: Sequence[Path] = ()
+    renew: bool = False
+
+    def get(self, pair: Pair) -> Score | None:
+        """The score of the same files by the same means, if it is there."""
+        if self.renew:
+            return None
+        try:
+            found = json.loads(self._path(pair).read_text(encoding="utf-8"))
+            return _SCORE.validate_python(found["score"]) if found["key"] == self._key(pair) else None
+        except (OSError, ValueError, KeyError, TypeError, ValidationError):
+            return None
+
+    def put(self, pair: Pair, score: Score) -> None:
+        """Keep a score; raises OutputError if the folder cannot be written."""
+        write_json(self._path(pair), {"key": self._key(pair), "score": asdict(score)})
+
+    def _path(self, pair: Pair) -> Path:
+        return self.folder / f"{pair.case}-{pair.modality}.json"
+
+    def _key(self, pair: Pair) -> str:
+        files = [pair.prediction, pair.truth, *pair.contrasts.values(), pair.seg, *self.programs]
+        stats = [(str(file.resolve()), (s := file.stat()).st_size, s.st_mtime_ns) for file in files if file]
+        text = json.dumps([__version__, self.segmenter, list(pair.contrasts), stats])
+        return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
