@@ -42,7 +42,7 @@ _ALIASES = {"t1": "t1n", "t1ce": "t1c", "t1gd": "t1c", "t2": "t2w", "flair": "t2
 _ENDINGS = "|".join((*MODALITIES, *_ALIASES))
 _FILE_NAME = re.compile(rf"(?:.*[-_.])?({_ENDINGS})\.nii(?:\.gz)?", re.IGNORECASE | re.DOTALL)
 
-_MAX_NAME = 255  # bytes that file systems allow
+LONGEST_NAME = 255  # bytes that file systems allow
 _MAX_AXIS = 1024
 _MAX_VOXELS = 512**3
 _MAX_OFFSET = 1 << 20  # bytes before the first voxel, extensions included; BraTS files have up to 3 KiB
@@ -244,7 +244,9 @@ def write_volume(path: Path, volume: npt.ArrayLike, like: Case, native: bool = T
     _write(path, voxels, header)
 
 
-def write_nifti(path: Path, voxels: npt.NDArray[np.generic], affine: Affine, description: str = "") -> None:
+def write_nifti(
+    path: Path, voxels: npt.NDArray[np.generic], affine: Affine, description: str = "", oriented: bool = True
+) -> None:
     """Write a volume that belongs to no case yet as .nii.gz, in the type it has; same input, same bytes.
 
     Args:
@@ -252,14 +254,15 @@ def write_nifti(path: Path, voxels: npt.NDArray[np.generic], affine: Affine, des
         voxels: (X, Y, Z) real numbers.
         affine: (4, 4), voxel indices to mm.
         description: for the header, at most 79 characters.
+        oriented: False leaves open how the voxels lie in space.
 
     Raises:
         OutputError: the file cannot be written.
     """
     header = nib.Nifti1Header()
     header.set_data_shape(voxels.shape)
-    header.set_qform(affine, code=1)
-    header.set_sform(affine, code=1)
+    header.set_qform(affine, code=int(oriented))
+    header.set_sform(affine, code=int(oriented))
     header.set_xyzt_units("mm")
     header["descrip"] = description
     _write(path, voxels, header)
@@ -279,8 +282,8 @@ def _look_into(entry: Path) -> CaseFolder | None:
         return CaseFolder(entry.name, entry, {}, unreadable)
     files: dict[str, Path] = {}
     problem: str | None = None
-    if len(os.fsencode(output_name(entry.name, MODALITIES[0]))) > _MAX_NAME:
-        problem = f"the folder's name is too long for a file named after it ({_MAX_NAME} bytes at most); shorten it"
+    if len(os.fsencode(output_name(entry.name, MODALITIES[0]))) > LONGEST_NAME:
+        problem = f"the folder's name is too long for a file named after it ({LONGEST_NAME} bytes at most); shorten it"
     for path in paths:
         if (modality := _modality(path.name)) is None:
             continue

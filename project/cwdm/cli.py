@@ -6,7 +6,9 @@ run again to go on.
 """
 
 import io
+import os
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -316,20 +318,23 @@ def evaluate(
         raise SettingsError("--segmenter and --segmenter-bundle exclude each other; give one")
     pairs = find_pairs(predictions, truth, seg)
     for kept in filter(None, (predictions, truth, seg)):
-        if out:
-            check_apart(out, kept)
+        for written in (out, out / "images") if out else ():
+            check_apart(written, kept)
     segment = command_segmenter(segmenter) if segmenter else None
     segment = bundle_segmenter(segmenter_bundle) if segmenter_bundle else segment
     segmented_by = segmenter or (str(segmenter_bundle) if segmenter_bundle else None)
-    programs = [Path(word) for word in shlex.split(segmenter or "") if Path(word).is_file()]
-    programs += [path for path in segmenter_bundle.rglob("*") if path.is_file()] if segmenter_bundle else []
     cache = None
     if out:
+        words = [shutil.which(word) or word for word in shlex.split(segmenter or "")]
+        programs = [Path(word) for word in words if os.path.isfile(word)]  # noqa: PTH113  # a word may be very long
+        programs += [path for path in segmenter_bundle.rglob("*") if path.is_file()] if segmenter_bundle else []
         check_writable(out / "images")
         remove_stale(out / "images")
         cache = ScoreCache(out / "images", segmented_by or "", programs, overwrite)
     with CohortProgress(len(pairs)) as progress:
         scores = score_pairs(pairs, segment, workers, lambda score: progress.end_case(score.line), cache)
+    if cache and cache.used:
+        progress.log(f"{len(cache.used)} of {len(scores)} scores are from before (--overwrite makes them again)")
     failed = [score for score in scores if score.reason]
     for table in tables(scores):
         Console().print(table)

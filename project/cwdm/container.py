@@ -85,7 +85,7 @@ def _with_weights(options: Sequence[str], root: Path) -> list[str]:
     if known.weights is not None:
         _say(f"{known.weights} is an empty folder; taking the weights of the image")
     kept = [f"--{name}={value}" for name, value in vars(known).items() if name != "weights" and value is not None]
-    own = [root / folder for folder in WEIGHTS if any(Path(file).suffix in SUFFIXES for file in _files(root / folder))]
+    own = [root / folder for folder in WEIGHTS if _may_hold_weights(root / folder)]
     if not own:
         _say(f"warning: {NO_WEIGHTS}")
     return [*kept, f"--weights={own[0] if own else BUNDLED}", *others]
@@ -120,15 +120,34 @@ def _paths(options: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     return parser.parse_known_args(list(options))
 
 
+def _may_hold_weights(folder: Path) -> bool:
+    """Whether there are weights in a folder, or it cannot be read: then the command says what is wrong with it."""
+    try:
+        return any(Path(name).suffix in SUFFIXES for name in _files(folder))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+
+
 def _is_empty(folder: Path) -> bool:
-    """Whether a folder can be read and holds nothing but hidden files and folders, as one that git or a runner made."""
-    return os.access(folder, os.R_OK) and folder.is_dir() and not any(_files(folder))
+    """Whether a folder holds nothing but hidden files and empty folders, as one that git or a runner made."""
+    try:
+        return folder.is_dir() and not any(_files(folder))
+    except OSError:
+        return False  # let the command say what is wrong with it
 
 
-def _files(folder: Path) -> Iterator[str]:
-    """Names of the files in a folder and below it that are not hidden."""
-    for _, _, names in os.walk(folder):
-        yield from (name for name in names if not name.startswith("."))
+def _files(folder: Path, depth: int = 2) -> Iterator[str]:
+    """Names of the files in a folder and its folders that are not hidden, links followed."""
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if not entry.is_dir():
+                yield entry.name
+            elif depth > 1:
+                yield from _files(Path(entry.path), depth - 1)
 
 
 def _say(message: str) -> None:

@@ -180,6 +180,8 @@ def check_same_origin(path: Path, description: dict[str, Any]) -> None:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path} cannot be read ({error}); choose another folder") from error
+    if not isinstance(found, dict):
+        raise SettingsError(f"{path} is not a record of ours; choose another folder")
     changed = [key for key, value in description.items() if found.get(key) != value]
     if changed:
         raise SettingsError(f"the volumes in {path.parent} have another {', '.join(changed)}; choose another folder")

@@ -128,7 +128,7 @@ class _Pool:
         gpus = sum(int(machine.get("GPU", 0)) for machine in machines)
         self.on_gpus = work.device != "cpu" and gpus > 0
         cores = [int(machine.get("CPU", 0)) for machine in machines]
-        default, most = (gpus, gpus) if self.on_gpus else (sum(n // 4 for n in cores), sum(cores))
+        default, most = (gpus, gpus) if self.on_gpus else (sum(max(1, n // 4) for n in cores if n), sum(cores))
         # Ray lets a worker for whom there is no place wait for ever.
         self.count = max(1, min(workers or default, most, total))
         self.cores = 1 if self.on_gpus else cores_each(cores, self.count)

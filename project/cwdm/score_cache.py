@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
@@ -24,32 +24,41 @@ class ScoreCache:
         segmenter: what segments, in words.
         programs: its files; what else it depends on is not noticed.
         renew: nothing that is there counts.
+        used: scores that were found.
     """
 
     folder: Path
     segmenter: str = ""
     programs: Sequence[Path] = ()
     renew: bool = False
+    used: list[Score] = field(default_factory=list)
 
-    def get(self, pair: Pair) -> Score | None:
+    def get(self, pair: Pair, key: str) -> Score | None:
         """The score of the same files by the same means, if it is there."""
-        if self.renew:
+        if self.renew or not key:
             return None
         try:
             found = json.loads(self._path(pair).read_text(encoding="utf-8"))
-            return _SCORE.validate_python(found["score"]) if found["key"] == self._key(pair) else None
+            score = _SCORE.validate_python(found["score"]) if found["key"] == key else None
         except (OSError, ValueError, KeyError, TypeError, ValidationError):
             return None
+        self.used.extend([score] if score else [])
+        return score
 
-    def put(self, pair: Pair, score: Score) -> None:
-        """Keep a score; raises OutputError if the folder cannot be written."""
-        write_json(self._path(pair), {"key": self._key(pair), "score": asdict(score)})
+    def put(self, pair: Pair, key: str, score: Score) -> None:
+        """Keep a score, unless the files have changed since; raises OutputError if the folder cannot be written."""
+        if key and key == self.key(pair):
+            write_json(self._path(pair), {"key": key, "score": asdict(score)})
 
     def _path(self, pair: Pair) -> Path:
         return self.folder / f"{pair.case}-{pair.modality}.json"
 
-    def _key(self, pair: Pair) -> str:
+    def key(self, pair: Pair) -> str:
+        """Of the files and means, or empty where a file is not there."""
         files = [pair.prediction, pair.truth, *pair.contrasts.values(), pair.seg, *self.programs]
-        stats = [(str(file.resolve()), (s := file.stat()).st_size, s.st_mtime_ns) for file in files if file]
+        try:
+            stats = [(str(file.resolve()), (s := file.stat()).st_size, s.st_mtime_ns) for file in files if file]
+        except (OSError, RuntimeError):
+            return ""
         text = json.dumps([__version__, self.segmenter, list(pair.contrasts), stats])
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

@@ -71,10 +71,13 @@ class Score:
 class Kept(Protocol):
     """Where scores are kept; see `score_cache`."""
 
-    def get(self, pair: Pair) -> Score | None:
-        """A score of the same files by the same means."""
+    def key(self, pair: Pair) -> str:
+        """What a score depends on, as it is now."""
 
-    def put(self, pair: Pair, score: Score) -> None:
+    def get(self, pair: Pair, key: str) -> Score | None:
+        """A score by this key."""
+
+    def put(self, pair: Pair, key: str, score: Score) -> None:
         """Keep a score."""
 
 
@@ -126,7 +129,8 @@ def score_pair(pair: Pair, segmenter: Segmenter | None = None) -> Score:
         notes = tuple(images.notes)
         if segmenter:
             files = {**pair.contrasts, pair.modality: pair.truth}
-            figures |= segment_pair(segmenter, pair.case, files, pair.modality, pair.prediction)
+            segmented = segment_pair(segmenter, pair.case, files, pair.modality, pair.prediction)
+            figures |= {name: float(value) for name, value in segmented.items()}
     except InputError as error:
         raise CaseError(pair.case, str(error)) from error
     return Score(pair.case, pair.modality, figures, "other contrasts" if pair.contrasts else "true image", notes)
@@ -316,12 +320,14 @@ def _region_figures(images: _Images, tumour: metrics.Mask) -> dict[str, float]:
 
 def _score_or_reason(pair: Pair, segmenter: Segmenter | None, kept: Kept | None) -> Score:
     try:
-        if kept and not pair.problem and (known := kept.get(pair)):
-            return known
-        score = score_pair(pair, segmenter)
-        if kept:
-            kept.put(pair, score)
-        return score
+        if kept is None or pair.problem:
+            return score_pair(pair, segmenter)
+        key = kept.key(pair)
+        known = kept.get(pair, key)
+        if known is None:
+            known = score_pair(pair, segmenter)
+            kept.put(pair, key, known)
+        return known
     except (OutputError, SettingsError):
         raise
     except CaseError as error:

@@ -36,7 +36,9 @@ def _parse(shard: str) -> tuple[int, int]:
 
 
 def _of_scheduler(environment: Mapping[str, str]) -> tuple[int, int]:
-    if int(environment.get("SLURM_NTASKS", 1)) > 1 and "SLURM_STEP_ID" not in environment:
+    # In a batch script, and in the shell of salloc, these variables are there too, but there is one process.
+    tasks = int(environment.get("SLURM_NTASKS", 1))
+    if tasks > 1 and tasks != int(environment.get("SLURM_STEP_NUM_TASKS", 1)):
         raise InputError(
             f"--shard auto: the Slurm job has {environment['SLURM_NTASKS']} tasks, and this is not one of them, so the "
             "cases of the others would be nobody's; start it with srun, or ask for one task (--ntasks=1)"

@@ -118,25 +118,28 @@ def _launch(settings: TrainingSettings) -> Fabric:
 
 
 def _check_shares(settings: TrainingSettings, processes: int) -> None:
-    """Every process gets as many volumes of a step as the others, in parts that can be put together."""
+    """Every process gets as many volumes of a step as the others, in equal parts."""
     batch, parts = settings.optimiser.batch_size, processes * settings.optimiser.accumulate
     if batch % parts:
         raise SettingsError(
             f"optimiser.batch_size {batch} cannot be shared evenly among {processes} devices in "
             f"{settings.optimiser.accumulate} parts each; give optimiser.batch_size={-(-batch // parts) * parts}"
         )
-    if batch > parts and settings.data.window == "brain" and not settings.data.crop:
+
+
+def _check_shapes(settings: TrainingSettings, processes: int, shapes: set[tuple[int, ...]]) -> None:
+    """Windows follow the brain, and volumes that are computed together must be of one size."""
+    share = settings.optimiser.batch_size // processes
+    if len(shapes) > 1 and share > settings.optimiser.accumulate and not settings.data.crop:
         raise SettingsError(
-            "brains differ in size, so that whole ones cannot be computed together; give data.crop, or "
-            f"optimiser.accumulate={batch // processes}"
+            f"the volumes differ in size ({min(shapes)} to {max(shapes)}), so that whole ones cannot be computed "
+            f"together; give data.crop, or optimiser.accumulate={share}"
         )
 
 
 def _is_task_of_slurm() -> bool:
-    """Whether `srun` started this process as one of several; a batch script has all these variables but the last."""
-    environment = os.environ
-    several = "SLURM_PROCID" in environment and int(environment.get("SLURM_NTASKS", 1)) > 1
-    return several and "SLURM_STEP_ID" in environment
+    """Whether `srun` started this process as one of several; batch scripts and salloc's shell count one task a step."""
+    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
 def _processes(settings: TrainingSettings) -> tuple[int, int]:
@@ -187,6 +190,7 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
     # Each machine may have a cache of its own; its processes share the work.
     mine = [*subjects, *held_out][fabric.local_rank :: _processes(settings)[0]]
     _together(fabric, lambda: _decode_all(cache, mine, fabric.is_global_zero))
+    _check_shapes(settings, fabric.world_size, {cache.load(subject).stack.shape[1:] for subject in subjects})
     if not resume and _states(out):
         raise SettingsError(f"{out} holds a run already; give --resume to go on with it, or another folder")
     log = TrainingLog(out / "log", fabric.is_global_zero)

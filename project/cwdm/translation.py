@@ -1,7 +1,10 @@
 """Images of one kind out of others, such as CT out of MR, by networks trained on files that their settings describe."""
 
+import math
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -9,21 +12,37 @@ import torch
 from pydantic import ValidationError
 
 from cwdm import __version__
-from cwdm.brats import read_grid, write_nifti
+from cwdm.brats import LONGEST_NAME, read_grid, write_nifti
 from cwdm.config import Settings
 from cwdm.datasets import Subject, Volumes, decode, list_subjects
-from cwdm.errors import CaseError, CwdmError, WeightsError
+from cwdm.errors import CaseError, OutputError, WeightsError
 from cwdm.files import check_apart, check_writable, remove_stale
 from cwdm.generation import Network, check_same_origin
-from cwdm.preprocess import ORIENTATION, Orientation, centre
+from cwdm.preprocess import MOST_WINDOW_VOXELS, ORIENTATION, Orientation, centre
 from cwdm.synthesis import DeviceName
 from cwdm.train_config import DataSettings
 from cwdm.wavelet import dwt
 
 RECORD = "translations.json"
+MOST_VOXELS = 8 * MOST_WINDOW_VOXELS
+"""Of a window before its voxels are averaged; weights that nobody checked say what it is."""
 
 Affine = npt.NDArray[np.float64]
 Volume = npt.NDArray[np.float32]
+
+
+class Translation(NamedTuple):
+    """An image that was made.
+
+    Attributes:
+        volume: (X, Y, Z) float32.
+        affine: (4, 4), voxel indices to mm.
+        oriented: False where the images given do not say how they lie in space; then this one does not either.
+    """
+
+    volume: Volume
+    affine: Affine
+    oriented: bool
 
 
 class Translator:
@@ -47,7 +66,12 @@ class Translator:
             raise WeightsError(f"{weights}: does not say what it was trained on") from error
         if data.layout != "files" or not data.images or not data.images[1:] or not isinstance(data.window, list):
             raise WeightsError(f"{weights}: was not trained on pairs of images; try 'cwdm infer' or 'cwdm sample'")
-        self.network.check_size(data.window)
+        sizes = [divmod(n, data.downsample) for n in data.window]
+        self.network.check_size([n for n, _ in sizes])
+        channels = sum(len(image.labels) if image.labels is not None else 1 for image in data.images)
+        expected, found = 8 * channels, self.network.checkpoint.model.config.in_channels
+        if expected != found or any(rest for _, rest in sizes) or math.prod(data.window) > MOST_VOXELS:
+            raise WeightsError(f"{weights}: its network of {found} inputs does not fit what it says of its images")
         self.target, self.downsample, self.window = data.images[0], data.downsample, data.window
         self.given = data.model_copy(update={"images": data.images[1:]})
 
@@ -59,7 +83,7 @@ class Translator:
         """
         return list_subjects(folder, self.given)
 
-    def __call__(self, subject: Subject, on_step: Callable[[], None] = lambda: None) -> tuple[Volume, Affine]:
+    def __call__(self, subject: Subject, on_step: Callable[[], None] = lambda: None) -> Translation:
         """The target image on the grid of the first image given, or on cubes of its voxels if trained on such.
 
         Its numbers are those of the target's `intensity` range, or [0, 1] where that was by percentiles.
@@ -76,7 +100,7 @@ class Translator:
         first, last = self.target.intensity if isinstance(self.target.intensity, list) else (0.0, 1.0)
         return self._on_grid(made * np.float32(last - first), subject.files[0], np.float32(first))
 
-    def _on_grid(self, volume: Volume, like: Path, offset: np.float32) -> tuple[Volume, Affine]:
+    def _on_grid(self, volume: Volume, like: Path, offset: np.float32) -> Translation:
         """The window's volume, stored LPS, in the order and size of a file; `offset` is added, and fills the rest."""
         image, affine, known = read_grid(like)
         orientation = Orientation.to(ORIENTATION, affine) if known else Orientation.identity()
@@ -90,7 +114,7 @@ class Translator:
             starts.append(have - 1 - start - (small - 1) * n if orientation.flips[axis] else start)
         scaled = np.diag([n, n, n, 1.0])
         scaled[list(orientation.axes), 3] = starts
-        return np.ascontiguousarray(orientation.invert(volume) + offset), affine @ scaled
+        return Translation(np.ascontiguousarray(orientation.invert(volume) + offset), affine @ scaled, known)
 
 
 def translate(
@@ -127,17 +151,22 @@ def translate(
 
 def _translate_one(translator: Translator, subject: Subject, output: Path, on_case: Callable[[str], None]) -> bool:
     path = output / f"{subject.name}.nii.gz"
-    if path.exists():
-        on_case(f"{subject.name}: is there already")
-        return True
     try:
-        volume, affine = translator(subject)
+        if os.path.exists(path):  # noqa: PTH110  # Path.exists raises where the name is too long
+            on_case(f"{subject.name}: is there already")
+            return True
+        made = translator(subject)
+        description = f"synthesised by cwdm {__version__}, no acquisition"
+        write_nifti(path, made.volume, made.affine, description, made.oriented)
+    except OutputError as error:
+        if len(os.fsencode(path.name)) <= LONGEST_NAME:
+            raise  # the next case would meet it too
+        on_case(f"{subject.name}: FAILED: {error}")
     except CaseError as error:
         on_case(f"{subject.name}: FAILED: {error.reason}")
-    except (CwdmError, MemoryError, RuntimeError) as error:  # none of them may take the other cases down
-        on_case(f"{subject.name}: FAILED: {error or 'not enough memory'}")
+    except Exception as error:  # whatever it is, it must not take the other cases down
+        on_case(f"{subject.name}: FAILED: {str(error) or type(error).__name__}")
     else:
-        write_nifti(path, volume, affine, f"synthesised by cwdm {__version__}, no acquisition")
         on_case(f"{subject.name}: written")
         return True
     return False

@@ -71,6 +71,20 @@ def test_medperfs_empty_folders_mean_the_weights_of_the_image(tmp_path: Path) ->
     assert f"--weights={tmp_path}/mlcommons/volumes/additional_files" in arguments(["infer"], tmp_path)
 
 
+def test_linked_and_hidden_folders_of_weights(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder(tmp_path / "elsewhere", "brats_1200000.pt")
+    folder(tmp_path / "weights")
+    (tmp_path / "weights/t1n").symlink_to(tmp_path / "elsewhere")
+    assert f"--weights={tmp_path}/weights" in arguments(["infer"], tmp_path)
+    named = f"--weights={tmp_path}/weights"
+    assert named in arguments(["infer", named], tmp_path)
+    assert "empty" not in capsys.readouterr().err
+    folder(tmp_path / "cloned/.git", "HEAD")
+    assert named in arguments(["infer", f"--weights={tmp_path}/cloned"], tmp_path)
+    (tmp_path / "weights/round").symlink_to(tmp_path / "weights")
+    assert named in arguments(["infer", named], tmp_path)
+
+
 def test_mlcubes_training_folders_become_settings(tmp_path: Path) -> None:
     given = ["train", "--data_path=/io0", "--parameters_file=/io1/training.yaml", "--output_path=/io2"]
     assert arguments(given, tmp_path) == ["train", "/io1/training.yaml", "data.path=/io0", "out=/io2", "--resume"]

@@ -252,6 +252,19 @@ def test_command_and_its_files(folders: tuple[Path, Path], tmp_path: Path) -> No
     assert json.loads((out / "evaluation.json").read_text())["images"][1]["reason"]
 
 
+def test_a_folder_of_images_inside_out_is_no_place_for_scores(folders: tuple[Path, Path]) -> None:
+    pred, truth = folders
+    pred.rename(pred.parent / "images")
+    result = CliRunner().invoke(app, ["evaluate", str(pred.parent / "images"), str(truth), "--out", str(pred.parent)])
+    assert isinstance(result.exception, InputError)
+    long = CliRunner().invoke(
+        app,
+        ["evaluate", str(pred.parent / "images"), str(truth), "--segmenter", f"sh -c {'x' * 300} {{input}} {{output}}"],
+    )
+    assert long.exit_code == 1
+    assert "FAILED" in long.output
+
+
 @pytest.mark.parametrize("kept", ["pred", "truth"])
 def test_nothing_is_written_into_what_is_scored(folders: tuple[Path, Path], kept: str) -> None:
     pred, truth = folders
@@ -269,6 +282,14 @@ def test_a_stopped_evaluation_goes_on_where_it_was(folders: tuple[Path, Path], t
         return np.ones(SHAPE, np.uint8), AFFINE
 
     cache = ScoreCache(tmp_path, "ones")
+
+    def changed(case: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+        os.utime(pairs[0].prediction, ns=(2, 2))
+        return segment(case, folder)
+
+    score_pairs(pairs[:1], changed, kept=cache)
+    assert not list(tmp_path.glob("*.json")), "an image that changed while it was scored"
+    asked.clear()
     first = score_pairs(pairs[:1], segment, kept=cache)
     both = score_pairs(pairs, segment, kept=cache)
     assert both[0] == first[0]

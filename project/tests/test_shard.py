@@ -25,7 +25,7 @@ def test_what_is_no_shard_is_refused(shard: str) -> None:
     "environment",
     [
         {"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "3", "SLURM_NTASKS": "1"},
-        {"SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_STEP_ID": "0"},
+        {"SLURM_PROCID": "1", "SLURM_NTASKS": "3", "SLURM_STEP_NUM_TASKS": "3"},
         {"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_MAX": "7"}
         | {"SLURM_ARRAY_TASK_COUNT": "3"},
         {"JOB_COMPLETION_INDEX": "1", "JOB_COMPLETIONS": "3"},
@@ -41,7 +41,12 @@ def test_the_tasks_of_each_job_of_an_array_share_its_cases() -> None:
             range(20),
             "auto",
             {"SLURM_ARRAY_TASK_ID": str(job), "SLURM_ARRAY_TASK_MIN": "1"}
-            | {"SLURM_ARRAY_TASK_COUNT": "3", "SLURM_PROCID": str(task), "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"},
+            | {
+                "SLURM_ARRAY_TASK_COUNT": "3",
+                "SLURM_PROCID": str(task),
+                "SLURM_NTASKS": "2",
+                "SLURM_STEP_NUM_TASKS": "2",
+            },
         )
         for job in (1, 2, 3)
         for task in (0, 1)
@@ -58,6 +63,9 @@ def test_an_array_with_gaps_is_refused() -> None:
 def test_a_job_of_several_tasks_that_are_not_started_is_refused() -> None:
     with pytest.raises(InputError, match="srun"):
         share([1], "auto", {"SLURM_PROCID": "0", "SLURM_NTASKS": "4"})
+    shell_of_salloc = {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1"}
+    with pytest.raises(InputError, match="srun"):
+        share([1], "auto", {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", **shell_of_salloc})
 
 
 def test_auto_without_a_scheduler_is_refused() -> None:

@@ -13,7 +13,7 @@ from cwdm.checkpoint import Record, load_published
 from cwdm.cli import app
 from cwdm.config import load_settings
 from cwdm.datasets import Subject, Volumes, decode
-from cwdm.errors import WeightsError
+from cwdm.errors import SettingsError, WeightsError
 from cwdm.generation import Generator
 from cwdm.train_config import load_training_settings
 from cwdm.training import train
@@ -76,7 +76,7 @@ def test_what_was_trained_is_used_and_a_bad_case_stops_no_other(weights: Path, p
     made, given = nib.load(tmp_path / "out" / f"{good[0].name}.nii.gz"), nib.load(subject.files[0])
     assert made.shape == given.shape
     np.testing.assert_allclose(made.affine, given.affine)
-    volume, _ = translator(subject)
+    volume = translator(subject).volume
     np.testing.assert_array_equal(np.asarray(made.dataobj), volume)
     middle = tuple(slice(n // 2 - 4, n // 2 + 4) for n in volume.shape)
     assert volume[middle].std() > 0
@@ -100,15 +100,12 @@ def test_what_is_made_lies_where_it_was_seen(downsample: int, size: tuple[int, .
         indices = np.stack([*np.meshgrid(*map(np.arange, size), indexing="ij"), np.ones(size)])
         write_nifti(tmp_path / "a.nii.gz", np.tensordot(affine[axis], indices, 1).astype(np.float32), affine)
         image = {"file": "{case}.nii.gz", "intensity": [-500, 500]}
-        data = {"layout": "files", "images": [image, image], "window": [32, 32, 32], "downsample": downsample}
-        record = Record(training={"settings": {"data": data}})
-        config = UNetConfig(in_channels=16, model_channels=16, channel_mult=(1, 1), groups=8)
-        checkpoint.save(tmp_path / "w.safetensors", load_published(untrained_state(config), config), record)
-        translator = Translator(tmp_path / "w.safetensors", device="cpu")
+        told = {"images": [image, image], "downsample": downsample}
+        translator = Translator(save(tmp_path / "w.safetensors", **told), device="cpu")
         subject = Subject("a", (tmp_path / "a.nii.gz",))
         stack, ranges = decode(subject, translator.given)
         seen = Volumes(stack, np.asarray(ranges, np.float32)).unit()[0] * np.float32(1000)
-        volume, placed = translator._on_grid(seen, subject.files[0], np.float32(-500))
+        volume, placed, _ = translator._on_grid(seen, subject.files[0], np.float32(-500))
         indices = np.stack([*np.meshgrid(*map(np.arange, volume.shape), indexing="ij"), np.ones(volume.shape)])
         expected = np.tensordot(placed[axis], indices, 1)
         seen_at = volume > -499  # the rest was not in the window
@@ -130,12 +127,45 @@ def test_weights_for_something_else_are_refused_with_the_way_out(weights: Path, 
         Translator(tmp_path / "w.safetensors")
 
 
+def save(path: Path, in_channels: int = 16, **data: object) -> Path:
+    """Weights that say that they were trained on pairs in a flat folder."""
+    image = {"file": "{case}.nii.gz"}
+    told = {"layout": "files", "images": [image, image], "window": [32, 32, 32], **data}
+    config = UNetConfig(in_channels=in_channels, model_channels=16, channel_mult=(1, 1), groups=8)
+    record = Record(training={"settings": {"data": told}})
+    checkpoint.save(path, load_published(untrained_state(config), config), record)
+    return path
+
+
+def test_sizes_are_those_after_averaging(tmp_path: Path) -> None:
+    Translator(save(tmp_path / "large.safetensors", window=[512, 512, 256], downsample=4), device="cpu")
+    for wrong in ({"in_channels": 24}, {"window": [1024, 1024, 1024], "downsample": 8}):
+        with pytest.raises(WeightsError, match="does not fit"):
+            Translator(save(tmp_path / "wrong.safetensors", **wrong))
+
+
+def test_odd_cases_stop_no_other(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    image = nib.Nifti1Image(np.random.default_rng(0).random((16, 20, 12), np.float32), None)
+    image.header.set_zooms((1.0, 2.0, 3.0))
+    for name in ("a" * 248, "b"):  # with .nii.gz just 255; whatever is written elsewhere would be longer
+        nib.save(image, tmp_path / "in" / f"{name}.nii.gz")
+    (tmp_path / "in" / "c.nii.gz").write_bytes(b"no image")
+    weights = save(tmp_path / "w.safetensors")
+    command = ("translate", weights, "--data_path", tmp_path / "in", "--output_path", tmp_path / "out")
+    code, said = cwdm(*command, "sampler.steps=1")
+    assert code == 1
+    assert "c: FAILED" in said
+    made = nib.load(tmp_path / "out" / "b.nii.gz")
+    assert (made.header["qform_code"], made.header["sform_code"]) == (0, 0)
+    np.testing.assert_array_equal(made.affine, nib.load(tmp_path / "in" / "b.nii.gz").affine)
+    (tmp_path / "out" / "translations.json").write_text("[]")
+    result = CliRunner().invoke(app, [str(argument) for argument in command])
+    assert isinstance(result.exception, SettingsError)
+
+
 def test_patterns_stay_inside_the_data_folder(tmp_path: Path) -> None:
     for pattern in ("../{case}.nii.gz", "/etc/{case}.nii.gz"):
         image = {"file": pattern}
-        data = {"layout": "files", "images": [image, image], "window": [32, 32, 32]}
-        config = UNetConfig(in_channels=16, model_channels=16, channel_mult=(1, 1), groups=8)
-        record = Record(training={"settings": {"data": data}})
-        checkpoint.save(tmp_path / "w.safetensors", load_published(untrained_state(config), config), record)
         with pytest.raises(WeightsError, match="does not say"):
-            Translator(tmp_path / "w.safetensors")
+            Translator(save(tmp_path / "w.safetensors", images=[image, image]))
