@@ -131,14 +131,7 @@ def find_cases(data_path: Path) -> list[CaseFolder]:
     Raises:
         InputError: `data_path` is missing, not readable, or holds no case.
     """
-    try:
-        entries = sorted(data_path.iterdir(), key=lambda entry: entry.name)
-    except FileNotFoundError as error:
-        raise InputError(f"the input folder {data_path} does not exist; check the path") from error
-    except NotADirectoryError as error:
-        raise InputError(f"the input {data_path} is not a folder; give the folder of cases") from error
-    except OSError as error:
-        raise InputError(f"the input folder {data_path} cannot be read: {error.strerror}") from error
+    entries = list_folder(data_path, "cases", "input ")
     shown = (entry for entry in entries if not entry.name.startswith("."))
     cases = [case for entry in shown if (case := _look_into(entry))]
     if not cases:
@@ -269,6 +262,27 @@ def write_nifti(
 
 
 # Folders
+
+
+def list_folder(folder: Path, holds: str, name: str = "") -> list[Path]:
+    """What is in a folder, by name.
+
+    Args:
+        holds: what should be there, for the message.
+        name: what the folder is called, with a space behind it, or nothing.
+
+    Raises:
+        InputError: it is missing, no folder, or cannot be read.
+    """
+    try:
+        return sorted(folder.iterdir(), key=lambda entry: entry.name)
+    except FileNotFoundError as error:
+        raise InputError(f"the {name}folder {folder} does not exist; check the path") from error
+    except NotADirectoryError as error:
+        which = f"the {name}{folder}" if name else str(folder)
+        raise InputError(f"{which} is not a folder; give the folder of {holds}") from error
+    except OSError as error:
+        raise InputError(f"the {name}folder {folder} cannot be read: {error.strerror}") from error
 
 
 def _look_into(entry: Path) -> CaseFolder | None:

@@ -6,9 +6,6 @@ run again to go on.
 """
 
 import io
-import os
-import shlex
-import shutil
 import signal
 import sys
 import traceback
@@ -311,8 +308,8 @@ def evaluate(
     from cwdm.files import check_apart, check_writable, remove_stale
     from cwdm.progress import CohortProgress
     from cwdm.score_cache import ScoreCache
-    from cwdm.scoring import find_pairs, score_pairs
-    from cwdm.segment import bundle_segmenter, command_segmenter
+    from cwdm.scoring import find_pairs, score_pair, score_pairs
+    from cwdm.segment import bundle_segmenter, command_segmenter, program_files
 
     if segmenter and segmenter_bundle:
         raise SettingsError("--segmenter and --segmenter-bundle exclude each other; give one")
@@ -325,14 +322,13 @@ def evaluate(
     segmented_by = segmenter or (str(segmenter_bundle) if segmenter_bundle else None)
     cache = None
     if out:
-        words = [shutil.which(word) or word for word in shlex.split(segmenter or "")]
-        programs = [Path(word) for word in words if os.path.isfile(word)]  # noqa: PTH113  # a word may be very long
-        programs += [path for path in segmenter_bundle.rglob("*") if path.is_file()] if segmenter_bundle else []
         check_writable(out / "images")
         remove_stale(out / "images")
+        programs = program_files(segmenter, segmenter_bundle)
         cache = ScoreCache(out / "images", segmented_by or "", programs, overwrite)
     with CohortProgress(len(pairs)) as progress:
-        scores = score_pairs(pairs, segment, workers, lambda score: progress.end_case(score.line), cache)
+        scorer = cache.score if cache else score_pair
+        scores = score_pairs(pairs, segment, workers, lambda score: progress.end_case(score.line), scorer)
     if cache and cache.used:
         progress.log(f"{len(cache.used)} of {len(scores)} scores are from before (--overwrite makes them again)")
     failed = [score for score in scores if score.reason]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -123,7 +123,7 @@ class Cache:
         entry = self.folder / f"{subject.name[:80]}-{self._key(subject)}.npy"
         meta = entry.with_suffix(".json")
         if not meta.exists():
-            stack, ranges = decode(subject, self.data, self.multiple)
+            stack, ranges, _ = decode(subject, self.data, self.multiple)
             write_atomically(entry, lambda file: np.save(file, stack))
             write_json(meta, ranges)
         ranges = json.loads(meta.read_bytes())
@@ -155,8 +155,27 @@ class Volumes:
         return (np.clip(self.stack[:, *box].astype(np.float32), low, high) - low) / (high - low)
 
 
-def decode(subject: Subject, data: DataSettings, multiple: int = 1) -> tuple[Array, list[list[float]]]:
-    """Channels of a case (C, X, Y, Z) in the numbers of the files, and what becomes 0 and 1 in each.
+class Grid(NamedTuple):
+    """Where the voxels of a file lie.
+
+    Attributes:
+        shape: (X, Y, Z) in the order of the file.
+        affine: (4, 4), voxel indices to mm.
+        oriented: whether the file says so; else it counts as stored like BraTS, as in inference.
+    """
+
+    shape: tuple[int, ...]
+    affine: npt.NDArray[np.float64]
+    oriented: bool
+
+    @property
+    def orientation(self) -> Orientation:
+        """From the order of the file to the network's."""
+        return Orientation.to(ORIENTATION, self.affine) if self.oriented else Orientation.identity()
+
+
+def decode(subject: Subject, data: DataSettings, multiple: int = 1) -> tuple[Array, list[list[float]], Grid]:
+    """Channels of a case (C, X, Y, Z) in the numbers of the files, what becomes 0 and 1 in each, the first file's grid.
 
     Args:
         multiple: of voxels along each axis of a window around the brain.
@@ -167,14 +186,13 @@ def decode(subject: Subject, data: DataSettings, multiple: int = 1) -> tuple[Arr
     images: Sequence[ImageSettings] = data.images or [ImageSettings(file="")] * len(subject.files)
     channels: list[Array] = []
     ranges: list[list[float]] = []
-    volumes, affines = {}, {}
+    volumes, affines, grids = {}, {}, []
     try:
         for file, image in zip(subject.files, images, strict=True):
             name = str(file)
-            volumes[name], affines[name], known = read_grid(file)
-            # Without qform and sform a file counts as stored like BraTS, as in inference.
-            orientation = Orientation.to(ORIENTATION, affines[name]) if known else Orientation.identity()
-            volume = orientation.apply(volumes[name])
+            volumes[name], affines[name], oriented = read_grid(file)
+            grids.append(Grid(volumes[name].shape, affines[name], oriented))
+            volume = grids[-1].orientation.apply(volumes[name])
             for label in image.labels or ():
                 channels.append((volume == label).astype(np.float32))
                 ranges.append([0.0, 1.0])
@@ -188,7 +206,7 @@ def decode(subject: Subject, data: DataSettings, multiple: int = 1) -> tuple[Arr
     except (CwdmError, ValueError) as error:
         raise CaseError(subject.name, str(error)) from error
     whole = np.array_equal(stack, np.rint(stack)) and np.abs(stack).max() < 2**15
-    return np.ascontiguousarray(stack.astype(np.int16) if whole else stack), ranges
+    return np.ascontiguousarray(stack.astype(np.int16) if whole else stack), ranges, grids[0]
 
 
 def _cut(stack: Array, ranges: list[list[float]], data: DataSettings, multiple: int) -> Array:

@@ -221,13 +221,17 @@ def tight_window(brain_mask: Mask, multiple: int, least: tuple[int, int, int] = 
 def centre(volume: npt.NDArray[AnyType], axis: int, length: int) -> npt.NDArray[AnyType]:
     """Crop or pad with zeros to a length, the same on both sides; what is left over goes to the end."""
     have = volume.shape[axis]
+    start = centred_start(have, length)
     if have >= length:
-        start = (have - length) // 2
         return volume.take(range(start, start + length), axis)
-    before = (length - have) // 2
     padding = [(0, 0)] * volume.ndim
-    padding[axis] = (before, length - have - before)
+    padding[axis] = (-start, length - have + start)
     return np.pad(volume, padding)
+
+
+def centred_start(have: int, length: int) -> int:
+    """First of `have` voxels that `centre` keeps; negative by as many as it puts before them."""
+    return (have - length) // 2 if have >= length else -((length - have) // 2)
 
 
 def _check_size(sizes: list[int]) -> None:

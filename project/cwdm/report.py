@@ -143,12 +143,11 @@ def write_report(
     check_writable(path.parent)
     environment = _environment()
     common = _common_warnings(records.entries)
-    numbered = list(enumerate(records.entries))
-    pictured = {number for number, entry in [pair for pair in numbered if not pair[1].failed][:most]}
+    pictured = [number for number, entry in enumerate(records.entries) if not entry.failed][:most]
     with tempfile.TemporaryFile() as sections:
         rows = [
             _row(number, entry, places, entry.case in viewers, number in pictured, common, environment, sections)
-            for number, entry in numbered
+            for number, entry in enumerate(records.entries)
         ]
         rows.sort(key=_worst_first)
         page = environment.get_template("report.html").generate(

@@ -10,7 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from cwdm import __version__
 from cwdm.files import write_json
-from cwdm.scoring import Pair, Score
+from cwdm.scoring import Pair, Score, score_pair
+from cwdm.segment import Segmenter
 
 _SCORE = TypeAdapter(Score)
 
@@ -33,8 +34,17 @@ class ScoreCache:
     renew: bool = False
     used: list[Score] = field(default_factory=list)
 
-    def get(self, pair: Pair, key: str) -> Score | None:
-        """The score of the same files by the same means, if it is there."""
+    def score(self, pair: Pair, segmenter: Segmenter | None = None) -> Score:
+        """Like `score_pair`, but for what is there already; raises OutputError too, if the folder cannot be written."""
+        key = self._key(pair)
+        known = self._get(pair, key)
+        if known is None:
+            known = score_pair(pair, segmenter)
+            if key and key == self._key(pair):  # else the files have changed since
+                write_json(self._path(pair), {"key": key, "score": asdict(known)})
+        return known
+
+    def _get(self, pair: Pair, key: str) -> Score | None:
         if self.renew or not key:
             return None
         try:
@@ -45,15 +55,10 @@ class ScoreCache:
         self.used.extend([score] if score else [])
         return score
 
-    def put(self, pair: Pair, key: str, score: Score) -> None:
-        """Keep a score, unless the files have changed since; raises OutputError if the folder cannot be written."""
-        if key and key == self.key(pair):
-            write_json(self._path(pair), {"key": key, "score": asdict(score)})
-
     def _path(self, pair: Pair) -> Path:
         return self.folder / f"{pair.case}-{pair.modality}.json"
 
-    def key(self, pair: Pair) -> str:
+    def _key(self, pair: Pair) -> str:
         """Of the files and means, or empty where a file is not there."""
         files = [pair.prediction, pair.truth, *pair.contrasts.values(), pair.seg, *self.programs]
         try:

@@ -6,12 +6,21 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
 from cwdm import metrics
-from cwdm.brats import MODALITIES, Affine, CaseFolder, Volume, check_same_grid, find_cases, output_name, read_grid
+from cwdm.brats import (
+    MODALITIES,
+    Affine,
+    CaseFolder,
+    Volume,
+    check_same_grid,
+    find_cases,
+    list_folder,
+    output_name,
+    read_grid,
+)
 from cwdm.errors import CaseError, CwdmError, InputError, OutputError, SettingsError
 from cwdm.preprocess import brain_mask, normalise
 from cwdm.segment import Segmenter, labels_of, one_at_a_time, segment_pair
@@ -66,19 +75,6 @@ class Score:
             return f"{name} FAILED: {self.reason}"
         notes = "".join(f"\n    note: {note}" for note in self.notes)
         return f"{name} PSNR {self.figures['psnr']:.2f} dB, SSIM {self.figures['ssim']:.4f}{notes}"
-
-
-class Kept(Protocol):
-    """Where scores are kept; see `score_cache`."""
-
-    def key(self, pair: Pair) -> str:
-        """What a score depends on, as it is now."""
-
-    def get(self, pair: Pair, key: str) -> Score | None:
-        """A score by this key."""
-
-    def put(self, pair: Pair, key: str, score: Score) -> None:
-        """Keep a score."""
 
 
 def find_pairs(predictions: Path, truth: Path, seg: Path | None = None) -> list[Pair]:
@@ -141,14 +137,14 @@ def score_pairs(
     segmenter: Segmenter | None = None,
     workers: int | None = None,
     on_score: Callable[[Score], None] = lambda score: None,
-    kept: "Kept | None" = None,
+    score: Callable[[Pair, Segmenter | None], Score] = score_pair,
 ) -> list[Score]:
     """The scores of all pairs, in their order; one that cannot be scored carries its reason.
 
     Args:
         workers: pairs at a time; None for one a processor, MOST_WORKERS at most. Memory grows with it.
         on_score: called after each pair, as they finish.
-        kept: scores of an earlier run, which are not computed again; takes those of this one.
+        score: makes a score; see `score_cache` for one that keeps them.
 
     Raises:
         SettingsError: the segmenter cannot be run at all.
@@ -158,11 +154,11 @@ def score_pairs(
     scores: dict[int, Score] = {}
     # Threads: reading, filtering and most arithmetic let go of the interpreter, and nothing need be sent to them.
     with ThreadPoolExecutor(workers, "score") as pool:
-        running = {pool.submit(_score_or_reason, pair, segmenter, kept): index for index, pair in enumerate(pairs)}
+        running = {pool.submit(_score_or_reason, pair, segmenter, score): index for index, pair in enumerate(pairs)}
         try:
             for done in as_completed(running):
-                score = scores[running[done]] = done.result()
-                on_score(score)
+                scored = scores[running[done]] = done.result()
+                on_score(scored)
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
@@ -173,14 +169,7 @@ def score_pairs(
 
 
 def _files(folder: Path) -> list[Path]:
-    try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
-    except FileNotFoundError as error:
-        raise InputError(f"the folder {folder} does not exist; check the path") from error
-    except NotADirectoryError as error:
-        raise InputError(f"{folder} is not a folder; give the folder of images") from error
-    except OSError as error:
-        raise InputError(f"the folder {folder} cannot be read: {error.strerror}") from error
+    return [path for path in list_folder(folder, "images") if not path.name.startswith(".")]
 
 
 def _split(path: Path) -> tuple[str, str, Path] | None:
@@ -318,16 +307,11 @@ def _region_figures(images: _Images, tumour: metrics.Mask) -> dict[str, float]:
     return figures
 
 
-def _score_or_reason(pair: Pair, segmenter: Segmenter | None, kept: Kept | None) -> Score:
+def _score_or_reason(
+    pair: Pair, segmenter: Segmenter | None, score: Callable[[Pair, Segmenter | None], Score]
+) -> Score:
     try:
-        if kept is None or pair.problem:
-            return score_pair(pair, segmenter)
-        key = kept.key(pair)
-        known = kept.get(pair, key)
-        if known is None:
-            known = score_pair(pair, segmenter)
-            kept.put(pair, key, known)
-        return known
+        return score(pair, segmenter)
     except (OutputError, SettingsError):
         raise
     except CaseError as error:

@@ -1,5 +1,6 @@
 """What a segmenter makes of a completed case, against what it makes of the true one: the measure of downstream use."""
 
+import os
 import re
 import shlex
 import shutil
@@ -27,6 +28,13 @@ REGIONS = {"wt": "whole tumour", "tc": "tumour core", "et": "enhancing tumour"}
 _IN_REGION = {"wt": (1, 2, 3, 4), "tc": (1, 3, 4), "et": (3, 4)}
 _BUNDLE_ORDER = ("t1c", "t1n", "t2w", "t2f")  # of MONAI's bundles for BraTS
 _TOUCHING = np.ones((3, 3, 3), np.bool_)  # 26 neighbours
+
+
+def program_files(template: str | None, bundle: Path | None) -> list[Path]:
+    """Files that a segmenter consists of, as far as its command names them, or its bundle holds them."""
+    words = [shutil.which(word) or word for word in shlex.split(template or "")]
+    files = [Path(word) for word in words if os.path.isfile(word)]  # noqa: PTH113  # a word may be very long
+    return files + [path for path in (bundle.rglob("*") if bundle else ()) if path.is_file()]
 
 
 def command_segmenter(template: str) -> Segmenter:

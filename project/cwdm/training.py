@@ -127,10 +127,13 @@ def _check_shares(settings: TrainingSettings, processes: int) -> None:
         )
 
 
-def _check_shapes(settings: TrainingSettings, processes: int, shapes: set[tuple[int, ...]]) -> None:
+def _check_shapes(settings: TrainingSettings, processes: int, subjects: Sequence[Subject], cache: Cache) -> None:
     """Windows follow the brain, and volumes that are computed together must be of one size."""
     share = settings.optimiser.batch_size // processes
-    if len(shapes) > 1 and share > settings.optimiser.accumulate and not settings.data.crop:
+    if settings.data.crop or share == settings.optimiser.accumulate:
+        return
+    shapes = {cache.load(subject).stack.shape[1:] for subject in subjects}
+    if len(shapes) > 1:
         raise SettingsError(
             f"the volumes differ in size ({min(shapes)} to {max(shapes)}), so that whole ones cannot be computed "
             f"together; give data.crop, or optimiser.accumulate={share}"
@@ -190,7 +193,7 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
     # Each machine may have a cache of its own; its processes share the work.
     mine = [*subjects, *held_out][fabric.local_rank :: _processes(settings)[0]]
     _together(fabric, lambda: _decode_all(cache, mine, fabric.is_global_zero))
-    _check_shapes(settings, fabric.world_size, {cache.load(subject).stack.shape[1:] for subject in subjects})
+    _check_shapes(settings, fabric.world_size, subjects, cache)
     if not resume and _states(out):
         raise SettingsError(f"{out} holds a run already; give --resume to go on with it, or another folder")
     log = TrainingLog(out / "log", fabric.is_global_zero)

@@ -12,13 +12,13 @@ import torch
 from pydantic import ValidationError
 
 from cwdm import __version__
-from cwdm.brats import LONGEST_NAME, read_grid, write_nifti
+from cwdm.brats import LONGEST_NAME, write_nifti
 from cwdm.config import Settings
-from cwdm.datasets import Subject, Volumes, decode, list_subjects
+from cwdm.datasets import Grid, Subject, Volumes, decode, list_subjects
 from cwdm.errors import CaseError, OutputError, WeightsError
 from cwdm.files import check_apart, check_writable, remove_stale
 from cwdm.generation import Network, check_same_origin
-from cwdm.preprocess import MOST_WINDOW_VOXELS, ORIENTATION, Orientation, centre
+from cwdm.preprocess import MOST_WINDOW_VOXELS, centre, centred_start
 from cwdm.synthesis import DeviceName
 from cwdm.train_config import DataSettings
 from cwdm.wavelet import dwt
@@ -91,30 +91,29 @@ class Translator:
         Raises:
             CaseError: an image is missing or damaged, or the images lie on different grids.
         """
-        stack, ranges = decode(subject, self.given)
+        stack, ranges, grid = decode(subject, self.given)
         unit = Volumes(stack, np.asarray(ranges, np.float32)).unit()
         record = self.network.checkpoint.record
         low, high = record.value_range
         volume = torch.from_numpy(unit)[None].to(self.network.device) * (high - low) + low
         made = self.network.draw(dwt(volume, record.wavelet), unit.shape[1:], 0, on_step)
         first, last = self.target.intensity if isinstance(self.target.intensity, list) else (0.0, 1.0)
-        return self._on_grid(made * np.float32(last - first), subject.files[0], np.float32(first))
+        return self._on_grid(made * np.float32(last - first), grid, np.float32(first))
 
-    def _on_grid(self, volume: Volume, like: Path, offset: np.float32) -> Translation:
+    def _on_grid(self, volume: Volume, grid: Grid, offset: np.float32) -> Translation:
         """The window's volume, stored LPS, in the order and size of a file; `offset` is added, and fills the rest."""
-        image, affine, known = read_grid(like)
-        orientation = Orientation.to(ORIENTATION, affine) if known else Orientation.identity()
-        n, starts = self.downsample, []
-        for axis, have in enumerate(orientation.apply(image).shape):
-            cut = (have - self.window[axis]) // 2 if have >= self.window[axis] else -((self.window[axis] - have) // 2)
-            small, inside = have // n, volume.shape[axis]
-            padded = (small - inside) // 2 if small >= inside else -((inside - small) // 2)
+        orientation, n, starts = grid.orientation, self.downsample, []
+        for axis, old_axis in enumerate(orientation.axes):
+            have = grid.shape[old_axis]
+            small = have // n
+            cut, padded = centred_start(have, self.window[axis]), centred_start(small, volume.shape[axis])
             volume = centre(volume, axis, small)
             start = cut - padded * n + (n - 1) / 2
             starts.append(have - 1 - start - (small - 1) * n if orientation.flips[axis] else start)
         scaled = np.diag([n, n, n, 1.0])
         scaled[list(orientation.axes), 3] = starts
-        return Translation(np.ascontiguousarray(orientation.invert(volume) + offset), affine @ scaled, known)
+        made = np.ascontiguousarray(orientation.invert(volume) + offset)
+        return Translation(made, grid.affine @ scaled, grid.oriented)
 
 
 def translate(

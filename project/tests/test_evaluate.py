@@ -287,21 +287,21 @@ def test_a_stopped_evaluation_goes_on_where_it_was(folders: tuple[Path, Path], t
         os.utime(pairs[0].prediction, ns=(2, 2))
         return segment(case, folder)
 
-    score_pairs(pairs[:1], changed, kept=cache)
+    score_pairs(pairs[:1], changed, score=cache.score)
     assert not list(tmp_path.glob("*.json")), "an image that changed while it was scored"
     asked.clear()
-    first = score_pairs(pairs[:1], segment, kept=cache)
-    both = score_pairs(pairs, segment, kept=cache)
+    first = score_pairs(pairs[:1], segment, score=cache.score)
+    both = score_pairs(pairs, segment, score=cache.score)
     assert both[0] == first[0]
     assert len(asked) == 4  # the true case and the completed one, of each
-    assert score_pairs(pairs, segment, kept=cache) == both
+    assert score_pairs(pairs, segment, score=cache.score) == both
     assert len(asked) == 4
     for other in (ScoreCache(tmp_path, "twos"), ScoreCache(tmp_path, "ones", renew=True)):
-        assert score_pairs(pairs[:1], segment, kept=other) == first
+        assert score_pairs(pairs[:1], segment, score=other.score) == first
     assert len(asked) == 8
     os.utime(pairs[1].prediction, ns=(1, 1))
     (tmp_path / f"{NAMES[0]}-t1n.json").write_text("damaged")
-    assert score_pairs(pairs, segment, kept=ScoreCache(tmp_path, "ones")) == both
+    assert score_pairs(pairs, segment, score=ScoreCache(tmp_path, "ones").score) == both
     assert len(asked) == 12
 
 

@@ -103,9 +103,9 @@ def test_what_is_made_lies_where_it_was_seen(downsample: int, size: tuple[int, .
         told = {"images": [image, image], "downsample": downsample}
         translator = Translator(save(tmp_path / "w.safetensors", **told), device="cpu")
         subject = Subject("a", (tmp_path / "a.nii.gz",))
-        stack, ranges = decode(subject, translator.given)
+        stack, ranges, grid = decode(subject, translator.given)
         seen = Volumes(stack, np.asarray(ranges, np.float32)).unit()[0] * np.float32(1000)
-        volume, placed, _ = translator._on_grid(seen, subject.files[0], np.float32(-500))
+        volume, placed, _ = translator._on_grid(seen, grid, np.float32(-500))
         indices = np.stack([*np.meshgrid(*map(np.arange, volume.shape), indexing="ij"), np.ones(volume.shape)])
         expected = np.tensordot(placed[axis], indices, 1)
         seen_at = volume > -499  # the rest was not in the window
