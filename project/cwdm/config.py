@@ -1,6 +1,7 @@
 """Settings of a run, read from a `parameters.yaml` and `key=value` overrides, every key checked by name and type."""
 
 import difflib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -87,6 +88,8 @@ class Settings(StrictSettings):
 
 _MOST_BYTES = 1 << 20
 
+_INT, _FLOAT, _TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -124,7 +127,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(text, _Loader)
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path}: the settings cannot be read ({error})") from error
-    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a date such as 2024-13-45
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: !!int text
         raise SettingsError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from error
     if values is None:
         return {}
@@ -134,7 +137,16 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice; YAML forbids it, and PyYAML would take the last without a word."""
+    """Numbers as in YAML 1.2's core schema; a key that stands twice is refused.
+
+    PyYAML follows YAML 1.1, in which 010 is 8, 1:30 is 90, 4e-2 is text and 2024-01-15 a date. Of a key that stands
+    twice, which YAML forbids, it would take the last without a word.
+    """
+
+    yaml_implicit_resolvers = {  # noqa: RUF012  # PyYAML's name for it
+        first: [(tag, pattern) for tag, pattern in resolvers if tag not in (_INT, _FLOAT, _TIMESTAMP)]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
@@ -143,6 +155,24 @@ class _Loader(yaml.SafeLoader):
                 raise yaml.MarkedYAMLError(problem=f"'{key.value}' stands twice", problem_mark=key.start_mark)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node))
+    return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+# YAML 1.2.2, section 10.3.2. In the order given, the first match counts.
+_Loader.add_implicit_resolver(_INT, re.compile(r"[-+]?[0-9]+\Z|0o[0-7]+\Z|0x[0-9a-fA-F]+\Z"), [*"-+0123456789"])
+_Loader.add_implicit_resolver(
+    _FLOAT,
+    re.compile(
+        r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?\Z"
+        r"|[-+]?\.(?:inf|Inf|INF)\Z|\.(?:nan|NaN|NAN)\Z"
+    ),
+    [*"-+.0123456789"],
+)
+_Loader.add_constructor(_INT, _integer)
 
 
 def _refuse_aliases(path: Path, text: str) -> None:
@@ -162,7 +192,7 @@ def _set(values: dict[str, Any], override: str) -> None:
         if not isinstance(values, dict):
             raise SettingsError(f"'{override}': {group} holds a value, not further keys")
     try:
-        values[name] = yaml.safe_load(text)
+        values[name] = yaml.load(text, _Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise SettingsError(f"'{override}': the value is not valid YAML") from error
 

@@ -23,7 +23,7 @@ def _rising(values: list[float]) -> list[float]:
 
 Range = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_rising)]
 Positive = Annotated[int, Field(ge=1)]
-Number = Annotated[float, Field(strict=False)]  # YAML 1.1 reads 1e-5 as text
+Number = Annotated[float, Field(strict=False)]  # a quoted '1e-5' too
 Folder = Annotated[Path, Field(strict=False)]
 
 

@@ -4,6 +4,7 @@ import pytest
 
 from cwdm.config import Settings, load_settings
 from cwdm.errors import SettingsError
+from cwdm.train_config import load_training_settings
 
 EVERYTHING = """
 seed: 7
@@ -86,8 +87,11 @@ def test_overrides_win(tmp_path: Path) -> None:
         ("a: !!python/object/apply:os.system [true]", "not valid YAML"),
         ("a: &x [1]\nb: *x", "aliases"),
         ("[" * 5000, "not valid YAML"),
-        ("seed: 2024-13-45", "not valid YAML"),
-        ("seed: 0x_", "not valid YAML"),
+        ("seed: 2024-13-45", "seed: .*'2024-13-45'"),
+        ("seed: 0x_", "seed: .*'0x_'"),
+        ("seed: 1_000", "seed: .*'1_000'"),
+        ("seed: 1:30", "seed: .*'1:30'"),
+        ("seed: !!int many", "not valid YAML"),
         ("#" * (1 << 21), "larger than 1 MiB"),
     ],
 )
@@ -138,3 +142,34 @@ def test_an_unknown_preset_is_refused() -> None:
 def test_a_preset_and_something_else_is_refused(other: str) -> None:
     with pytest.raises(SettingsError, match="preset"):
         load_settings(None, ["sampler.preset=fast", other])
+
+
+@pytest.mark.parametrize(
+    ("text", "seed"), [("010", 10), ("08", 8), ("+7", 7), ("0o17", 15), ("0x1F", 31), ("-0", 0), ("9" * 18, 10**18 - 1)]
+)
+def test_integers_are_those_of_yaml_1_2(text: str, seed: int, tmp_path: Path) -> None:
+    assert load_settings(None, [f"seed={text}"]).seed == seed
+    assert read(tmp_path, f"seed: {text}").seed == seed
+
+
+@pytest.mark.parametrize(
+    ("text", "threshold"), [("4e-2", 0.04), ("4E-2", 0.04), ("+.5", 0.5), ("1.", 1.0), ("25.e-2", 0.25), ("00.5", 0.5)]
+)
+def test_floats_are_those_of_yaml_1_2(text: str, threshold: float, tmp_path: Path) -> None:
+    assert load_settings(None, [f"output.threshold={text}"]).output.threshold == threshold
+    assert read(tmp_path, f"output: {{threshold: {text}}}").output.threshold == threshold
+
+
+@pytest.mark.parametrize("text", [".inf", "-.inf", ".nan", "1e", "4e-2x"])
+def test_what_is_no_number_or_without_end_is_no_threshold(text: str) -> None:
+    with pytest.raises(SettingsError, match=r"output\.threshold: "):
+        load_settings(None, [f"output.threshold={text}"])
+
+
+def test_training_settings_read_numbers_in_the_same_way() -> None:
+    overrides = ["data.path=data", "out=2024-01-15", "optimiser.warmup_steps=010", "optimiser.lr=4e-5"]
+    overrides += ["data.target=null", "data.layout=files", "data.images=[{file: '{case}.nii', intensity: [0, 1e3]}]"]
+    settings = load_training_settings("wdm-unet-128", overrides)
+    assert (settings.out, settings.optimiser.warmup_steps, settings.optimiser.lr) == (Path("2024-01-15"), 10, 4e-5)
+    assert settings.data.images is not None
+    assert settings.data.images[0].intensity == [0, 1000]
