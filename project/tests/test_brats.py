@@ -286,6 +286,14 @@ def test_links_to_files_and_several_gzip_members(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read(tmp_path / "links" / NAME).volumes["t1c"], brain(1))
 
 
+def test_empty_gzip_members_are_passed_over(tmp_path: Path) -> None:
+    folder = make_case(tmp_path)
+    path = folder / f"{NAME}-t1c.nii.gz"
+    contents, empty = gzip.decompress(path.read_bytes()), gzip.compress(b"")
+    path.write_bytes(20_000 * empty + gzip.compress(contents[:500]) + 20_000 * empty + gzip.compress(contents[500:]))
+    np.testing.assert_array_equal(read(folder).volumes["t1c"], brain(1))
+
+
 def test_header_extensions_are_passed_over(tmp_path: Path) -> None:
     folder = make_case(tmp_path)
     path = folder / f"{NAME}-t1c.nii.gz"
@@ -391,6 +399,7 @@ HOSTILE: dict[str, tuple[Callable[[Path], object], str]] = {
     "checksum": (bad_checksum, "not a sound gzip file .*CRC"),
     "damaged inside": (bad_middle, "gzip|end too early|CRC"),
     "bomb": (bomb, "far more than the volume"),
+    "zeros without end": (lambda path: os.truncate(path, 1 << 31), "at most 1,207,959,552 bytes, found 2,147,483,648"),
     "magic": (edited(344, b"no"), "not a NIfTI file"),
     "header of a pair": (edited(344, b"ni1\0"), "not a NIfTI file"),
     "2D": (lambda path: save(path, brain()[:, :, 3]), "one 3D volume, found 12×10 voxels"),
@@ -491,6 +500,28 @@ def test_warnings(tmp_path: Path) -> None:
     assert spacing.startswith("voxels of 2×2×3 mm instead of")
     assert "does not say how the head lies" in codes
     assert background.startswith("t2w: hardly any voxel is 0")
+
+
+@pytest.mark.parametrize("qform_code", [-1, 0, 1])
+def test_negative_codes_are_no_orientation(qform_code: int, tmp_path: Path) -> None:
+    folder = make_case(tmp_path)
+    oblique = AFFINE @ np.array([[0.6, 0.8, 0, 0], [-0.8, 0.6, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    for number, modality in enumerate(("t1c", "t2w", "t2f")):
+        path = save(folder / f"{NAME}-{modality}.nii.gz", brain(number))
+        image = nib.load(path)
+        image.set_qform(oblique)
+        changed = {name: image.header[name] for name in ("pixdim", *(f"quatern_{axis}" for axis in "bcd"))}
+        codes = {"sform_code": -1, "qform_code": qform_code, "srow_x": 0}
+        save(path, brain(number), **changed, **codes, **{f"qoffset_{axis}": 3 for axis in "xyz"})
+    case = read(folder)
+    assert case.has_orientation == (qform_code == 1)
+    assert any("does not say how the head lies" in warning for warning in case.warnings) == (qform_code < 1)
+    if qform_code == 1:
+        np.testing.assert_allclose(case.affine[:3, :3], oblique[:3, :3], atol=1e-6)
+        np.testing.assert_array_equal(case.affine[:3, 3], 3)
+    write_volume(tmp_path / "out.nii.gz", brain(), case)
+    header = nib.load(tmp_path / "out.nii.gz").header
+    assert (header["sform_code"], header["qform_code"]) == (0, max(0, qform_code))
 
 
 # Writing
