@@ -113,7 +113,9 @@ def load_published(state_dict: Mapping[str, Tensor], config: UNetConfig | None =
     Raises:
         WeightsError: tensors are missing, left over or of the wrong shape; the message lists them.
     """
-    bad = [str(name) for name, value in state_dict.items() if not isinstance(value, Tensor)]
+    if unnamed := [repr(name) for name in state_dict if not isinstance(name, str)]:
+        raise WeightsError(f"expected a plain state dict of names and tensors, found {_some(unnamed)}")
+    bad = [name for name, value in state_dict.items() if not isinstance(value, Tensor)]
     if bad:
         raise WeightsError(f"expected a plain state dict of tensors, found other objects under {_some(bad)}")
     config = config or published_config({name: tuple(tensor.shape) for name, tensor in state_dict.items()})
@@ -160,7 +162,9 @@ def _check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, 
 
 def _some(names: list[str], most: int = 8) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{len(names)} tensors ({', '.join(names[:most])}{more})"
+    # Names come from files: of any length, and not every character belongs on a terminal.
+    shown = [name[:80].encode("unicode_escape").decode() for name in names[:most]]
+    return f"{len(names)} tensors ({', '.join(shown)}{more})"
 
 
 def load(path: Path) -> Checkpoint:
@@ -229,8 +233,10 @@ def _parse_header(text: str | None) -> tuple[UNetConfig, Record]:
         )
     try:
         header = json.loads(text)
-        return _config_type.validate_python(header["config"]), Record.model_validate(header["record"])
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        config, record = _config_type.validate_python(header["config"]), Record.model_validate(header["record"])
+        record.model_dump(mode="json")  # it goes into the records of images; one nested too deeply could not
+        return config, record
+    except (ValueError, KeyError, TypeError, ValidationError, RecursionError) as error:
         raise WeightsError(f"the header of the file cannot be understood: {error}") from error
 
 
@@ -241,10 +247,11 @@ def _load_pickle(path: Path) -> tuple[UNet, Record]:
     odd = [
         str(name)
         for name, value in tensors.items()
-        if isinstance(value, Tensor) and (value.layout is not torch.strided or value.device.type != "cpu")
+        if isinstance(value, Tensor)
+        and (value.is_nested or value.layout is not torch.strided or value.device.type != "cpu")
     ]
     if odd:
-        raise WeightsError(f"expected plain tensors, found sparse or empty-handed ones: {_some(odd)}")
+        raise WeightsError(f"expected plain tensors, found sparse, nested or empty-handed ones: {_some(odd)}")
     claimed = sum(value.nbytes for value in tensors.values() if isinstance(value, Tensor))
     if claimed > 2 * path.stat().st_size:  # a block under two names is stored once and counted twice
         raise WeightsError(f"its tensors claim {claimed:,} bytes, more than the file holds; refused")

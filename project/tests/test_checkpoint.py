@@ -153,9 +153,10 @@ def test_tensors_that_claim_more_than_the_file_holds_are_refused(tmp_path: Path)
         torch.empty(128, device="meta"),
         torch.zeros(128, dtype=torch.complex64),
         torch.zeros(128, dtype=torch.int64),
+        torch.nested.nested_tensor([torch.zeros(100), torch.zeros(28)]),
         [1.0] * 128,
     ],
-    ids=["sparse", "meta", "complex", "integer", "list"],
+    ids=["sparse", "meta", "complex", "integer", "nested", "list"],
 )
 def test_tensors_of_another_kind_are_refused(tmp_path: Path, odd: object) -> None:
     state: dict[str, object] = dict(untrained_state(TINY))
@@ -163,6 +164,20 @@ def test_tensors_of_another_kind_are_refused(tmp_path: Path, odd: object) -> Non
     torch.save(state, tmp_path / "t1_gen.pt")
     with pytest.raises(WeightsError):
         checkpoint.load(tmp_path / "t1_gen.pt")
+
+
+@pytest.mark.parametrize("key", [7, (1, 2), None, b"out.0.weight"], ids=["integer", "tuple", "none", "bytes"])
+def test_keys_that_are_no_names_are_refused(tmp_path: Path, key: object) -> None:
+    torch.save({**untrained_state(TINY), key: torch.zeros(1)}, tmp_path / "t1_gen.pt")
+    with pytest.raises(WeightsError, match=r"names and tensors, found 1 tensors \("):
+        checkpoint.load(tmp_path / "t1_gen.pt")
+
+
+def test_names_reach_messages_short_and_without_escape_sequences() -> None:
+    with pytest.raises(WeightsError) as error:
+        load_published({**untrained_state(TINY), "\x1b[2J" + 10**6 * "a": torch.zeros(1)})
+    assert "left over: 1 tensors (\\x1b[2Jaaa" in str(error.value)
+    assert len(str(error.value)) < 200
 
 
 def test_damaged_pickles_are_refused_whatever_they_raise(tmp_path: Path) -> None:
@@ -200,12 +215,18 @@ def test_compressed_archives_are_refused(tmp_path: Path) -> None:
         checkpoint.load(tmp_path / "t1_gen.pt")
 
 
+HEADER = json.dumps({"config": {"in_channels": 32}, "record": {"training": {"a": "x"}}})
+
+
 @pytest.mark.parametrize(
     ("header", "match"),
     [
         (None, "no 'cwdm' entry"),
         ("{", "cannot be understood"),
         ("[]", "cannot be understood"),
+        ("[" * 10**5 + "]" * 10**5, "cannot be understood"),
+        (HEADER.replace('"x"', "[" * 500 + "]" * 500), "cannot be understood"),
+        (HEADER.replace('"x"', '{"a":' * 500 + "1" + "}" * 500), "cannot be understood"),
         (
             json.dumps({"config": {"in_channels": 32, "channel_mult": [1] * 10**5}, "record": {}}),
             "cannot be understood",
@@ -219,8 +240,9 @@ def test_compressed_archives_are_refused(tmp_path: Path) -> None:
 def test_crafted_headers_are_refused(tmp_path: Path, header: str | None, match: str) -> None:
     metadata = {"format": "pt"} if header is None else {"cwdm": header}
     safetensors.torch.save_file({"a": torch.zeros(1)}, tmp_path / "t1n.safetensors", metadata)
-    with pytest.raises(WeightsError, match=match):
-        checkpoint.load(tmp_path / "t1n.safetensors")
+    for read in (checkpoint.load, checkpoint.read_record):
+        with pytest.raises(WeightsError, match=match):
+            read(tmp_path / "t1n.safetensors")
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
