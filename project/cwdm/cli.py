@@ -596,12 +596,17 @@ def download(
         list[str] | None, typer.Option(help="File in the repository; repeat for several. Default: the four of cWDM.")
     ] = None,
 ) -> None:
-    """Fetch the published weights (4 × 326 MB) and record their checksums."""
+    """Fetch the published weights (4 × 326 MB) and record their checksums; exit code 1 if a file of yours is kept."""
     from cwdm.weights import PUBLISHED_FILES, default_folder
     from cwdm.weights import download as fetch
 
-    for path in fetch(folder or default_folder(), repo, revision, tuple(file or PUBLISHED_FILES.values())):
+    names, kept = tuple(file or PUBLISHED_FILES.values()), list[str]()
+    for path in fetch(folder or default_folder(), repo, revision, names, kept.append):
         print(path)
+    for line in kept:
+        _stderr().print(f"error: {line}", markup=False, soft_wrap=True)
+    if kept:
+        raise typer.Exit(1)
 
 
 @weights_app.command("list")

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -89,7 +89,10 @@ def load_for(weights: Path, modality: str) -> Checkpoint:
     loaded = checkpoint.load(path)
     expected = recorded(path.parent).get(path.name, {}).get("sha256", loaded.sha256)
     if loaded.sha256 != expected:
-        raise WeightsError(f"{path}: sha256 {loaded.sha256}, but {CHECKSUMS} beside it says {expected}; fetch it again")
+        raise WeightsError(
+            f"{path}: sha256 {loaded.sha256}, but {CHECKSUMS} beside it says {expected}; "
+            "it is damaged or was replaced: move it away and fetch it again"
+        )
     if loaded.record.trained_on.get("layout") == "files":
         raise WeightsError(f"{path}: was trained on other images than those of BraTS; 'cwdm translate' works with it")
     config = loaded.model.config
@@ -145,35 +148,62 @@ def download(
     repo: str = PUBLISHED_REPO,
     revision: str = "main",
     files: tuple[str, ...] = tuple(PUBLISHED_FILES.values()),
+    on_kept: Callable[[str], None] = lambda line: None,
 ) -> list[Path]:
     """Fetch weights from a Hugging Face repository, check and record their checksums.
 
-    `HF_ENDPOINT` and `HF_TOKEN` are honoured. A file that is already there whole is not fetched again.
+    `HF_ENDPOINT` and `HF_TOKEN` are honoured. A file that is already there whole is not fetched again. One that is
+    neither the repository's nor what was downloaded earlier stays as it is.
+
+    Args:
+        on_kept: told about each file of somebody else's that stays, and what to do.
+
+    Returns:
+        The repository's files that are there now.
 
     Raises:
         WeightsError: no connection, no such repository, revision or file, or a checksum that does not match.
     """
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    return [_download_one(folder, repo, revision, name) for name in files]
+    paths = [_download_one(folder, repo, revision, name, on_kept) for name in files]
+    return [path for path in paths if path]
 
 
-def _download_one(folder: Path, repo: str, revision: str, name: str) -> Path:
+def _download_one(folder: Path, repo: str, revision: str, name: str, on_kept: Callable[[str], None]) -> Path | None:
     try:
         metadata = get_hf_file_metadata(hf_hub_url(repo, name, revision=revision))
         commit = metadata.commit_hash or revision
+        # The hub tags large files with their sha256; small ones carry a git hash, which says nothing about content.
+        tag = metadata.etag if metadata.etag and len(metadata.etag) == 64 else None
+        if _is_anothers(folder, name, tag):
+            on_kept(
+                f"{folder / name} is neither the file of {repo} ({revision}) nor one downloaded earlier, so it is "
+                "kept; move it away to fetch that one, or download into another folder"
+            )
+            return None
         path = Path(str(hf_hub_download(repo, name, revision=commit, local_dir=folder)))
     except (HTTPError, HFValidationError, OSError) as error:
         raise WeightsError(f"{name} could not be downloaded from {repo} ({revision}): {error}") from error
     found = checkpoint.sha256(path)
-    # The hub tags large files with their sha256; small ones carry a git hash, which says nothing about content.
-    tag = metadata.etag or ""
-    for expected in filter(None, (tag if len(tag) == 64 else None, KNOWN_SHA256.get(name))):
+    for expected in filter(None, (tag, KNOWN_SHA256.get(name))):
         if found != expected:
             path.unlink()
             raise WeightsError(f"{name}: downloaded with sha256 {found}, expected {expected}; removed, try again")
     record(folder, name, {"sha256": found, "repo": repo, "revision": commit})
     return path
+
+
+def _is_anothers(folder: Path, name: str, tag: str | None) -> bool:
+    """Whether a file stands under the name whose content no download can bring back.
+
+    The hub's client would replace it: of its own record of the folder it compares the time of the file alone.
+    """
+    if not (folder / name).is_file():
+        return False
+    entry = recorded(folder).get(name, {})
+    downloaded = entry.get("sha256") if "repo" in entry else None
+    return checkpoint.sha256(folder / name) not in (tag, downloaded)
 
 
 def convert(source: Path, target: Path, modality: str | None, dtype: torch.dtype) -> Path:

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -34,6 +35,7 @@ class Hub(ThreadingHTTPServer):
     files: dict[str, bytes]
     tags: dict[str, str]
     requests: list[str]
+    commit: str
 
 
 class HubHandler(BaseHTTPRequestHandler):
@@ -49,7 +51,11 @@ class HubHandler(BaseHTTPRequestHandler):
         self.server.requests.append(f"{self.command} {self.path}")
         repo, _, rest = self.path.lstrip("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
-        data = self.server.files.get(name) if repo == "someone/weights" and revision in ("main", "v1", COMMIT) else None
+        data = (
+            self.server.files.get(name)
+            if repo == "someone/weights" and revision in ("main", "v1", self.server.commit)
+            else None
+        )
         if data is None:
             self.send_response(404)
             self.send_header("X-Error-Code", "EntryNotFound" if repo == "someone/weights" else "RepoNotFound")
@@ -58,7 +64,7 @@ class HubHandler(BaseHTTPRequestHandler):
             return
         self.send_response(200)
         self.send_header("ETag", f'"{self.server.tags.get(name, hashlib.sha256(data).hexdigest())}"')
-        self.send_header("X-Repo-Commit", COMMIT)
+        self.send_header("X-Repo-Commit", self.server.commit)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:
@@ -75,6 +81,7 @@ def hub(published_file: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     server.files = dict.fromkeys(PUBLISHED_FILES.values(), data)
     server.tags = {}
     server.requests = []
+    server.commit = COMMIT
     thread = Thread(target=server.serve_forever, daemon=True)
     thread.start()
     endpoint = f"http://127.0.0.1:{server.server_port}"
@@ -106,6 +113,58 @@ def test_second_download_fetches_nothing(hub: Hub, tmp_path: Path) -> None:
     hub.requests.clear()
     weights.download(tmp_path, "someone/weights")
     assert not [request for request in hub.requests if request.startswith("GET")]
+
+
+def test_download_keeps_a_file_of_the_users_own(hub: Hub, tmp_path: Path) -> None:
+    own = tmp_path / "t1_gen.pt"
+    own.write_bytes(b"a month of training")
+    kept: list[str] = []
+    files = ("t1_gen.pt", "t2_gen.pt")
+    paths = weights.download(tmp_path, "someone/weights", files=files, on_kept=kept.append)
+    assert own.read_bytes() == b"a month of training"
+    assert [path.name for path in paths] == ["t2_gen.pt"]
+    assert len(kept) == 1
+    assert str(own) in kept[0]
+    assert "move it away" in kept[0]
+    assert list(weights.recorded(tmp_path)) == ["t2_gen.pt"]
+
+
+def test_download_keeps_a_file_that_took_a_downloaded_ones_place(hub: Hub, tmp_path: Path) -> None:
+    (path,) = weights.download(tmp_path, "someone/weights", files=("t1_gen.pt",))
+    before = path.stat()
+    path.write_bytes(b"a month of training")
+    os.utime(path, (before.st_atime, before.st_mtime - 100))  # as cp -p leaves it
+    assert weights.download(tmp_path, "someone/weights", files=("t1_gen.pt",)) == []
+    assert path.read_bytes() == b"a month of training"
+
+
+def test_download_replaces_an_older_file_of_the_repository(hub: Hub, tmp_path: Path) -> None:
+    new, hub.files["t1_gen.pt"] = hub.files["t1_gen.pt"], b"first revision"
+    (path,) = weights.download(tmp_path, "someone/weights", files=("t1_gen.pt",))
+    assert path.read_bytes() == b"first revision"
+    hub.files["t1_gen.pt"], hub.commit = new, COMMIT[::-1]
+    assert weights.download(tmp_path, "someone/weights", files=("t1_gen.pt",)) == [path]
+    assert path.read_bytes() == new
+    assert weights.recorded(tmp_path)["t1_gen.pt"]["revision"] == COMMIT[::-1]
+
+
+def test_download_takes_the_repositorys_file_that_is_there_already(hub: Hub, tmp_path: Path) -> None:
+    (tmp_path / "t1_gen.pt").write_bytes(hub.files["t1_gen.pt"])
+    assert weights.download(tmp_path, "someone/weights", files=("t1_gen.pt",))
+    assert "GET" not in "".join(hub.requests)
+    assert weights.recorded(tmp_path)["t1_gen.pt"]["sha256"] == checkpoint.sha256(tmp_path / "t1_gen.pt")
+
+
+def test_command_says_that_a_file_is_kept(hub: Hub, tmp_path: Path) -> None:
+    from cwdm.cli import app
+
+    (tmp_path / "t1_gen.pt").write_bytes(b"own")
+    command = ["weights", "download", str(tmp_path), "--repo", "someone/weights", "--file", "t1_gen.pt"]
+    result = CliRunner().invoke(app, [*command, "--file", "t2_gen.pt"])
+    assert result.exit_code == 1
+    assert "is kept" in " ".join(result.stderr.split())
+    assert (tmp_path / "t1_gen.pt").read_bytes() == b"own"
+    assert (tmp_path / "t2_gen.pt").exists()
 
 
 def test_download_with_another_checksum_than_the_hubs_is_removed(hub: Hub, tmp_path: Path) -> None:
