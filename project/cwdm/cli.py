@@ -158,6 +158,7 @@ def infer(
     from cwdm.files import check_apart
     from cwdm.progress import CohortProgress
     from cwdm.shard import place, share
+    from cwdm.weights import check_usable, folder_of
     from cwdm.workers import count_workers, has_gpus, run_workers
 
     loaded = load_settings(parameters_file, settings or ())
@@ -184,6 +185,7 @@ def infer(
         if report_path and page and code < 2:
             _report_on_run(report_path, data_path, output_path, CohortProgress(0).log)
         raise typer.Exit(code)
+    missing = {modality for folder in folders if folder.problem is None for modality in folder.missing}
     folders = share(folders, shard)
     progress = CohortProgress(len(folders))
     if loaded.samples > 1 and not report_path:
@@ -214,6 +216,9 @@ def infer(
     if report_path and page:
         _report_on_run(report_path, data_path, output_path, progress.log)
     if failed:
+        if not any(outcome.status == "written" for outcome in outcomes):
+            # Of the whole cohort, not of this share, so that every worker says the same.
+            check_usable(folder_of(weights), sorted(missing))
         raise typer.Exit(1)
 
 

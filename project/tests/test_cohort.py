@@ -294,6 +294,23 @@ def test_missing_weights_of_one_contrast_leave_the_others(cohort: Path, weights_
     assert "no weights for t2f" in result.output
 
 
+def test_a_share_without_usable_weights_tells_of_its_cases_alone(
+    cohort: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "some").mkdir()
+    shutil.copy(weights_folder / "t1_gen.pt", tmp_path / "some")
+    result = infer(cohort, tmp_path / "out", tmp_path / "some", "--shard", "1/3")
+    assert result.exit_code == 1, result.output
+    assert "no weights for t2f" in result.output
+
+
+def test_damaged_cases_are_no_fault_of_the_weights(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    for file in cohort.glob("*/*.nii.gz"):
+        file.unlink()
+        file.write_bytes(b"damaged")
+    assert infer(cohort, tmp_path / "out", weights_folder).exit_code == 1
+
+
 @pytest.mark.parametrize("fault", ["missing", "truncated", "other", "code"])
 def test_unusable_weights_are_one_clear_message(fault: str, cohort: Path, tmp_path: Path) -> None:
     weights = tmp_path / "weights"
@@ -303,7 +320,7 @@ def test_unusable_weights_are_one_clear_message(fault: str, cohort: Path, tmp_pa
         for name in ("t1_gen.pt", "flair_gen.pt"):
             (weights / name).write_bytes(data)
     result = shell(cohort, tmp_path / "out", weights)
-    assert result.returncode == (2 if fault == "missing" else 1)
+    assert result.returncode == 2
     assert "Traceback" not in result.stderr
     assert "error: " in result.stderr
     assert not (tmp_path / "out").exists() or names(tmp_path / "out") == []
