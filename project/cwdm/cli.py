@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 
     from cwdm.brats import CaseFolder
     from cwdm.cohort import Outcome
+    from cwdm.generation import Network
     from cwdm.progress import CohortProgress
+    from cwdm.synthesis import Synthesizer
 
 app = typer.Typer(
     name="cwdm",
@@ -196,6 +198,7 @@ def infer(
 
         synthesizer = Synthesizer(weights, loaded, device.value)
         progress.log(f"{len(folders)} cases; {synthesizer.summary()}")
+        _warn_of_precision(synthesizer, progress)
         outcomes = synthesise_cohort(
             folders, synthesizer, output_path, overwrite=overwrite, report=report_path, progress=progress
         )
@@ -220,6 +223,13 @@ def infer(
             # Of the whole cohort, not of this share, so that every worker says the same.
             check_usable(folder_of(weights), sorted(missing))
         raise typer.Exit(1)
+
+
+def _warn_of_precision(network: "Synthesizer | Network", progress: "CohortProgress") -> None:
+    from cwdm.synthesis import precision_warning
+
+    if slow := precision_warning(network.dtype, network.device):
+        progress.log(f"warning: {slow}")
 
 
 def _for_all(weights: Path | None) -> Path | str:
@@ -525,6 +535,7 @@ def sample(
 
     generator = Generator(weights, load_settings(None, settings or ()), size, device.value)
     with CohortProgress(count) as progress:
+        _warn_of_precision(generator.network, progress)
         write_samples(
             generator,
             count,
@@ -554,6 +565,7 @@ def translate(
 
     translator = Translator(weights, load_settings(None, settings or ()), device.value)
     with CohortProgress(0) as progress:
+        _warn_of_precision(translator.network, progress)
         failed = translate(translator, data_path, output_path, progress.end_case, progress.expect)
     if failed:
         progress.log(f"{len(failed)} FAILED: {', '.join(failed)}")

@@ -294,6 +294,23 @@ def test_missing_weights_of_one_contrast_leave_the_others(cohort: Path, weights_
     assert "no weights for t2f" in result.output
 
 
+@pytest.mark.parametrize(("precision", "warned"), [("bf16", True), ("auto", False), ("fp32", False)])
+def test_emulated_bfloat16_is_said_before_the_first_case(
+    precision: str,
+    warned: bool,
+    cohort: Path,
+    weights_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    result = infer(cohort, tmp_path / "out", weights_folder, f"precision={precision}")
+    assert result.exit_code == 0
+    before, _, _ = " ".join(result.output.split()).partition("written after")
+    assert ("does not multiply bfloat16" in before) == warned
+    assert ("precision=fp32" in before) == warned
+
+
 def test_a_share_without_usable_weights_tells_of_its_cases_alone(
     cohort: Path, weights_folder: Path, tmp_path: Path
 ) -> None:

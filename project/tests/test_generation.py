@@ -94,3 +94,11 @@ def test_what_cannot_be_generated_is_said(weights: Path, weights_folder: Path, t
     (tmp_path / "file").touch()
     with pytest.raises(CwdmError):
         write_samples(Generator(weights, size=SIZE, device="cpu"), 1, tmp_path / "file")
+
+
+def test_emulated_bfloat16_is_said(weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+    command = ["sample", str(weights), "--out", str(tmp_path / "out"), "--size", "16", "12", "8", "sampler.steps=1"]
+    result = CliRunner().invoke(app, [*command, "--device", "cpu", "precision=bf16"])
+    assert result.exit_code == 0, result.output
+    assert "does not multiply bfloat16" in " ".join(result.output.split())
