@@ -23,7 +23,7 @@ from torch import Tensor
 
 from cwdm.errors import WeightsError
 from cwdm.files import write_atomically
-from cwdm.published import published_config, published_names
+from cwdm.published import PUBLISHED_CT, published_config, published_names
 from cwdm.samplers import known_sampler
 from cwdm.unet import UNet, UNetConfig
 
@@ -49,6 +49,8 @@ class Record(BaseModel):
         modality: contrast that a conditional network synthesises, `ANY` for one that is told which of the four;
             None where the file does not say.
         window: voxels that the network was trained on: `published`, a size, or `brain` for the box around the brain.
+        orientation: voxel order of an unconditional network's volumes: LPS, to which our training brings every file,
+            or LAS, in which WDM's authors store CT.
         value_range: range that the predicted volume is clamped to at every step.
         sampler, steps: what the makers of the weights recommend.
         notice: what every user of the outputs must know, such as "trained on phantoms, not for clinical use".
@@ -61,6 +63,7 @@ class Record(BaseModel):
     modality: str | None = Field(default=None, max_length=64)
     window: Literal["published", "brain"] | tuple[Edge, Edge, Edge] = "published"
     wavelet: str = "haar"
+    orientation: Literal["LPS", "LAS"] = "LPS"
     value_range: tuple[float, float] = (0.0, 1.0)
     sampler: str = "ddpm"
     steps: int = Field(default=1000, ge=1, le=1000)
@@ -257,7 +260,9 @@ def _load_pickle(path: Path) -> tuple[UNet, Record]:
         raise WeightsError(f"its tensors claim {claimed:,} bytes, more than the file holds; refused")
     model = load_published(tensors)
     unconditional = model.config.in_channels == model.config.out_channels
-    return model, Record(value_range=(-1.0, 1.0) if unconditional else (0.0, 1.0))
+    if not unconditional:
+        return model, Record()
+    return model, Record(value_range=(-1.0, 1.0), orientation="LAS" if path.name.startswith(PUBLISHED_CT) else "LPS")
 
 
 def _read_pickle(path: Path) -> Any:

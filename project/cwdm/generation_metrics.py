@@ -8,7 +8,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,11 +16,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from nibabel import orientations
 from torch import Tensor, nn
 
 from cwdm.brats import Volume, find_cases, read_grid
 from cwdm.errors import InputError, SettingsError, WeightsError
-from cwdm.preprocess import normalise
+from cwdm.preprocess import Orientation, normalise
 
 FEATURES = 2048
 
@@ -67,8 +68,9 @@ def evaluate_generated(
 ) -> GenerationScore:
     """Compare a folder of generated volumes with one of real ones.
 
-    Volumes in [0, 1] are taken as they are, others scaled to it by their own percentiles (see `to_unit`). Those of
-    another size than the first generated one are padded with zeros to a multiple of it and averaged down.
+    Volumes are brought to the voxel order of the first real one. Those in [0, 1] are taken as they are, others scaled
+    to it by their own percentiles (see `to_unit`). Those of another size than the first generated one are padded with
+    zeros to a multiple of it and averaged down.
 
     Args:
         generated: flat folder of .nii.gz, as `cwdm sample` writes it.
@@ -87,8 +89,9 @@ def evaluate_generated(
     made, true = image_files(generated, modality), image_files(real, modality)
     network = load_medicalnet(weights) if weights else None
     failed: dict[str, str] = {}
-    shape = _first_shape(made, failed)
-    sets = [_usable(files, shape, network, failed, on_step) for files in (made, true)]
+    order = _first_order(true)
+    shape = _first_shape(made, order, failed)
+    sets = [_usable(files, order, shape, network, failed, on_step) for files in (made, true)]
     for folder, (used, _) in zip((generated, real), sets, strict=True):
         if len(used) < FEWEST:
             raise InputError(
@@ -107,7 +110,7 @@ def evaluate_generated(
     pairs = draw_pairs(len(used_made), most_pairs, seed)
     if fewest := _too_small_for_ms_ssim(shape):
         return GenerationScore(len(used_made), len(used_true), fid, None, None, 0, (*notes, fewest), failed)
-    values = _ms_ssim_of_pairs(used_made, pairs, shape, on_step)
+    values = _ms_ssim_of_pairs(used_made, pairs, order, shape, on_step)
     every = math.comb(len(used_made), 2)
     if len(pairs) < every:
         notes.append(f"MS-SSIM over {len(pairs)} of {every} pairs, drawn with seed {seed}")
@@ -232,19 +235,34 @@ def image_files(folder: Path, modality: str) -> list[Path]:
     return files
 
 
-def _read(path: Path, shape: tuple[int, ...]) -> Volume:
+def _first_order(files: Sequence[Path]) -> str:
+    """Voxel order of the first volume that can be read; empty if it does not say how it lies."""
+    for path in files:
+        with suppress(InputError):
+            _, affine, oriented = read_grid(path)
+            return "".join(orientations.aff2axcodes(affine)) if oriented else ""
+    return ""
+
+
+def _in_order(path: Path, order: str) -> Volume:
+    """A volume in the voxel order of the real ones; as it is stored where it or they do not say how they lie."""
+    volume, affine, oriented = read_grid(path)
+    return Orientation.to(order, affine).apply(volume) if oriented and order else volume
+
+
+def _read(path: Path, order: str, shape: tuple[int, ...]) -> Volume:
     """In [0, 1] and on the grid."""
-    volume, _, _ = read_grid(path)
+    volume = _in_order(path, order)
     try:
         return onto_grid(to_unit(volume), shape)
     except ValueError as error:
         raise InputError(f"{path}: {error}") from error
 
 
-def _first_shape(files: Sequence[Path], failed: dict[str, str]) -> tuple[int, ...]:
+def _first_shape(files: Sequence[Path], order: str, failed: dict[str, str]) -> tuple[int, ...]:
     for path in files:
         try:
-            return read_grid(path)[0].shape
+            return _in_order(path, order).shape
         except InputError as error:
             failed[str(path)] = str(error)
     raise InputError(f"no generated volume can be read; {_first(failed)}")
@@ -252,6 +270,7 @@ def _first_shape(files: Sequence[Path], failed: dict[str, str]) -> tuple[int, ..
 
 def _usable(
     files: Sequence[Path],
+    order: str,
     shape: tuple[int, ...],
     network: nn.Module | None,
     failed: dict[str, str],
@@ -261,7 +280,7 @@ def _usable(
     used, features = [], []
     for number, path in enumerate(files, 1):
         try:
-            volume = _read(path, shape)
+            volume = _read(path, order, shape)
         except InputError as error:
             failed[str(path)] = str(error)
             on_step(f"[{number}/{len(files)}] FAILED: {error}")
@@ -284,11 +303,15 @@ def _too_small_for_ms_ssim(shape: tuple[int, ...]) -> str:
 
 
 def _ms_ssim_of_pairs(
-    files: Sequence[Path], pairs: Sequence[tuple[int, int]], shape: tuple[int, ...], on_step: Callable[[str], None]
+    files: Sequence[Path],
+    pairs: Sequence[tuple[int, int]],
+    order: str,
+    shape: tuple[int, ...],
+    on_step: Callable[[str], None],
 ) -> list[float]:
     @lru_cache(maxsize=4)  # the pairs come in order, so the first of a pair mostly stays
     def volume(index: int) -> Volume:
-        return _read(files[index], shape)
+        return _read(files[index], order, shape)
 
     values = []
     for number, (i, j) in enumerate(pairs, 1):

@@ -5,6 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +24,30 @@ FEWEST_SLICES = 8
 MOST_VOXELS = 1024**3
 
 Volume = npt.NDArray[np.float32]
+
+LAS = np.diag([-1.0, 1.0, 1.0, 1.0])
+"""Affine of the volumes: they run to the left, to the front and upwards, as WDM's converter from DICOM stores them."""
+
+
+class Prepared(NamedTuple):
+    """A scan as WDM is trained on it.
+
+    Attributes:
+        volume: (256, 256, 256) in [0, 1].
+        limits_hu: what became 0 and 1.
+        scanned: voxels of it that come from the scan, in the middle; the others are padding.
+    """
+
+    volume: Volume
+    limits_hu: tuple[float, float]
+    scanned: tuple[int, ...]
+
+    @property
+    def description(self) -> str:
+        """What was done, for the header of the file."""
+        low, high = self.limits_hu
+        padded = f", padded from {'x'.join(map(str, self.scanned))}" if min(self.scanned) < SIZE else ""
+        return f"CT, [0, 1] is {low:.0f} to {high:.0f} HU{padded}"
 
 
 def prepare_lidc(source: Path, out: Path, on_case: Callable[[str], None] = lambda line: None) -> list[CwdmError]:
@@ -46,13 +71,13 @@ def prepare_lidc(source: Path, out: Path, on_case: Callable[[str], None] = lambd
             on_case(f"{name}: there already")
             continue
         try:
-            volume = prepare(name, *read_series(name, files))
+            prepared = prepare(name, *read_series(name, files))
         except CaseError as error:
             faults.append(error)
             on_case(f"error: {error}")
             continue
-        write_nifti(path, volume, np.diag([-1.0, -1.0, 1.0, 1.0]), "CT, [0, 1] from -1000 HU")
-        on_case(f"{name}: written")
+        write_nifti(path, prepared.volume, LAS, prepared.description)
+        on_case(f"{name}: written; {prepared.description}")
     return faults
 
 
@@ -82,7 +107,7 @@ def find_series(source: Path) -> dict[str, list[Path]]:
 
 
 def read_series(name: str, files: Sequence[Path]) -> tuple[Volume, tuple[float, float, float]]:
-    """A series in Hounsfield units as (X, Y, Z), stored LPS, with the spacing in mm.
+    """A series in Hounsfield units as (X, Y, Z), stored LAS, with the spacing in mm.
 
     Raises:
         CaseError: slices are missing, doubled, too few, or of different sizes, or the file is damaged.
@@ -118,32 +143,39 @@ def read_series(name: str, files: Sequence[Path]) -> tuple[Volume, tuple[float, 
     extent_mm = np.prod([n * mm for n, mm in zip((*planes[0].shape[::-1], len(planes)), spacing_mm, strict=True)])
     if not (min(spacing_mm) > 0 and extent_mm <= MOST_VOXELS):
         raise CaseError(name, f"voxels of {spacing_mm} mm cannot be resampled to 1 mm; check the header")
-    # DICOM's rows run along the first direction (to the left), its columns along the second (to the back): LPS.
+    # DICOM's rows run along the first direction (to the left), its columns along the second (to the back).
     volume = np.stack(planes, axis=-1).transpose(1, 0, 2).astype(np.float32)
     if not np.isfinite(volume).all():
         raise CaseError(name, "the rescale slope or intercept is missing, so there are no Hounsfield units")
     if orientation[0, 0] < 0:
         volume = volume[::-1]
-    if orientation[1, 1] < 0:
+    if orientation[1, 1] > 0:
         volume = volume[:, ::-1]
     return volume if normal[2] > 0 else volume[:, :, ::-1], spacing_mm
 
 
-def prepare(name: str, volume: Volume, spacing_mm: Sequence[float]) -> Volume:
-    """Resample to 1 mm, clip to -1000 HU and the 0.999 quantile, scale to [0, 1], crop or pad to 256³.
+def prepare(name: str, volume: Volume, spacing_mm: Sequence[float]) -> Prepared:
+    """What WDM's published script for LIDC-IDRI makes of a scan (wdm-3d, utils/preproc_lidc-idri.py).
+
+    Resampled to 1 mm by cubic splines with the outermost voxels' centres where they were, cut to the central 256³,
+    clipped to -1000 HU and the 0.999 quantile of what is left, scaled to [0, 1]. The script fails on scans that are
+    smaller than that along an axis; here they are padded with 0, after all that.
 
     Args:
         name: for messages.
-        volume: (X, Y, Z) in Hounsfield units, of any size; what is outside becomes air.
+        volume: (X, Y, Z) in Hounsfield units, of any size, stored LAS.
 
     Raises:
         CaseError: nothing but air.
     """
-    resampled: Volume = ndimage.zoom(volume, spacing_mm, order=1, mode="nearest", grid_mode=True)
-    upper = float(np.quantile(resampled, UPPER_QUANTILE))
-    if upper <= AIR_HU:
-        raise CaseError(name, f"nothing above {AIR_HU:g} HU; is the rescale slope of the scanner missing?")
-    unit = (np.clip(resampled, AIR_HU, upper) - AIR_HU) / (upper - AIR_HU)
+    cut: Volume = ndimage.zoom(volume, spacing_mm, order=3, mode="nearest")
+    for axis in range(3):
+        cut = centre(cut, axis, min(SIZE, cut.shape[axis]))
+    lowest = max(float(cut.min()), AIR_HU)
+    upper = float(np.quantile(cut, UPPER_QUANTILE))
+    if upper <= lowest:
+        raise CaseError(name, f"nothing above {lowest:g} HU; is the rescale slope of the scanner missing?")
+    unit = (np.clip(cut, lowest, upper) - lowest) / (upper - lowest)
     for axis in range(3):
         unit = centre(unit, axis, SIZE)
-    return np.ascontiguousarray(unit, np.float32)
+    return Prepared(np.ascontiguousarray(unit, np.float32), (lowest, upper), cut.shape)

@@ -11,6 +11,9 @@ from torch import nn
 from cwdm.errors import WeightsError
 from cwdm.unet import ResBlock, SkipBody, UNet, UNetConfig, WaveletBody
 
+PUBLISHED_CT = "lidc-idri_"
+"""How the names of WDM's files begin that were trained on CT, those to download and those of its training code."""
+
 
 def published_names(model: UNet) -> dict[str, str]:
     """Published tensor name -> name of the same tensor in `model`.

@@ -12,12 +12,13 @@ from cwdm.checkpoint import Checkpoint, Record, load_published
 from cwdm.cli import app
 from cwdm.config import load_settings
 from cwdm.errors import CwdmError, SettingsError, WeightsError
-from cwdm.generation import Generator, trained_grid, write_samples
+from cwdm.generation import Generator, check_same_origin, trained_grid, write_samples
 from cwdm.samplers import ddpm, spaced_timesteps
 from cwdm.synthesis import clamped_denoiser
 from cwdm.unet import UNetConfig
 from cwdm.untrained import untrained_state
 from cwdm.wavelet import idwt
+from cwdm.weights import convert
 
 CONFIG = UNetConfig(in_channels=8, model_channels=32, channel_mult=(1, 2), skips="additive")
 SIZE = (16, 12, 8)
@@ -77,11 +78,40 @@ def test_command_writes_samples_and_goes_on_where_it_was(weights: Path, tmp_path
 def test_size_comes_from_the_training_record() -> None:
     data = {"window": [256, 256, 256], "downsample": 2}
     told = Checkpoint(load_published(untrained_state(CONFIG), CONFIG), Record(training={"settings": {"data": data}}))
-    assert trained_grid(told.record.trained_on) == ((128, 128, 128), 2.0)
-    assert trained_grid({}) == ((128, 128, 128), 1.0)
-    for value, expected in ((1, ((256, 256, 256), 1.0)), (0, ((128, 128, 128), 1.0)), ("x", ((128, 128, 128), 1.0))):
+    assert trained_grid(told.record.trained_on, 2) == ((128, 128, 128), 2.0)
+    published = (128, 128, 128), 2.0
+    assert (trained_grid({}, 5), trained_grid({}, 6)) == (published, ((256, 256, 256), 1.0))
+    for value, expected in ((1, ((256, 256, 256), 1.0)), (0, published), ("x", published)):
         data["downsample"] = value
-        assert trained_grid(told.record.trained_on) == expected
+        assert trained_grid(told.record.trained_on, 2) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "directions"),
+    [
+        ("lidc-idri_unet_128_1200k.pt", "LAS"),
+        ("lidc-idri_1200000.pt", "LAS"),
+        ("brats_unet_128_1200k.pt", "LPS"),
+        ("converted.safetensors", "LAS"),
+        ("ours.safetensors", "LPS"),
+    ],
+)
+def test_samples_lie_as_the_network_was_shown_its_volumes(name: str, directions: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if path.suffix == ".pt":
+        torch.save(untrained_state(CONFIG), path)
+    elif name == "ours.safetensors":
+        checkpoint.save(path, load_published(untrained_state(CONFIG), CONFIG), Record(value_range=(-1, 1)))
+    else:
+        torch.save(untrained_state(CONFIG), tmp_path / "lidc-idri_unet_128_1200k.pt")
+        convert(tmp_path / "lidc-idri_unet_128_1200k.pt", path, None, torch.float32)
+    fast = load_settings(None, ["sampler.steps=1"])
+    (sample,) = write_samples(Generator(path, fast, SIZE, "cpu"), 1, tmp_path / "out")
+    image = nib.load(sample)
+    assert nib.aff2axcodes(image.affine) == tuple(directions)
+    assert image.header.get_zooms() == (2, 2, 2)  # of the 256 mm that 128 voxels have
+    with pytest.raises(SettingsError, match="another affine"):
+        check_same_origin(sample.parent / "samples.json", {"affine": np.eye(4).tolist()})
 
 
 def test_what_cannot_be_generated_is_said(weights: Path, weights_folder: Path, tmp_path: Path) -> None:

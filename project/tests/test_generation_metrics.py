@@ -4,6 +4,7 @@ import json
 import warnings
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from monai.metrics.fid import get_fid_score
 from monai.networks.nets import resnet50
+from nibabel import orientations
 from scipy.linalg import sqrtm
 from scipy.ndimage import convolve1d, zoom
 from scipy.stats import ortho_group
@@ -230,6 +232,23 @@ def test_folders(published: tuple[Path, torch.nn.Module], tmp_path: Path) -> Non
     assert "biased upwards" in score.notes[0]
     assert "no MS-SSIM: it needs 112" in score.notes[1]
     assert list(score.failed) == [str(generated / "1.nii.gz")]
+
+
+@pytest.mark.parametrize("oriented", [True, False])
+def test_sets_are_compared_in_the_voxel_order_of_the_real_one(
+    oriented: bool, published: tuple[Path, torch.nn.Module], tmp_path: Path
+) -> None:
+    """The same volumes, stored with another axis first and another one reversed."""
+    real, generated = write_set(tmp_path / "real", range(4)), tmp_path / "generated"
+    generated.mkdir()
+    for path in real.iterdir():
+        turn = orientations.ornt_transform(orientations.io_orientation(AFFINE), orientations.axcodes2ornt("PRS"))
+        turned = nib.load(path).as_reoriented(turn)
+        write_nifti(generated / path.name, np.asarray(turned.dataobj), turned.affine, oriented=oriented)
+    assert nib.load(generated / "0.nii.gz").shape != SHAPE
+    fid = evaluate_generated(generated, real, published[0]).fid
+    assert fid is not None
+    assert (fid < 1e-6) == oriented
 
 
 def test_intensities() -> None:
