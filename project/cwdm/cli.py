@@ -6,6 +6,7 @@ run again to go on.
 """
 
 import io
+import logging
 import signal
 import sys
 import traceback
@@ -16,9 +17,11 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from cwdm import __version__
 from cwdm.errors import CwdmError, SettingsError
+from cwdm.progress import printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -70,12 +73,14 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files can be any bytes
+    if logging.lastResort:  # writes the warnings of a program that sets up no log
+        logging.lastResort.setFormatter(_Printable())
     try:
         app()
     except CwdmError as error:
         _fail(str(error), 2)
     except Exception:
-        traceback.print_exc()
+        print(printable(traceback.format_exc()), file=sys.stderr)
         _fail("a fault of the program, not of your data; please report it with the lines above", 3)
 
 
@@ -84,8 +89,19 @@ def _stopped(number: int, _: object) -> NoReturn:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    _stderr().print(f"error: {message}", markup=False, soft_wrap=True)
+    _stderr().print(f"error: {printable(message)}", markup=False, soft_wrap=True)
     sys.exit(code)
+
+
+def _say(line: object) -> None:
+    print(printable(str(line)))
+
+
+class _Printable(logging.Formatter):
+    """Log lines for a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 def _stderr() -> Console:
@@ -262,7 +278,7 @@ def drop(
     from cwdm.drop import drop_modalities
 
     for case, modality in drop_modalities(data_path, out, seed, copy):
-        print(f"{case}: {modality} taken away")
+        _say(f"{case}: {modality} taken away")
 
 
 @app.command()
@@ -353,7 +369,7 @@ def evaluate(
         record = {"predictions": str(predictions), "truth": str(truth), "segmentations": str(seg) if seg else None}
         record["segmenter"] = segmented_by
         for path in write_evaluation(out, scores, record):
-            print(path)
+            _say(path)
     if failed:
         progress.log(f"{len(failed)} of {len(scores)} FAILED and are in no mean")
         for score in failed:
@@ -397,7 +413,7 @@ def evaluate_samples(
     if out:
         record = {"program": f"cwdm {__version__}", "folders": [str(generated), str(real)], **asdict(score)}
         write_json(out / "samples-evaluation.json", record)
-        print(out / "samples-evaluation.json")
+        _say(out / "samples-evaluation.json")
     if score.failed:
         progress.log(f"{len(score.failed)} volumes FAILED and are in no figure")
         raise typer.Exit(1)
@@ -413,7 +429,7 @@ def phantom(
     """Make synthetic patients: four contrasts and a segmentation each, in the BraTS layout."""
     from cwdm.phantom import WIDE, write_phantoms
 
-    write_phantoms(out, cases, seed, variation=WIDE if wide else None, on_case=print)
+    write_phantoms(out, cases, seed, variation=WIDE if wide else None, on_case=_say)
 
 
 @app.command()
@@ -432,7 +448,7 @@ def demo(
             f"{error.name} is missing; pip install 'cwdm[report,eval]' brings what the demo needs"
         ) from error
 
-    print(f"look at {run_demo(out, cases, weights)}")
+    _say(f"look at {run_demo(out, cases, weights, _say)}")
 
 
 @app.command()
@@ -459,7 +475,7 @@ def report(
     from cwdm.report_data import Places
 
     places = Places(records, data_path, output_path, truth)
-    print(f"look at {_write_report()(places, viewer or (), cases, out)}")
+    _say(f"look at {_write_report()(places, viewer or (), cases, out)}")
 
 
 def _write_report() -> "Callable[..., Path]":
@@ -512,7 +528,7 @@ def train(
         from cwdm.training import train as run
     except ModuleNotFoundError as error:
         raise CwdmError(f"{error.name} is missing; pip install 'cwdm[train]' brings what training needs") from error
-    print(run(loaded, resume))
+    _say(run(loaded, resume))
 
 
 @app.command()
@@ -582,7 +598,7 @@ def lidc(
         from cwdm.lidc import prepare_lidc
     except ModuleNotFoundError as error:
         raise CwdmError(f"{error.name} is missing; pip install 'cwdm[train]' brings what this needs") from error
-    if prepare_lidc(dicom, out, print):
+    if prepare_lidc(dicom, out, _say):
         raise typer.Exit(1)
 
 
@@ -601,7 +617,7 @@ def untrained(
     except ValueError as error:
         raise SettingsError(f"--width {width}: {error}") from error
     for path in write_untrained(folder, config, Record()):
-        print(path)
+        _say(path)
 
 
 @weights_app.command()
@@ -619,7 +635,7 @@ def download(
 
     names, kept = tuple(file or PUBLISHED_FILES.values()), list[str]()
     for path in fetch(folder or default_folder(), repo, revision, names, kept.append):
-        print(path)
+        _say(path)
     for line in kept:
         _stderr().print(f"error: {line}", markup=False, soft_wrap=True)
     if kept:
@@ -656,7 +672,7 @@ def convert(
 
     from cwdm.weights import convert as write
 
-    print(write(source, target, modality and modality.value, getattr(torch, dtype.value)))
+    _say(write(source, target, modality and modality.value, getattr(torch, dtype.value)))
 
 
 def _show_weights(weights: Path | None) -> bool:
@@ -665,23 +681,24 @@ def _show_weights(weights: Path | None) -> bool:
 
     weights = folder_of(weights)
     marks: dict[bool | None, str] = {True: "as recorded", False: "DIFFERS", None: "none recorded"}
-    table = Table("file", "synthesises", "network", "parameters", "checksum", title=str(weights))
+    table = Table("file", "synthesises", "network", "parameters", "checksum", title=Text(printable(str(weights))))
     faults = []
     for listed in inspect(weights):
         if listed.fault:
             faults.append(listed.fault)
         if listed.loaded is None:
-            table.add_row(listed.path.name, "", "NOT USABLE", "", marks[listed.verified])
+            table.add_row(name, "", "NOT USABLE", "", marks[listed.verified])
             continue
         config, entry = listed.loaded.model.config, listed.loaded.record
+        name = Text(printable(listed.path.name))
         kind = f"{config.skips} {config.model_channels}×{','.join(map(str, config.channel_mult))}"
         parameters = sum(tensor.numel() for tensor in listed.loaded.model.parameters())
         unconditional = config.in_channels == config.out_channels
         target = "volumes" if unconditional else entry.modality or modality_of(listed.path) or "not said"
-        table.add_row(listed.path.name, target, kind, f"{parameters:,}", marks[listed.verified])
+        table.add_row(name, target, kind, f"{parameters:,}", marks[listed.verified])
     if not table.rows:
         faults.append(f"{weights}: no weights files (.pt, .safetensors)")
     Console().print(table)
     for fault in faults:
-        _stderr().print(f"error: {fault}", markup=False, soft_wrap=True)
+        _stderr().print(f"error: {printable(fault)}", markup=False, soft_wrap=True)
     return not faults

@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from cwdm import __version__
 from cwdm.figures import FIGURES, Figure
 from cwdm.files import check_writable, write_atomically, write_json
+from cwdm.progress import printable
 from cwdm.scoring import Score
 
 Summary = dict[str, dict[str, Any]]
@@ -109,13 +111,8 @@ def _table(name: str, summary: Summary, marks: Mapping[str, str]) -> Table:
         mark = f" ({marks[explanation.doubt]})" if explanation.doubt else ""
         count = f", n = {row['images']}" if row["images"] < images else ""
         numbers = ("" if row[key] is None else f"{row[key]:.4g}" for key in ("mean", "sd", "median", "worst"))
-        table.add_row(explanation.title + mark + count, *numbers, _printable(row["worst_case"]))
+        table.add_row(explanation.title + mark + count, *numbers, Text(printable(row["worst_case"], lines=False)))
     return table
-
-
-def _printable(text: str) -> str:
-    """A folder's name may hold anything, even sequences that would take over the terminal, or rich's markup."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text).replace("[", "\\[")
 
 
 def _explanation(figure: Figure) -> dict[str, Any]:

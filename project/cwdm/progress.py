@@ -9,6 +9,15 @@ SECONDS_BETWEEN_LINES = 60
 """Where there is no terminal to show a bar."""
 
 
+def printable(text: str, lines: bool = True) -> str:
+    """Text for a terminal: a folder's name may hold anything, even sequences that would take the terminal over.
+
+    Args:
+        lines: whether it may be several.
+    """
+    return "".join(c if c.isprintable() or (lines and c == "\n") else ascii(c)[1:-1] for c in text)
+
+
 def to_stderr() -> Console:
     """Standard output stays clean."""
     return Console(stderr=True, highlight=False)
@@ -58,7 +67,7 @@ class CohortProgress:
     def start_case(self, name: str, steps: int) -> None:
         """The network begins with a case."""
         self._name, self._done, self._total, self._said = name, 0, steps, time.monotonic()
-        self._bars.reset(self._steps, total=steps, description=name)
+        self._bars.reset(self._steps, total=steps, description=printable(name, lines=False))
 
     def step(self) -> None:
         """One evaluation of the network is done."""
@@ -75,6 +84,4 @@ class CohortProgress:
 
     def log(self, line: str) -> None:
         """Print a line above the bars, as it is."""
-        # A folder's name may hold anything, even sequences that would take over the terminal.
-        safe = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in line)
-        self.console.print(safe, markup=False, soft_wrap=True)
+        self.console.print(printable(line), markup=False, soft_wrap=True)

@@ -386,7 +386,8 @@ def test_empty_parameters_and_hyphens(cohort: Path, weights_folder: Path, tmp_pa
     assert names(tmp_path / "out") == EXPECTED
 
 
-def test_bars_on_a_terminal(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+def test_bars_on_a_terminal(cohort: Path, phantoms: Path, weights_folder: Path, tmp_path: Path) -> None:
+    link_case(sorted(phantoms.iterdir())[0], cohort, "t1n", "title\x1b]0;taken\x07")
     main, terminal = pty.openpty()
     paths = ["--data_path", str(cohort), "--output_path", str(tmp_path / "out"), "--weights", str(weights_folder)]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "120"}
@@ -398,9 +399,11 @@ def test_bars_on_a_terminal(cohort: Path, weights_folder: Path, tmp_path: Path) 
             shown += data
     assert process.wait() == 0
     assert b"cases" in shown
-    assert b"0/3" in shown
+    assert b"0/4" in shown
+    assert b"title\\x1b]0;taken\\x07" in shown
+    assert b"\x1b]0;" not in shown
     assert "━".encode() in shown
-    assert b"3 of 3 cases" in shown
+    assert b"4 of 4 cases" in shown
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
