@@ -27,6 +27,10 @@ class OutputError(CwdmError):
     """The output folder cannot take the result (not writable, full); no point in going on."""
 
 
+class NameInUseError(OutputError):
+    """One file cannot be written under its name, which another one can."""
+
+
 class WeightsError(CwdmError):
     """Weights are missing, damaged, of the wrong architecture, or hold code."""
 

@@ -2,21 +2,32 @@
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import secrets
 import shutil
+import socket
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cwdm.errors import InputError, OutputError
+from cwdm.errors import InputError, NameInUseError, OutputError
 
-_HIDDEN_NAME = re.compile(r"\.cwdm-[0-9a-f]{16}\.tmp")
+COPIES = ".cwdm-copies.json"
+"""Beside copies of files: their sha256, by which a later run knows what it may replace."""
+
+# Earlier versions named neither the machine nor the process.
+_HIDDEN_NAME = re.compile(r"\.cwdm-(?:(?P<machine>[0-9a-f]{8})-\d+-)?[0-9a-f]{16}\.tmp")
+
+_STALE_SECONDS = 24 * 3600
+"""Age of a hidden file that no writer on another machine can still be at; the largest take minutes."""
 
 _NO_PERMISSION = (
     "no permission to write there; change its permissions or owner, or choose another folder; "
@@ -35,6 +46,11 @@ _ADVICE = {
     errno.ENOTDIR: "that is not a folder; choose another one",
 }
 
+_NAME_IN_USE = {
+    errno.EISDIR: "a folder has that name; move it away",
+    errno.ENAMETOOLONG: "the name is longer than the system allows; shorten it",
+}
+
 
 @contextmanager
 def output_errors(folder: Path) -> Iterator[None]:
@@ -42,7 +58,11 @@ def output_errors(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = _ADVICE.get(error.errno or 0, error.strerror or str(error))
+        code = error.errno or 0
+        if code in _NAME_IN_USE:
+            name = error.filename2 or error.filename or folder
+            raise NameInUseError(f"cannot write {os.fsdecode(name)}: {_NAME_IN_USE[code]}") from error
+        advice = _ADVICE.get(code, error.strerror or str(error))
         raise OutputError(f"cannot write to {folder}: {advice}") from error
 
 
@@ -58,6 +78,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         write: puts the contents into the open file it is given and leaves it open.
 
     Raises:
+        NameInUseError: a folder has the name, or the name is too long.
         OutputError: the operating system refused (full, read-only, no permission, ...).
     """
     with output_errors(path.parent):
@@ -99,27 +120,108 @@ def check_apart(target: Path, kept: Path) -> None:
     """Refuse to write into a folder that must stay as it is, such as the input.
 
     Raises:
-        InputError: `target` is `kept` or lies inside it, links followed.
+        InputError: `target` is `kept` or lies inside it, links and mounts followed.
     """
     # realpath: Path.resolve raises where links go in a circle.
-    if Path(os.path.realpath(target)).is_relative_to(os.path.realpath(kept)):
+    real, same = Path(os.path.realpath(target)), _identity(kept)
+    mounted_twice = same is not None and same in map(_identity, (real, *real.parents))
+    if mounted_twice or real.is_relative_to(os.path.realpath(kept)):
         raise InputError(f"{target} lies in {kept}, where nothing else may be written; choose another folder")
+
+
+def check_no_source_in(folders: Iterable[Path], sources: Iterable[Path]) -> None:
+    """Refuse to write into folders where one of the sources lies, or a file that it links to.
+
+    What is replaced in such a folder may be the very file that is read, or the only one that a link leads to.
+
+    Raises:
+        InputError: one does.
+    """
+    written = {_identity(folder) for folder in folders} - {None}
+    for source in sources if written else ():
+        if there := [hop.parent for hop in _hops(source) if _identity(hop.parent) in written]:
+            raise InputError(
+                f"{source} lies in, or links to a file in, {there[0]}, where files would be replaced; "
+                "choose another folder for the output"
+            )
+
+
+def check_replaceable(folder: Path, names: Iterable[str]) -> None:
+    """Refuse names under which a folder holds what `put_files` did not put there.
+
+    Links are not what is lost when they are replaced; files are, unless COPIES lists them.
+
+    Raises:
+        InputError: one is in use.
+        OutputError: the folder cannot be read.
+    """
+    with output_errors(folder):
+        copied = _copied(folder)
+        for path in (folder / name for name in names):
+            try:
+                mode = path.lstat().st_mode
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            if stat.S_ISLNK(mode) or (copied and stat.S_ISREG(mode) and sha256(path) in copied):
+                continue
+            raise InputError(
+                f"{path} is there and was not put there by cwdm, or has changed since; "
+                "move it away, or choose another folder for the output"
+            )
+
+
+def put_files(sources: Mapping[str, Path], folder: Path, copy: bool = False, without: Collection[str] = ()) -> None:
+    """Link to files, or copy them, under the names given; what else is in the folder stays.
+
+    Each name changes at once, and only links and copies that were put there before are replaced. Links are absolute
+    and lead to the file itself.
+
+    Args:
+        sources: name in the folder -> file.
+        folder: is made if there is none.
+        without: names of earlier links and copies to take away.
+
+    Raises:
+        InputError: a name is in use by something else, then nothing is changed; or a source cannot be read.
+        OutputError: the folder cannot be written.
+    """
+    check_replaceable(folder, (*sources, *without))
+    digests = {name: _sha256_of_source(source) for name, source in sources.items()} if copy else {}
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        if new := set(digests.values()) - (before := _copied(folder)):
+            # Ahead of the copies, and with the old ones, so that a run that is killed among them can be run again.
+            write_json(folder / COPIES, {"sha256": sorted(before | new)})
+        for name in without:
+            (folder / name).unlink(missing_ok=True)
+        for name, source in sources.items():
+            if copy:
+                _copy(source, folder / name, digests[name])
+            else:
+                _link_to(source, folder / name)
+
+
+def sha256(path: Path) -> str:
+    """Checksum of a file's contents; raises OSError."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def remove_stale(folder: Path) -> None:
     """Delete the hidden files that killed runs left in `folder`; those of running ones stay.
 
-    A writer holds a lock (flock) on its file for as long as it lives, and the kernel drops the lock with
-    the process. Unlike a process number in the name, that holds between containers, where every main
-    process is number 1, and between hosts. What cannot be locked or deleted stays.
+    A writer holds a lock (flock) on its file for as long as it lives, and the kernel drops the lock with the process.
+    That tells of every writer on this machine, in whatever container. Of those on another machine it tells nothing
+    where locks stay within a machine, as on many shared file systems: their files are deleted by age alone.
+    What cannot be deleted stays.
 
     Raises:
         OutputError: the folder cannot be read.
     """
-    with output_errors(folder):
-        for path in folder.iterdir():
-            if _HIDDEN_NAME.fullmatch(path.name):
-                _remove_if_abandoned(path)
+    with output_errors(folder), os.scandir(folder) as entries:
+        for entry in entries:
+            if match := _HIDDEN_NAME.fullmatch(entry.name):
+                _remove_if_abandoned(Path(entry.path), match["machine"] == _machine())
 
 
 def _open_unnamed(folder: Path) -> BinaryIO | None:
@@ -136,7 +238,13 @@ def _write_under_hidden_name(path: Path, write: Callable[[BinaryIO], object]) ->
     hidden, file = _open_hidden(path.parent)
     with file, _removed_on_error(hidden):
         _fill(file, write)
-        hidden.replace(path)
+        try:
+            hidden.replace(path)
+        except FileNotFoundError as error:
+            raise OutputError(
+                f"cannot write {path}: {hidden.name} vanished while it was written; "
+                "see what else deletes files there and run again"
+            ) from error
 
 
 def _open_hidden(folder: Path) -> tuple[Path, BinaryIO]:
@@ -180,17 +288,29 @@ def _lock(descriptor: int) -> BinaryIO:
     return os.fdopen(descriptor, "w+b")
 
 
-def _remove_if_abandoned(path: Path) -> None:
+def _remove_if_abandoned(path: Path, made_here: bool) -> None:
     # An error leaves the file: a process holds it or has just finished it, or it is another user's.
     with suppress(OSError):
-        if stat.S_ISREG(path.lstat().st_mode):
+        status = path.lstat()
+        old = time.time() - status.st_mtime > _STALE_SECONDS
+        if stat.S_ISREG(status.st_mode) and (made_here or old):
             with path.open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 
 
 def _hidden_path(folder: Path) -> Path:
-    return folder / f".cwdm-{secrets.token_hex(8)}.tmp"
+    return folder / f".cwdm-{_machine()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+
+
+@cache
+def _machine() -> str:
+    """Eight digits for the running kernel: the same in all its containers, others after a restart."""
+    try:
+        identity = Path("/proc/sys/kernel/random/boot_id").read_bytes()
+    except OSError:
+        identity = socket.gethostname().encode()
+    return hashlib.sha256(identity).hexdigest()[:8]
 
 
 @contextmanager
@@ -200,3 +320,58 @@ def _removed_on_error(path: Path) -> Iterator[None]:
     except BaseException:
         path.unlink(missing_ok=True)
         raise
+
+
+# Links and copies
+
+
+def _identity(folder: Path) -> tuple[int, int] | None:
+    """What a folder keeps under another name, as where a container mounts it twice; None if there is none."""
+    try:
+        status = folder.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _hops(path: Path) -> Iterator[Path]:
+    """A file and what it links to, one link after the other, each in its real folder."""
+    for _ in range(40):  # as many as Linux follows
+        path = Path(os.path.realpath(path.parent), path.name)
+        yield path
+        if not path.is_symlink():
+            return
+        path = path.parent / path.readlink()
+
+
+def _copied(folder: Path) -> set[str]:
+    """Checksums of the copies that were put into a folder."""
+    try:
+        return set(map(str, json.loads((folder / COPIES).read_bytes())["sha256"]))
+    except (OSError, ValueError, KeyError, TypeError):
+        return set()
+
+
+def _sha256_of_source(source: Path) -> str:
+    try:
+        return sha256(source)
+    except OSError as error:
+        raise InputError(f"{source} cannot be read: {error.strerror}") from error
+
+
+def _copy(source: Path, target: Path, digest: str) -> None:
+    if not target.is_symlink() and target.is_file() and sha256(target) == digest:
+        return
+    try:
+        file = source.open("rb")
+    except OSError as error:
+        raise InputError(f"{source} cannot be read: {error.strerror}") from error
+    with file:
+        write_atomically(target, lambda copy: shutil.copyfileobj(file, copy))
+
+
+def _link_to(source: Path, target: Path) -> None:
+    hidden = _hidden_path(target.parent)
+    with _removed_on_error(hidden):
+        hidden.symlink_to(os.path.realpath(source))
+        hidden.replace(target)

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,13 +18,17 @@ from typing import BinaryIO
 
 import pytest
 
-from cwdm.errors import InputError, OutputError
+from cwdm.errors import InputError, NameInUseError, OutputError
 from cwdm.files import (
+    COPIES,
+    _machine,
     _open_hidden,
     _open_unnamed,
     _write_under_hidden_name,
     check_apart,
+    check_no_source_in,
     check_writable,
+    put_files,
     remove_stale,
     write_atomically,
 )
@@ -190,6 +195,126 @@ def test_cleaning_up_beside_other_writers(tmp_path: Path) -> None:
     for future in writing:
         future.result()
     assert names(tmp_path) == ["a"]
+
+
+def hidden_name(machine: str, number: int) -> str:
+    return f".cwdm-{machine}-{number}-0123456789abcdef.tmp"
+
+
+def test_files_of_other_machines_are_removed_by_age_alone(tmp_path: Path) -> None:
+    """Their locks may not be seen here, as on a shared file system that keeps locks within a machine."""
+    elsewhere = "0" * 8
+    fresh, old, earlier = (tmp_path / hidden_name(elsewhere, number) for number in (1, 2, 3))
+    by_earlier_versions = tmp_path / ".cwdm-0123456789abcdef.tmp"
+    here = tmp_path / hidden_name(_machine(), 1)
+    for path in (fresh, old, earlier, by_earlier_versions, here):
+        path.touch()
+    two_days_ago = time.time() - 2 * 24 * 3600
+    os.utime(old, (two_days_ago, two_days_ago))
+    os.utime(earlier, (two_days_ago, two_days_ago))
+    with earlier.open("rb") as locked:
+        fcntl.flock(locked, fcntl.LOCK_EX)
+        remove_stale(tmp_path)
+    assert names(tmp_path) == sorted(path.name for path in (fresh, earlier, by_earlier_versions))
+
+
+def test_a_file_that_vanishes_while_it_is_written_is_said(tmp_path: Path) -> None:
+    def write(file: BinaryIO) -> None:
+        (hidden,) = tmp_path.iterdir()
+        hidden.unlink()
+
+    with pytest.raises(OutputError, match="vanished while it was written"):
+        _write_under_hidden_name(tmp_path / "a", write)
+
+
+def test_a_name_that_cannot_be_written_is_told_from_a_folder_that_cannot(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    for name, said in (("a", "a folder has that name"), ("n" * 256, "longer than the system allows")):
+        with pytest.raises(NameInUseError, match=said) as caught:
+            write_atomically(tmp_path / name, put(b"x"))
+        assert str(tmp_path / name) in str(caught.value)
+
+
+def test_a_folder_mounted_twice_is_one_folder(tmp_path: Path) -> None:
+    (tmp_path / "input" / "case").mkdir(parents=True)
+    (tmp_path / "output").mkdir()
+    mount = ["mount", "--bind", str(tmp_path / "input"), str(tmp_path / "output")]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting needs root")
+    try:
+        for target in ("output", "output/new", "output/case"):
+            with pytest.raises(InputError, match="choose another folder"):
+                check_apart(tmp_path / target, tmp_path / "input")
+        (tmp_path / "input" / "case" / "a").touch()
+        with pytest.raises(InputError, match="choose another folder"):
+            check_no_source_in([tmp_path / "output" / "case"], [tmp_path / "input" / "case" / "a"])
+    finally:
+        subprocess.run(["umount", str(tmp_path / "output")], check=True)
+
+
+# Links and copies
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    path = tmp_path / "source"
+    path.write_bytes(b"original")
+    return path
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_put_and_take_away_again(source: Path, tmp_path: Path, copy: bool) -> None:
+    folder = tmp_path / "a" / "b"
+    put_files({"x": source, "y": source}, folder, copy)
+    assert (folder / "x").is_symlink() is not copy
+    assert (folder / "x").read_bytes() == (folder / "y").read_bytes() == b"original"
+    source.write_bytes(b"another")
+    put_files({"x": source}, folder, copy, without=["y"])
+    assert (folder / "x").read_bytes() == b"another"
+    assert not (folder / "y").exists()
+    put_files({"x": source}, folder, not copy)
+    assert (folder / "x").is_symlink() is copy
+    assert (folder / "x").read_bytes() == source.read_bytes() == b"another"
+    assert not list(folder.glob(".cwdm-*.tmp"))
+
+
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("there", ["file", "folder", "same content", "changed copy"])
+def test_what_was_not_put_there_stays(source: Path, tmp_path: Path, copy: bool, there: str) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    if there == "folder":
+        (folder / "y").mkdir()
+    else:
+        if there == "changed copy":
+            put_files({"y": source}, folder, copy=True)
+        (folder / "y").write_bytes(b"original" if there == "same content" else b"my own")
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    for sources, without in (({"x": source, "y": source}, ()), ({"x": source}, ("y",))):
+        with pytest.raises(InputError, match=f"{folder / 'y'} is there"):
+            put_files(sources, folder, copy, without)
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.is_file()} == before
+
+
+def test_a_run_killed_among_its_copies_can_be_run_again(source: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    put_files({"x": source, "y": source}, folder, copy=True)
+    source.write_bytes(b"another")
+    (tmp_path / "missing").symlink_to("nowhere")
+    with pytest.raises(InputError, match="cannot be read"):
+        put_files({"x": source, "y": tmp_path / "missing"}, folder, copy=True)
+    put_files({"x": source}, folder, copy=True)  # y is still the old one
+    put_files({"x": source, "y": source}, folder, copy=True)
+    assert (folder / "y").read_bytes() == b"another"
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"sha256": 3}', "{", '"\\ud800"'])
+def test_a_damaged_list_of_copies_makes_no_file_replaceable(source: Path, tmp_path: Path, content: str) -> None:
+    folder = tmp_path / "out"
+    put_files({"x": source}, folder, copy=True)
+    (folder / COPIES).write_text(content)
+    with pytest.raises(InputError, match="was not put there by cwdm"):
+        put_files({"x": source}, folder)
 
 
 def test_a_link_that_leads_to_itself_is_no_obstacle(tmp_path: Path) -> None:
