@@ -7,14 +7,16 @@ Input files are not trusted. The header is read alone and checked first; then ex
 promises are read, slice by slice, so that no file can cost more memory than the largest volume allowed.
 """
 
+import errno
 import gzip
 import itertools
+import logging
 import math
 import os
 import re
 import struct
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, cast
 
@@ -39,9 +41,14 @@ NEAREST = {"t1n": "t1c", "t1c": "t1n", "t2w": "t2f", "t2f": "t2w"}
 
 _ALIASES = {"t1": "t1n", "t1ce": "t1c", "t1gd": "t1c", "t2": "t2w", "flair": "t2f"}
 _ENDINGS = "|".join((*MODALITIES, *_ALIASES))
-_FILE_NAME = re.compile(rf"(?:.*[-_.])?({_ENDINGS})\.nii(?:\.gz)?", re.IGNORECASE | re.DOTALL)
+_FILE_NAME = re.compile(rf"(?:(.*)[-_.])?({_ENDINGS})\.nii(?:\.gz)?", re.IGNORECASE | re.DOTALL)
+_NAMES = f"{', '.join(MODALITIES)} or the old {', '.join(_ALIASES)}"
+
+_SYSTEM_FOLDERS = {"lost+found", "System Volume Information", "$RECYCLE.BIN"}
+"""What systems put into disks and shares, and let nobody read."""
 
 LONGEST_NAME = 255  # bytes that file systems allow
+_LONGEST_ENDING = "-t1n-spread.nii.gz"  # that a file named after a case gets
 _MAX_AXIS = 1024
 _MAX_VOXELS = 512**3
 _MAX_OFFSET = 1 << 20  # bytes before the first voxel, extensions included; BraTS files have up to 3 KiB
@@ -51,17 +58,23 @@ _REAL_TYPES = {2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280}  # NIfTI codes of int
 
 _USUAL_SHAPE = (240, 240, 155)
 
+MARK = "synthesised by cwdm"
+"""How the description begins in the header of what is written here."""
+
+_log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class CaseFolder:
-    """A folder that holds files of one case, not read yet.
+    """Files of one case, not read yet.
 
     Args:
-        name: the folder's name.
-        folder: where it is.
+        name: the folder's name or, in a flat folder, what its files' names begin with.
+        folder: where they are.
         files: modality -> file; segmentations and everything else are left out.
         problem: why the case cannot be used, found while looking; `read_case` reports it.
         chosen: what to synthesise where several modalities are missing.
+        flat: whether the folder holds other cases' files too.
     """
 
     name: str
@@ -69,6 +82,7 @@ class CaseFolder:
     files: dict[str, Path]
     problem: str | None = None
     chosen: str = ""
+    flat: bool = False
 
     @property
     def missing(self) -> tuple[str, ...]:
@@ -123,35 +137,65 @@ def nearest_of(target: str, there: Collection[str]) -> str:
     return NEAREST[target] if NEAREST[target] in there else next(iter(there))
 
 
-def find_cases(data_path: Path) -> list[CaseFolder]:
-    """Find the case folders directly inside `data_path`, sorted by name; no file is opened.
+def find_cases(data_path: Path, flat: bool = True) -> list[CaseFolder]:
+    """Find the cases directly inside `data_path`, sorted by name; no file is opened.
 
-    A folder that cannot be used does not hide the others: its fault waits in `CaseFolder.problem`.
+    Each has a folder of its own or, where there are no such folders, the files lie together as
+    <case>-<modality>.nii.gz. What cannot be used does not hide the others: its fault waits in `CaseFolder.problem`.
+    What has nothing to do with cases is named in a warning in the log.
+
+    Args:
+        flat: whether files that lie together are taken.
 
     Raises:
         InputError: `data_path` is missing, not readable, or holds no case.
     """
-    entries = list_folder(data_path, "cases", "input ")
-    shown = (entry for entry in entries if not entry.name.startswith("."))
-    cases = [case for entry in shown if (case := _look_into(entry))]
+    entries = [entry for entry in list_folder(data_path, "cases", "input ") if not entry.name.startswith(".")]
+    cases = [case for entry in entries if (case := _look_into(entry))]
+    if flat and not any(case.files for case in cases):
+        cases = _flat_cases(data_path, entries) or cases
     if not cases:
         raise InputError(_no_case(data_path, entries))
+    _name_the_others(entries, cases)
     return cases
 
 
-def case_folder(folder: Path) -> CaseFolder:
+def case_folder(folder: Path, name: str = "") -> CaseFolder:
     """The case in one folder, whose faults wait in `CaseFolder.problem`.
+
+    Args:
+        name: of the case, where the folder may hold several, flat.
 
     Raises:
         InputError: the folder holds no file of any modality, or is none.
     """
-    case = _look_into(folder.absolute())  # "." has no name
-    if case is None:
-        raise InputError(
-            f"no case found in {folder}; expected a folder with files like <case>-t1n.nii.gz "
-            f"(one of {', '.join(MODALITIES)}, .nii or .nii.gz)"
-        )
+    folder = folder.absolute()  # "." has no name
+    case = _look_into(folder)
+    if name and case is not None:
+        case = next((one for one in _flat_cases(folder, list_folder(folder, "images")) if one.name == name), case)
+    if case is None or not case.files:
+        expected = f"expected a folder with files like <case>-t1n.nii.gz (one of {_NAMES}, .nii or .nii.gz)"
+        raise InputError(f"no case found in {folder}; {(case and case.problem) or expected}")
     return case
+
+
+def case_files(case: CaseFolder) -> dict[str, Path]:
+    """Name -> file, of all that belongs to a case: what its folder holds or, in a flat one, images and segmentation.
+
+    Raises:
+        CaseError: the case cannot be used, or there is nothing behind the name of one of its images.
+        InputError: the folder cannot be read.
+    """
+    if case.problem is not None:
+        raise CaseError(case.name, case.problem)
+    if broken := [path for path in case.files.values() if not path.is_file()]:
+        raise CaseError(case.name, f"{broken[0]} is no file, or a link that leads nowhere; repair it or take it away")
+    if case.flat:
+        segmentations = (case.folder / f"{case.name}{join}seg.nii{gz}" for join in "-_." for gz in (".gz", ""))
+        paths = [*case.files.values(), *segmentations]
+    else:
+        paths = [path for path in list_folder(case.folder, "images") if not path.name.startswith(".")]
+    return {path.name: path for path in paths if path.is_file()}
 
 
 def read_case(folder: CaseFolder) -> Case:
@@ -206,6 +250,16 @@ def read_grid(path: Path) -> tuple[Volume, Affine, bool]:
         return volume, _affine(header), bool(header["qform_code"] or header["sform_code"])
     except _FileError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def read_description(path: Path) -> str:
+    """What the header of a file says in words; empty where it says nothing or cannot be read."""
+    try:
+        with _open(path) as stream:
+            text = bytes(_parse_header(stream)["descrip"].tobytes())
+    except (_FileError, EOFError, OSError, zlib.error):
+        return ""
+    return text.rstrip(b"\0").decode("ascii", "replace")
 
 
 def output_name(case: str, modality: str) -> str:
@@ -286,44 +340,107 @@ def list_folder(folder: Path, holds: str, name: str = "") -> list[Path]:
 
 
 def _look_into(entry: Path) -> CaseFolder | None:
-    """The case in a folder, or None for what is no case folder."""
+    """The case in a folder, or None for what is no folder and for a folder that has nothing to do with cases."""
     try:
         paths = sorted(entry.iterdir(), key=lambda path: path.name)
-    except NotADirectoryError:
+    except (NotADirectoryError, FileNotFoundError):
         return None
     except OSError as error:
+        if entry.name in _SYSTEM_FOLDERS or error.errno == errno.ELOOP:
+            return None
         unreadable = f"the folder {entry} cannot be read ({error.strerror}); check its permissions"
         return CaseFolder(entry.name, entry, {}, unreadable)
+    if any(_split(path.name) for path in paths):
+        return _case(entry.name, entry, paths)
+    problem = _unrecognised(entry, paths)
+    return CaseFolder(entry.name, entry, {}, problem) if problem else None
+
+
+def _case(name: str, folder: Path, paths: Iterable[Path]) -> CaseFolder:
+    """The case that the files with a modality in their names make."""
     files: dict[str, Path] = {}
     problem: str | None = None
-    if len(os.fsencode(output_name(entry.name, MODALITIES[0]))) > LONGEST_NAME:
-        problem = f"the folder's name is too long for a file named after it ({LONGEST_NAME} bytes at most); shorten it"
+    if len(os.fsencode(name + _LONGEST_ENDING)) > LONGEST_NAME:
+        problem = f"its name is too long for files named after it ({LONGEST_NAME} bytes at most); shorten it"
+    patients: dict[str, Path] = {}
     for path in paths:
-        if (modality := _modality(path.name)) is None:
+        if (split := _split(path.name)) is None:
             continue
+        stem, modality = split
+        if stem:
+            patients.setdefault(stem.casefold(), path)
         first = files.setdefault(modality, path)
         if first != path:
             problem = f"expected one file for {modality}, found {first.name} and {path.name}; remove one"
-    return CaseFolder(entry.name, entry, files, problem) if files else None
+    if len(patients) > 1:
+        first, second = list(patients.values())[:2]
+        problem = (
+            f"expected files of one patient, found {first.name} and {second.name}; let the names of one patient's "
+            "files begin alike, and give each patient a folder, or a flat folder of many as the input itself"
+        )
+    return CaseFolder(name, folder, files, problem)
 
 
-def _modality(file_name: str) -> str | None:
+def _flat_cases(folder: Path, paths: Iterable[Path]) -> list[CaseFolder]:
+    """The cases whose files lie together in a folder; none if it is the folder of one case."""
+    together: dict[str, list[Path]] = {}
+    for path in paths:
+        if (split := _split(path.name)) and split[0]:
+            together.setdefault(split[0], []).append(path)
+    if len(together) < 2:
+        return []
+    return [replace(_case(name, folder, files), flat=True) for name, files in sorted(together.items())]
+
+
+def _split(file_name: str) -> tuple[str, str] | None:
+    """What the name of an image begins with, and its modality; None for other files."""
     match = _FILE_NAME.fullmatch(file_name)
     if match is None or file_name.startswith("."):  # macOS keeps attributes in ._<name>
         return None
-    ending = match[1].lower()
-    return _ALIASES.get(ending, ending)
+    ending = match[2].lower()
+    return match[1] or "", _ALIASES.get(ending, ending)
+
+
+def _unrecognised(folder: Path, paths: Iterable[Path]) -> str | None:
+    """Why a folder without a file of any modality seems to be meant as a case all the same."""
+    if found := [path.name for path in paths if _is_image(path.name)]:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        return (
+            f"expected files like {output_name(folder.name, 't1n')} (one of {_NAMES}, .nii or .nii.gz), "
+            f"found {', '.join(found[:3])}{more}; rename them"
+        )
+    for below, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        if any(map(_is_image, names)):
+            return f"expected its files in {folder} itself, found some in {below}; give each case one folder"
+    return None
+
+
+def _is_image(file_name: str) -> bool:
+    return file_name.lower().endswith((".nii", ".nii.gz")) and not file_name.startswith(".")
+
+
+def _name_the_others(entries: Iterable[Path], cases: Iterable[CaseFolder]) -> None:
+    """Tell of what was passed over: folders that are no cases, links to nothing, images beside folders of cases."""
+    taken = {path for case in cases for path in (case.folder, *case.files.values())}
+    others = [entry for entry in entries if entry not in taken]
+    if folders := [entry.name for entry in others if not os.path.isfile(entry)]:  # noqa: PTH113  # raises nothing
+        _log.warning("passed over, no folders of a case: %s", ", ".join(folders))
+    if images := [entry.name for entry in others if entry.name not in folders and _split(entry.name)]:
+        _log.warning("passed over, not in the folder of a case: %s", ", ".join(images))
 
 
 def _no_case(data_path: Path, entries: Iterable[Path]) -> str:
-    if any(_modality(entry.name) for entry in entries):
+    if any(_split(entry.name) for entry in entries):
         return (
             f"{data_path} holds the files of a case itself; give the folder above it "
             f"({data_path.resolve().parent}), where each case has a folder of its own"
         )
+    there = [entry.name for entry in entries]
+    found = f"; found {', '.join(there[:3])}{' and more' if len(there) > 3 else ''}" if there else ", found nothing"
     return (
         f"no case found in {data_path}; expected folders with files like "
-        f"<case>/<case>-t1n.nii.gz (one of {', '.join(MODALITIES)}, .nii or .nii.gz)"
+        f"<case>/<case>-t1n.nii.gz (one of {_NAMES}, .nii or .nii.gz){found}"
     )
 
 
@@ -543,7 +660,7 @@ def _to_stored_type(values: Volume, header: nib.Nifti1Header) -> npt.NDArray[np.
 
 
 def _mark_as_synthesised(header: nib.Nifti1Header, modality: str) -> None:
-    header["descrip"] = f"synthesised by cwdm {__version__} ({modality})"
+    header["descrip"] = f"{MARK} {__version__} ({modality})"
     for leftover in ("cal_min", "cal_max", "glmin", "glmax", "intent_code", "aux_file", "intent_name"):
         header[leftover] = 0 if header[leftover].dtype.kind in "iuf" else b""
 

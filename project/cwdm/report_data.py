@@ -323,9 +323,11 @@ def _as_given(folder: CaseFolder, entry: Entry) -> CaseFolder:
 def _input_folder(entry: Entry, places: Places) -> CaseFolder:
     told = entry.record.input if entry.record else ""
     folder = places.data / entry.case if places.data else Path(told)
+    if places.data and not folder.is_dir():
+        folder = places.data  # flat
     if not folder.is_dir() or not (told or places.data):
         raise CaseError(entry.case, f"its input is not at {told or 'a known place'}; give --data_path")
-    return case_folder(folder)
+    return case_folder(folder, entry.case)
 
 
 def _output_file(entry: Entry, places: Places) -> Path:

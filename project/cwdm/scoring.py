@@ -101,7 +101,7 @@ def find_pairs(predictions: Path, truth: Path, seg: Path | None = None) -> list[
     if seg:
         _files(seg)
     try:
-        folders = {folder.name: folder for folder in find_cases(truth)}
+        folders = {folder.name: folder for folder in find_cases(truth, flat=False) if folder.files}
     except InputError:  # flat
         folders = {}
     pairs = [_pair(case, modality, path, truth, folders.get(case), seg) for case, modality, path in found]

@@ -26,6 +26,7 @@ from cwdm.brats import (
     NEAREST,
     Case,
     CaseFolder,
+    case_files,
     case_folder,
     find_cases,
     output_name,
@@ -117,7 +118,7 @@ def test_files_are_recognised_by_their_ending(tmp_path: Path, file_name: str, mo
     assert files == ({modality: file_name} if modality else {})
 
 
-def test_cases_are_sorted_folders_with_images(tmp_path: Path) -> None:
+def test_cases_are_sorted_folders_with_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("b", "a 1", "é", "B", ".hidden", "empty", "notes"):
         (tmp_path / name).mkdir()
     for name in ("b", "a 1", "é", "B", ".hidden"):
@@ -128,6 +129,88 @@ def test_cases_are_sorted_folders_with_images(tmp_path: Path) -> None:
     assert [case.name for case in cases] == ["B", "a 1", "b", "é"]
     assert cases[0] == CaseFolder("B", tmp_path / "B", {"t1c": tmp_path / "B" / "x-t1c.nii.gz"})
     assert cases[0].missing == ("t1n", "t2w", "t2f")
+    assert caplog.messages == [
+        "passed over, no folders of a case: empty, notes",
+        "passed over, not in the folder of a case: loose-t1n.nii.gz",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["x_t1w.nii.gz", "x_0000.nii.gz"], r"files like lost-t1n\.nii\.gz .*found x_0000\.nii\.gz, x_t1w\.nii\.gz"),
+        ([f"{number}.nii" for number in range(9)], r"found 0\.nii, 1\.nii, 2\.nii and 6 more"),
+        (["scan/x-t1n.nii.gz", "readme.txt"], r"expected its files in .*lost itself, found some in .*lost/scan"),
+        (["a/b/c/x.nii"], r"found some in .*lost/a/b/c"),
+    ],
+)
+def test_a_folder_whose_images_are_not_recognised_is_a_failed_case(tmp_path: Path, files: list[str], said: str) -> None:
+    make_case(tmp_path, name="good")
+    for name in files:
+        path = tmp_path / "lost" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    good, lost = find_cases(tmp_path)
+    assert read_case(good).target == "t1n"
+    with pytest.raises(CaseError, match=said):
+        read_case(lost)
+    with pytest.raises(InputError, match=said):
+        case_folder(tmp_path / "lost")
+
+
+def test_what_has_nothing_to_do_with_cases_is_named_and_no_case(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    make_case(tmp_path, name="good")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "round").symlink_to("round")
+    (tmp_path / "notes" / "old").mkdir(parents=True)
+    (tmp_path / "notes" / ".snapshot").mkdir()
+    for name in ("old/plan.txt", "._x-t1n.nii.gz", ".snapshot/x-t1n.nii.gz"):
+        (tmp_path / "notes" / name).touch()
+    (tmp_path / "lost+found").mkdir()
+    (tmp_path / "README").touch()
+    assert [case.name for case in find_cases(tmp_path)] == ["good"]
+    assert caplog.messages == ["passed over, no folders of a case: dangling, lost+found, notes, round"]
+
+
+def test_a_flat_folder_of_many_cases(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("b", "b-1", "a_2"):
+        for path in make_case(tmp_path / "in", name=name).iterdir():
+            path.rename(tmp_path / path.name)
+    save(tmp_path / "a_2-seg.nii.gz")
+    (tmp_path / "a_2-t1c.nii.gz").rename(tmp_path / "a_2_t1ce.nii.gz")
+    save(tmp_path / "b_t1c.nii")
+    cases = find_cases(tmp_path)
+    assert [(case.name, case.missing) for case in cases] == [(name, ("t1n",)) for name in ("a_2", "b", "b-1")]
+    assert sorted(case_files(cases[0])) == ["a_2-seg.nii.gz", "a_2-t2f.nii.gz", "a_2-t2w.nii.gz", "a_2_t1ce.nii.gz"]
+    assert read_case(cases[2]).name == "b-1"
+    with pytest.raises(CaseError, match=r"b: expected one file for t1c, found b-t1c\.nii\.gz and b_t1c\.nii"):
+        read_case(cases[1])
+    assert case_folder(tmp_path, "b-1") == cases[2]
+    assert caplog.messages == ["passed over, no folders of a case: in"]
+    with pytest.raises(InputError, match="give the folder above it"):
+        find_cases(tmp_path, flat=False)
+
+
+def test_files_of_two_patients_are_no_case(tmp_path: Path) -> None:
+    folder = make_case(tmp_path)
+    (folder / f"{NAME}-t2w.nii.gz").rename(folder / "BraTS-GLI-00002-000-t2w.nii.gz")
+    reason = fault(folder)
+    assert f"expected files of one patient, found BraTS-GLI-00002-000-t2w.nii.gz and {NAME}-t1c.nii.gz" in reason
+    (folder / "BraTS-GLI-00002-000-t2w.nii.gz").rename(folder / f"{NAME.upper()}_t2.nii.gz")
+    (folder / f"{NAME}-t1c.nii.gz").rename(folder / "t1c.nii.gz")
+    assert read(folder).target == "t1n"
+
+
+def test_a_name_must_leave_room_for_what_is_named_after_it(tmp_path: Path) -> None:
+    make_case(tmp_path, name="é" + "n" * 235)
+    (tmp_path / ("é" + "n" * 235)).rename(tmp_path / ("é" + "n" * 236))
+    (long,) = find_cases(tmp_path)
+    with pytest.raises(CaseError, match="name is too long"):
+        read_case(long)
+    (tmp_path / long.name).rename(tmp_path / long.name[:-1])
+    assert find_cases(tmp_path)[0].problem is None
 
 
 def test_folders_of_cases_that_are_none(tmp_path: Path) -> None:
