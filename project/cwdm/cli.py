@@ -173,7 +173,7 @@ def infer(
     """
     from cwdm.brats import find_cases
     from cwdm.config import load_settings
-    from cwdm.files import check_apart
+    from cwdm.files import check_apart, check_no_source_in
     from cwdm.progress import CohortProgress
     from cwdm.shard import place, share
     from cwdm.weights import check_usable, folder_of
@@ -185,6 +185,10 @@ def infer(
     for written in filter(None, (output_path, report_path)):
         for kept in (data_path, *(folder.folder for folder in folders)):
             check_apart(written, kept)
+    # An image in the output folder that the input links to would be taken for a finished one, or made again.
+    check_no_source_in(
+        filter(None, (output_path, report_path)), (file for folder in folders for file in folder.files.values())
+    )
     if report_path:
         check_apart(report_path, output_path)  # whoever scores the output folder opens every file in it
     # A cluster's GPUs are not this machine's.
@@ -686,11 +690,11 @@ def _show_weights(weights: Path | None) -> bool:
     for listed in inspect(weights):
         if listed.fault:
             faults.append(listed.fault)
+        name = Text(printable(listed.path.name))
         if listed.loaded is None:
             table.add_row(name, "", "NOT USABLE", "", marks[listed.verified])
             continue
         config, entry = listed.loaded.model.config, listed.loaded.record
-        name = Text(printable(listed.path.name))
         kind = f"{config.skips} {config.model_channels}×{','.join(map(str, config.channel_mult))}"
         parameters = sum(tensor.numel() for tensor in listed.loaded.model.parameters())
         unconditional = config.in_channels == config.out_channels

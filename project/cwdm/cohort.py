@@ -16,8 +16,8 @@ from typing import Literal, TypeVar, cast
 import torch
 
 from cwdm import __version__
-from cwdm.brats import CaseFolder, output_name, read_case, write_volume
-from cwdm.errors import CaseError, CwdmError, OutputError
+from cwdm.brats import MARK, CaseFolder, output_name, read_case, read_description, write_volume
+from cwdm.errors import CaseError, CwdmError, NameInUseError, OutputError
 from cwdm.files import check_writable, remove_stale, write_json
 from cwdm.progress import CohortProgress
 from cwdm.quality import Quality
@@ -132,6 +132,10 @@ class _Run:
                 self.end(Outcome(folder.name, "", "failed", error.reason))
             return True
         path = self.output / output_name(folder.name, modality)
+        if path.is_dir() or (self.overwrite and _is_foreign(path)):
+            reason = f"{path} is there and was not made by cwdm; move it away or choose another output folder"
+            self.end(Outcome(folder.name, modality, "failed", reason))
+            return True
         if self.overwrite or not (path.is_file() and path.stat().st_size):
             return False
         self.end(Outcome(folder.name, modality, "skipped", warnings=self.changes(folder, modality)))
@@ -202,6 +206,8 @@ class _Run:
                     write_volume(self.report / f"{name}-spread.nii.gz", result.spread, case, native=False)
             result.save(path)
             self.end(outcome)
+        except NameInUseError as error:
+            self.fail(case.name, modality, error)
         except OutputError as error:
             self.stop = error  # a full or read-only disk is no fault of this case, and the next one would meet it too
         except Exception as error:
@@ -247,6 +253,11 @@ def _one_ahead(items: Iterable[T]) -> Iterator[T]:
     """The same items, each given away only when the next one has been taken, so that its work has begun."""
     for item, _ in pairwise(chain(items, (None,))):
         yield cast(T, item)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Whether a file holds something that cwdm did not synthesise."""
+    return path.is_file() and path.stat().st_size > 0 and not read_description(path).startswith(MARK)
 
 
 def _target(folder: CaseFolder) -> str:

@@ -1,17 +1,32 @@
 """Case folders with all four modalities for a segmenter: the originals and the synthesised one, marked as such."""
 
-import hashlib
-import shutil
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-
-import nibabel as nib
+from typing import Any
 
 from cwdm import __version__
-from cwdm.brats import CaseFolder, check_same_grid, find_cases, nearest_of, output_name, read_grid
-from cwdm.errors import CaseError, InputError
-from cwdm.files import check_apart, output_errors, write_atomically, write_json
+from cwdm.brats import (
+    CaseFolder,
+    case_files,
+    check_same_grid,
+    find_cases,
+    nearest_of,
+    output_name,
+    read_description,
+    read_grid,
+)
+from cwdm.errors import CaseError, CwdmError, InputError
+from cwdm.files import (
+    check_apart,
+    check_no_source_in,
+    check_replaceable,
+    output_errors,
+    put_files,
+    sha256,
+    write_json,
+)
 
 NOTICE = "holds a synthesised image, which is no substitute for an acquisition"
 
@@ -34,8 +49,8 @@ def complete_cases(data_path: Path, synthesised: Path, out: Path, copy: bool = F
     """Write OUT/<case>/ with the files of each case, its synthesised images and a record of what is synthesised.
 
     The record is <case>-synthesised.json; it is written before the images, so that none stands there unmarked.
-    A case that cannot be completed leaves nothing new in OUT, and the others go on. Files of the same names in OUT
-    are replaced.
+    A case that cannot be completed leaves nothing new in OUT, and the others go on. Links and copies that an earlier
+    run made in OUT are replaced; a case in whose place there is another file fails.
 
     Args:
         data_path: folder of cases with modalities missing; never written to.
@@ -47,7 +62,7 @@ def complete_cases(data_path: Path, synthesised: Path, out: Path, copy: bool = F
         Each case once it is done, sorted by name.
 
     Raises:
-        InputError: there is no case, or OUT lies in a folder that is only read.
+        InputError: there is no case, or OUT lies in a folder that is only read, or holds what a file there links to.
         OutputError: OUT cannot be written.
     """
     folders = find_cases(data_path)
@@ -56,6 +71,10 @@ def complete_cases(data_path: Path, synthesised: Path, out: Path, copy: bool = F
     for folder in folders:
         for kept in (data_path, synthesised, folder.folder):
             check_apart(out / folder.name, kept)
+    check_no_source_in(
+        [out / folder.name for folder in folders],
+        (path for folder in folders for path in (*_usable(folder), *_images(folder, synthesised).values())),
+    )
     return (_complete(folder, synthesised, out / folder.name, copy) for folder in folders)
 
 
@@ -64,7 +83,22 @@ def _complete(folder: CaseFolder, synthesised: Path, target: Path, copy: bool) -
         _write_case(folder, _checked_images(folder, synthesised), target, copy)
     except CaseError as error:
         return Completed(folder.name, folder.missing, error.reason)
+    except InputError as error:
+        return Completed(folder.name, folder.missing, str(error))
     return Completed(folder.name, folder.missing)
+
+
+def _usable(folder: CaseFolder) -> Collection[Path]:
+    """The files of a case, none where it cannot be used; then it is not completed either, and says why."""
+    try:
+        return case_files(folder).values()
+    except CwdmError:
+        return ()
+
+
+def _images(folder: CaseFolder, synthesised: Path) -> dict[str, Path]:
+    """Modality -> synthesised image of a case, there or not."""
+    return {modality: synthesised / output_name(folder.name, modality) for modality in folder.missing}
 
 
 def _checked_images(folder: CaseFolder, synthesised: Path) -> dict[str, Path]:
@@ -73,30 +107,43 @@ def _checked_images(folder: CaseFolder, synthesised: Path) -> dict[str, Path]:
         raise CaseError(folder.name, folder.problem)
     if not folder.missing:
         raise CaseError(folder.name, "expected a missing modality, found all four")
-    return {modality: _checked_image(folder, modality, synthesised) for modality in folder.missing}
+    images = _images(folder, synthesised)
+    for modality, image in images.items():
+        _check_image(folder, modality, image)
+    return images
 
 
-def _checked_image(folder: CaseFolder, modality: str, synthesised: Path) -> Path:
-    image = synthesised / output_name(folder.name, modality)
+def _check_image(folder: CaseFolder, modality: str, image: Path) -> None:
     if not image.is_file():
         raise CaseError(
             folder.name, f"expected its synthesised {modality} as {image}, found none; run 'cwdm infer' first"
         )
     nearest = nearest_of(modality, folder.files)
-    try:
-        volume, affine, _ = read_grid(image)
-        original, grid, _ = read_grid(folder.files[nearest])
-    except InputError as error:
-        raise CaseError(folder.name, str(error)) from error
+    volume, affine, _ = read_grid(image)
+    original, grid, _ = read_grid(folder.files[nearest])
     volumes, affines = {nearest: original, image.name: volume}, {nearest: grid, image.name: affine}
     check_same_grid(folder.name, nearest, volumes, affines)
     if volume.min() == volume.max():
         raise CaseError(folder.name, f"{image}: every voxel is {volume.flat[0]:g}; synthesise it again")
-    return image
 
 
 def _write_case(folder: CaseFolder, images: Mapping[str, Path], target: Path, copy: bool) -> None:
-    record = {
+    path = target / f"{folder.name}-synthesised.json"
+    sources = {name: file for name, file in case_files(folder).items() if name != path.name}
+    sources |= {output_name(folder.name, modality): image for modality, image in images.items()}
+    record = _record(folder, images)
+    check_replaceable(target, sources)
+    if not _is_record(path):
+        check_replaceable(target, [path.name])
+    with output_errors(target):
+        target.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    put_files(sources, target, copy)
+
+
+def _record(folder: CaseFolder, images: Mapping[str, Path]) -> dict[str, Any]:
+    """What is synthesised of a case, and from what."""
+    return {
         "program": f"cwdm {__version__}",
         "case": folder.name,
         "notice": NOTICE,
@@ -105,44 +152,24 @@ def _write_case(folder: CaseFolder, images: Mapping[str, Path], target: Path, co
                 "modality": modality,
                 "file": output_name(folder.name, modality),
                 "sha256": _sha256(folder.name, image),
-                "header": _description(image),
+                "header": read_description(image),
             }
             for modality, image in images.items()
         ],
         "originals": {name: path.name for name, path in folder.files.items()},
     }
-    with output_errors(target):
-        target.mkdir(parents=True, exist_ok=True)
-        write_json(target / f"{folder.name}-synthesised.json", record)
-        for source in sorted(folder.folder.iterdir()):
-            if not source.name.startswith(".") and source.is_file():
-                _put(folder.name, source, target / source.name, copy)
-        for modality, image in images.items():
-            _put(folder.name, image, target / output_name(folder.name, modality), copy)
 
 
-def _put(case: str, source: Path, target: Path, copy: bool) -> None:
-    target.unlink(missing_ok=True)
-    if not copy:
-        target.symlink_to(source.resolve())
-        return
+def _is_record(path: Path) -> bool:
+    """Whether a file is the record of an earlier run."""
     try:
-        file = source.open("rb")
-    except OSError as error:
-        raise CaseError(case, f"{source} cannot be read: {error.strerror}") from error
-    with file:
-        write_atomically(target, lambda written: shutil.copyfileobj(file, written))
+        return bool(json.loads(path.read_bytes())["notice"] == NOTICE)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _sha256(case: str, path: Path) -> str:
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise CaseError(case, f"{path} cannot be read: {error.strerror}") from error
-
-
-def _description(image: Path) -> str:
-    """What the header says about the image's origin, such as `synthesised by cwdm 0.1.0 (t1n)`; the file is sound."""
-    text = bytes(nib.load(image).header["descrip"].tobytes()).rstrip(b"\0")
-    return text.decode(errors="backslashreplace")

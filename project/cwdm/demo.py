@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cwdm.brats import CaseFolder, case_folder, find_cases, output_name, read_case, read_volume
+from cwdm.brats import CaseFolder, case_folder, find_cases, list_folder, output_name, read_case, read_volume
 from cwdm.cohort import synthesise_cohort
 from cwdm.drop import drop_modalities
-from cwdm.errors import CaseError
+from cwdm.errors import CaseError, InputError
 from cwdm.metrics import psnr, ssim
 from cwdm.phantom import write_phantoms
 from cwdm.preprocess import brain_mask, normalise
@@ -17,6 +17,8 @@ from cwdm.synthesis import Synthesizer
 from cwdm.weights import BUNDLED
 
 SEED = 20
+NAME = "BraTS-PHANTOM-"
+"""How the names of synthetic patients begin."""
 
 
 def run_demo(out: Path, cases: int, weights: Path | str = BUNDLED, log: Callable[[str], None] = print) -> Path:
@@ -28,12 +30,13 @@ def run_demo(out: Path, cases: int, weights: Path | str = BUNDLED, log: Callable
     Returns:
         The picture: conditions, synthesis, truth and difference of every case.
     """
+    _check_own(out / "patients")
     log(f"1/4 making {cases} synthetic patients in {out / 'patients'}")
     write_phantoms(out / "patients", cases, SEED, on_case=lambda name: log(f"    {name}"))
     log(f"2/4 taking one contrast away from each, into {out / 'input'}")
     dropped = drop_modalities(out / "patients", out / "input", SEED)
     log(f"3/4 synthesising what is missing into {out / 'output'}")
-    folders = find_cases(out / "input")
+    folders = [folder for folder in find_cases(out / "input") if folder.name in dict(dropped)]
     synthesizer = Synthesizer(weights, device="cpu")
     outcomes = synthesise_cohort(folders, synthesizer, out / "output", overwrite=True, report=out / "report")
     if failed := [outcome for outcome in outcomes if outcome.status == "failed"]:
@@ -46,6 +49,17 @@ def run_demo(out: Path, cases: int, weights: Path | str = BUNDLED, log: Callable
     notices = {warning for outcome in outcomes for warning in outcome.warnings}
     draw_comparisons(picture, comparisons, "; ".join(sorted(notices)) or "synthesised on the CPU")
     return picture
+
+
+def _check_own(patients: Path) -> None:
+    """Real patients are not what a demo is for: it would replace what was synthesised for them.
+
+    Raises:
+        InputError: the folder holds others than synthetic ones.
+    """
+    entries = list_folder(patients, "synthetic patients") if patients.exists() else []
+    if others := [entry.name for entry in entries if not entry.name.startswith((NAME, "."))]:
+        raise InputError(f"{patients} holds {others[0]}, which is no synthetic patient; choose another folder")
 
 
 def _compare(out: Path, folder: CaseFolder, modality: str) -> Comparison:

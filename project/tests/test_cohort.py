@@ -153,9 +153,79 @@ def test_only_a_file_with_something_in_it_counts_as_finished(
     else:
         (out / EXPECTED[0]).mkdir()
     result = shell(cohort, out, weights_folder)
-    assert result.returncode == (0 if there == "empty" else 2)
+    assert result.returncode == (0 if there == "empty" else 1)
     assert "Traceback" not in result.stderr
-    assert there == "folder" or names(out) == EXPECTED
+    assert there == "empty" or f"{out / EXPECTED[0]} is there and was not made by cwdm" in result.stderr
+    assert names(out) == EXPECTED
+    assert all((out / name).is_file() for name in EXPECTED[1:])
+
+
+def test_a_folder_named_like_a_record_is_that_cases_fault(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    record = tmp_path / "report" / f"{EXPECTED[0].split('.')[0]}.json"
+    record.mkdir(parents=True)
+    result = shell(cohort, tmp_path / "out", weights_folder, "--report_path", str(tmp_path / "report"))
+    assert result.returncode == 1
+    assert f"cannot write {record}: a folder has that name" in result.stderr
+    assert names(tmp_path / "out") == EXPECTED[1:]
+
+
+def test_no_image_that_it_did_not_make_is_replaced(
+    cohort: Path, phantoms: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    shutil.copy(phantoms / EXPECTED[0][:23] / EXPECTED[0], out)
+    before = (out / EXPECTED[0]).read_bytes()
+    for _ in range(2):
+        result = shell(cohort, out, weights_folder, "--overwrite")
+        assert result.returncode == 1
+        assert f"{out / EXPECTED[0]} is there and was not made by cwdm" in result.stderr
+        assert names(out) == EXPECTED
+    assert (out / EXPECTED[0]).read_bytes() == before
+
+
+def test_originals_that_the_input_links_to_are_no_place_for_outputs(
+    phantoms: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    flat, source = tmp_path / "flat", sorted(phantoms.iterdir())[0]
+    flat.mkdir()
+    for path in source.iterdir():
+        shutil.copy(path, flat)
+    link_case(source, tmp_path / "in", "t1n", "one")
+    link = tmp_path / "in" / "one" / "one-t2w.nii.gz"
+    link.unlink()
+    link.symlink_to(flat / f"{source.name}-t2w.nii.gz")
+    result = shell(tmp_path / "in", flat, weights_folder)
+    assert result.returncode == 2
+    assert "links to a file in" in result.stderr
+
+
+def test_a_flat_folder_of_cases_and_what_it_holds_besides(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    flat, report = tmp_path / "flat", tmp_path / "report"
+    (flat / "stray").mkdir(parents=True)
+    for path in cohort.glob("*/*"):
+        path.rename(flat / path.name)
+    result = shell(flat, tmp_path / "out", weights_folder, "--report_path", str(report))
+    assert result.returncode == 0, result.stderr
+    assert names(tmp_path / "out") == EXPECTED
+    for entry in read_records(report).entries:
+        for places in (Places(report), Places(report, flat)):
+            assert len(read_shown(entry, places).conditions) == 3
+
+
+def test_folders_without_images_are_named_and_those_with_other_names_fail(
+    cohort: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    (cohort / "empty\x1b[31m").mkdir()
+    result = shell(cohort, tmp_path / "out", weights_folder)
+    assert result.returncode == 0
+    assert "no folders of a case: empty\\x1b[31m\n" in result.stderr
+    (cohort / "other").mkdir()
+    (cohort / "other" / "other_0000.nii.gz").touch()
+    result = shell(cohort, tmp_path / "out", weights_folder)
+    assert result.returncode == 1
+    assert "other: expected files like other-t1n.nii.gz" in result.stderr
+    assert "found other_0000.nii.gz" in result.stderr
 
 
 def test_stopped_run_leaves_a_record_and_no_one_writes_into_a_linked_case(
@@ -201,7 +271,7 @@ def test_a_name_too_long_for_its_output_is_that_cases_fault(
     phantoms: Path, cohort: Path, weights_folder: Path, tmp_path: Path
 ) -> None:
     source = sorted(phantoms.iterdir())[0]
-    long = cohort / ("a" * 250)
+    long = cohort / ("a" * 238)
     long.mkdir()
     for modality in ("t1n", "t1c", "t2w"):
         (long / f"{modality}.nii.gz").symlink_to(source / f"{source.name}-{modality}.nii.gz")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from cwdm import __version__
 from cwdm.brats import find_cases, output_name, read_case, read_volume, write_nifti, write_volume
 from cwdm.cli import app
 from cwdm.complete import Completed, complete_cases
+from cwdm.drop import drop_modalities
 from cwdm.errors import InputError
 
 
@@ -27,7 +29,9 @@ def synthesised(cohort: Path, tmp_path: Path) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What a person sees in a folder."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".cwdm-"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize("copy", [False, True])
@@ -54,7 +58,7 @@ def test_completed_folders(cohort: Path, synthesised: Path, tmp_path: Path, copy
         ]
         assert modality not in record["originals"]
         assert np.array_equal(read_volume(folder.files[modality]), read_volume(image))
-        links = {path.name: path.is_symlink() for path in folder.folder.iterdir()}
+        links = {path.name: path.is_symlink() for path in folder.folder.glob("[!.]*")}
         assert links.pop(f"{folder.name}-synthesised.json") is False
         assert set(links.values()) == {not copy}
         originals = {path.name for path in (cohort / folder.name).iterdir()}
@@ -69,6 +73,61 @@ def test_again_replaces_and_changes_no_original(cohort: Path, synthesised: Path,
     list(complete_cases(cohort, synthesised, out, copy=True))
     assert tree(out) == first
     assert tree(cohort) == before
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_again_with_other_synthesised_images(cohort: Path, synthesised: Path, tmp_path: Path, copy: bool) -> None:
+    out = tmp_path / "complete"
+    list(complete_cases(cohort, synthesised, out, copy))
+    for found in find_cases(cohort):
+        case = read_case(found)
+        write_volume(synthesised / output_name(case.name, case.target), case.volumes["t1c"] / 3, case)
+    assert not [one.reason for one in complete_cases(cohort, synthesised, out, copy) if one.reason]
+    for image in synthesised.iterdir():
+        (completed,) = out.glob(f"*/{image.name}")
+        assert completed.read_bytes() == image.read_bytes()
+
+
+def test_originals_that_the_input_links_to_are_kept(phantoms: Path, tmp_path: Path) -> None:
+    shutil.copytree(phantoms, tmp_path / "complete")
+    drop_modalities(tmp_path / "complete", tmp_path / "input", 123456)
+    (tmp_path / "output").mkdir()
+    for found in find_cases(tmp_path / "input"):
+        case = read_case(found)
+        write_volume(tmp_path / "output" / output_name(case.name, case.target), case.volumes[case.nearest] / 2, case)
+    before = tree(tmp_path)
+    arguments = ["complete", str(tmp_path / "input"), str(tmp_path / "complete")]
+    done = CliRunner().invoke(app, [*arguments, "--synthesised", str(tmp_path / "output")])
+    assert isinstance(done.exception, InputError)
+    assert "links to a file in" in str(done.exception)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_files_that_it_did_not_write_are_kept(cohort: Path, synthesised: Path, tmp_path: Path, copy: bool) -> None:
+    out = tmp_path / "complete"
+    first, second, third = find_cases(cohort)
+    own = out / first.name / f"{first.name}-seg.nii.gz"
+    record = out / second.name / f"{second.name}-synthesised.json"
+    for path in (own, record):
+        path.parent.mkdir(parents=True)
+        path.write_text("my own")
+    done = list(complete_cases(cohort, synthesised, out, copy))
+    assert f"{own} is there and was not put there by cwdm" in done[0].reason
+    assert f"{record} is there and was not put there by cwdm" in done[1].reason
+    assert done[2] == Completed(third.name, third.missing)
+    assert [path.read_text() for path in out.glob("*/*") if path.parent.name != third.name] == ["my own"] * 2
+
+
+def test_a_flat_folder(cohort: Path, synthesised: Path, tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    for path in cohort.glob("*/*"):
+        path.rename(tmp_path / "flat" / path.name)
+    done = list(complete_cases(tmp_path / "flat", synthesised, tmp_path / "complete"))
+    assert [one.reason for one in done] == ["", "", ""]
+    for folder in find_cases(tmp_path / "complete"):
+        assert folder.missing == ()
+        assert len(list(folder.folder.glob("*.nii.gz"))) == 5
 
 
 def test_one_bad_case_stops_no_other(cohort: Path, synthesised: Path, tmp_path: Path) -> None:

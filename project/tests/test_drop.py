@@ -1,6 +1,7 @@
 """Taking modalities away: the published choice, links, copies and an untouched input."""
 
 import logging
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,9 @@ def complete(tmp_path: Path) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    """What a person sees in a folder."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and not path.name.startswith(".cwdm-"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
 
 
 def published_choice(names: list[str], seed: int) -> list[tuple[str, str]]:
@@ -48,7 +51,7 @@ def test_each_case_loses_the_published_modality(complete: Path, tmp_path: Path, 
         if "._" not in name and not any(name == f"{case}/{case}-{modality}.nii.gz" for case, modality in pairs)
     }
     assert tree(tmp_path / "out") == expected
-    assert all(path.is_symlink() != copy for path in (tmp_path / "out").glob("*/*"))
+    assert all(path.is_symlink() != copy for path in (tmp_path / "out").glob("*/[!.]*"))
     assert tree(complete) == before
 
 
@@ -111,6 +114,60 @@ def test_links_in_the_output_do_not_lead_back_into_the_input(complete: Path, tmp
         drop_modalities(complete, tmp_path / "out", 0)
     assert tree(complete) == before
     assert [path.name for path in (tmp_path / "out").iterdir()] == [NAMES[-1]]
+
+
+def test_originals_that_the_input_links_to_are_kept(complete: Path, tmp_path: Path) -> None:
+    drop_modalities(complete, tmp_path / "links", 1)
+    for link in sorted((tmp_path / "links").glob("*/*-seg.nii.gz")):  # one link after the other
+        (tmp_path / "again").mkdir(exist_ok=True)
+        (tmp_path / "again" / link.parent.name).mkdir()
+        for modality in (*MODALITIES, "seg"):
+            name = link.name.replace("seg", modality)
+            source = link.with_name(name) if modality == "seg" else complete / link.parent.name / name
+            (tmp_path / "again" / link.parent.name / name).symlink_to(source)
+    before = tree(tmp_path)
+    for out in (complete, tmp_path / "links"):
+        with pytest.raises(InputError, match="links to a file in"):
+            drop_modalities(tmp_path / "again", out, 2)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("copy", [False, True])
+def test_files_that_it_did_not_write_are_kept(complete: Path, tmp_path: Path, copy: bool) -> None:
+    shutil.copytree(complete, tmp_path / "backup")
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match=r"BraTS-GLI-00003-000-.* was not put there by cwdm"):
+        drop_modalities(complete, tmp_path / "backup", 0, copy)
+    assert tree(tmp_path) == before
+    drop_modalities(complete, tmp_path / "out", 0, copy=True)
+    changed = next((tmp_path / "out" / NAMES[-1]).glob("*-seg.nii.gz"))
+    changed.write_text("my own")
+    before = tree(tmp_path)
+    with pytest.raises(InputError, match=changed.name):
+        drop_modalities(complete, tmp_path / "out", 1, copy)
+    assert tree(tmp_path) == before
+
+
+def test_a_flat_folder(complete: Path, tmp_path: Path) -> None:
+    (tmp_path / "flat").mkdir()
+    for path in complete.glob("*/BraTS*"):
+        path.rename(tmp_path / "flat" / path.name)
+    pairs = drop_modalities(tmp_path / "flat", tmp_path / "out", 123456)
+    assert pairs == published_choice(NAMES, 123456)
+    assert [(case.name, *case.missing) for case in find_cases(tmp_path / "out")] == pairs
+    assert sorted(path.name for path in (tmp_path / "out" / NAMES[0]).iterdir()) == [
+        f"{NAMES[0]}-{modality}.nii.gz" for modality in ("seg", "t1c", "t2f", "t2w")
+    ]
+
+
+def test_a_link_that_leads_nowhere_is_no_image(
+    complete: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    image = complete / NAMES[0] / f"{NAMES[0]}-t2w.nii.gz"
+    image.unlink()
+    image.symlink_to("nowhere")
+    assert len(drop_modalities(complete, tmp_path / "out", 0)) == len(NAMES) - 1
+    assert f"{NAMES[0]} is not complete and was skipped: {image} is no file" in caplog.text
 
 
 def test_linked_case_folders_are_input_too(complete: Path, tmp_path: Path) -> None:
