@@ -228,10 +228,12 @@ def convert(source: Path, target: Path, modality: str | None, dtype: torch.dtype
     """Write a checkpoint as our safetensors, with what its header needs to say.
 
     Raises:
-        WeightsError: the source is not usable, or no one knows which contrast it synthesises.
+        WeightsError: the source is not usable, no one knows which contrast it synthesises, or the target is the source
+            or another file that was not converted here.
     """
     if target.suffix != ".safetensors":
         raise WeightsError(f"{target}: the converted file is a safetensors file and must be named so")
+    _check_free(target, source)
     loaded = checkpoint.load(source)
     conditional = loaded.model.config.in_channels > loaded.model.config.out_channels
     modality = modality or loaded.record.modality or modality_of(source)
@@ -241,6 +243,18 @@ def convert(source: Path, target: Path, modality: str | None, dtype: torch.dtype
     checkpoint.save(target, loaded.model, entry, dtype)
     record(target.parent, target.name, {"sha256": checkpoint.sha256(target), "converted_from": loaded.sha256})
     return target
+
+
+def _check_free(target: Path, source: Path) -> None:
+    """Refuse to replace what an earlier conversion did not write."""
+    if not target.exists():
+        return
+    entry = recorded(target.parent).get(target.name, {})
+    converted = "converted_from" in entry and entry.get("sha256") == checkpoint.sha256(target)
+    if not converted or (source.exists() and target.samefile(source)):
+        raise WeightsError(
+            f"{target} is there and is no earlier conversion of another file; move it away or give another name"
+        )
 
 
 def record(folder: Path, name: str, entry: dict[str, Any]) -> None:

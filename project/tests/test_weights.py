@@ -267,6 +267,20 @@ def test_convert_needs_to_know_the_contrast(published_file: Path, tmp_path: Path
     assert checkpoint.load(tmp_path / "a.safetensors").record.modality == "t1c"
 
 
+def test_convert_replaces_nothing_but_an_earlier_conversion(published_file: Path, tmp_path: Path) -> None:
+    target = tmp_path / "t1c.safetensors"
+    weights.convert(published_file, target, "t1c", torch.float32)
+    weights.convert(published_file, target, "t1c", torch.float16)
+    before = target.read_bytes()
+    with pytest.raises(WeightsError, match="no earlier conversion of another file"):
+        weights.convert(target, target, "t1c", torch.float32)
+    assert target.read_bytes() == before
+    target.write_bytes(b"my own")
+    with pytest.raises(WeightsError, match="move it away"):
+        weights.convert(published_file, target, "t1c", torch.float32)
+    assert target.read_bytes() == b"my own"
+
+
 def test_weights_that_differ_from_their_checksum_are_not_used(published_file: Path, tmp_path: Path) -> None:
     (tmp_path / "t1_gen.pt").write_bytes(published_file.read_bytes())
     weights.record(tmp_path, "t1_gen.pt", {"sha256": "0" * 64})
