@@ -2,7 +2,10 @@ from pathlib import Path
 
 import matplotlib.image
 import numpy as np
+import pytest
 
+from cwdm.demo import run_demo
+from cwdm.errors import InputError
 from cwdm.report import Comparison, draw_comparisons
 
 
@@ -22,6 +25,13 @@ def test_picture_shows_a_row_a_case_and_the_images_in_it(tmp_path: Path) -> None
     columns = bright.reshape(bright.shape[0], 6, -1).mean(axis=(0, 2))
     # Three conditions and the truth show the image; the synthesis is black but for its labels.
     assert columns[[0, 1, 2, 4]].min() > 3 * columns[3]
+
+
+def test_no_demo_beside_real_patients(tmp_path: Path) -> None:
+    (tmp_path / "patients" / "BraTS-GLI-00001-000").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds BraTS-GLI-00001-000, which is no synthetic patient"):
+        run_demo(tmp_path, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["patients"]
 
 
 def test_an_empty_slice_is_drawn_too(tmp_path: Path) -> None:
