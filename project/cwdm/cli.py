@@ -641,7 +641,7 @@ def download(
     for path in fetch(folder or default_folder(), repo, revision, names, kept.append):
         _say(path)
     for line in kept:
-        _stderr().print(f"error: {line}", markup=False, soft_wrap=True)
+        _stderr().print(f"error: {printable(line)}", markup=False, soft_wrap=True)
     if kept:
         raise typer.Exit(1)
 
