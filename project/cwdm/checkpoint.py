@@ -18,9 +18,10 @@ import pywt
 import safetensors
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from torch import Tensor
 
+from cwdm.diffusion import PUBLISHED, SCHEDULES, Schedule, known_schedule
 from cwdm.errors import WeightsError
 from cwdm.files import write_atomically
 from cwdm.published import PUBLISHED_CT, published_config, published_names
@@ -52,6 +53,7 @@ class Record(BaseModel):
         orientation: voxel order of an unconditional network's volumes: LPS, to which our training brings every file,
             or LAS, in which WDM's authors store CT.
         value_range: range that the predicted volume is clamped to at every step.
+        schedule: noise schedule that the network was trained with, one of `cwdm.diffusion.SCHEDULES`.
         sampler, steps: what the makers of the weights recommend.
         notice: what every user of the outputs must know, such as "trained on phantoms, not for clinical use".
         most_missing: how many of the four modalities may be missing at once, the target included.
@@ -65,6 +67,7 @@ class Record(BaseModel):
     wavelet: str = "haar"
     orientation: Literal["LPS", "LAS"] = "LPS"
     value_range: tuple[float, float] = (0.0, 1.0)
+    schedule: Annotated[str, AfterValidator(known_schedule)] = PUBLISHED.name
     sampler: str = "ddpm"
     steps: int = Field(default=1000, ge=1, le=1000)
     notice: str = Field(default="", max_length=500)
@@ -131,10 +134,10 @@ def load_published(state_dict: Mapping[str, Tensor], config: UNetConfig | None =
     return _fill(model, {ours: state_dict[name] for name, ours in names.items()})
 
 
-def _empty(config: UNetConfig) -> UNet:
+def _empty(config: UNetConfig, schedule: Schedule = PUBLISHED) -> UNet:
     """The network without memory for its weights, so that a crafted file can't make us allocate any."""
     with torch.device("meta"):
-        return UNet(config)
+        return UNet(config, schedule)
 
 
 def _fill(model: UNet, tensors: Mapping[str, Tensor]) -> UNet:
@@ -205,7 +208,7 @@ def _load_safetensors(path: Path) -> tuple[UNet, Record]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             config, record = _parse_header((file.metadata() or {}).get(HEADER_KEY))
-            model = _empty(config)
+            model = _empty(config, SCHEDULES[record.schedule])
             expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
             _check_tensors(expected, {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()})  # noqa: SIM118
             return _fill(model, {name: file.get_tensor(name) for name in expected}), record

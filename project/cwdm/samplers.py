@@ -2,7 +2,9 @@
 
 Every sampler takes `denoise(x, t)`, which returns the predicted clean x0 for x at integer timestep t of the
 1000-step schedule, the starting noise (B, C, X, Y, Z) and a falling list of timesteps, and returns the final x.
-To write another one, write another such loop.
+`generator` is where its noise comes from: one for the whole batch or a sequence with one for each sample, each of which
+then comes out as it would alone. `schedule` is the one that the network was trained with. To write another sampler,
+write another such loop.
 """
 
 import math
@@ -12,10 +14,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from cwdm.diffusion import TIMESTEPS, alpha_bars
+from cwdm.diffusion import PUBLISHED, TIMESTEPS, Schedule
 
 Denoise = Callable[[Tensor, int], Tensor]
 Sampler = Callable[..., Tensor]
+Generators = torch.Generator | Sequence[torch.Generator] | None
 
 
 def spaced_timesteps(steps: int) -> list[int]:
@@ -27,14 +30,20 @@ def spaced_timesteps(steps: int) -> list[int]:
     return [round(i * (TIMESTEPS - 1) / (steps - 1)) for i in reversed(range(steps))]
 
 
-def ddpm(denoise: Denoise, noise: Tensor, timesteps: Sequence[int], generator: torch.Generator | None = None) -> Tensor:
+def ddpm(
+    denoise: Denoise,
+    noise: Tensor,
+    timesteps: Sequence[int],
+    generator: Generators = None,
+    schedule: Schedule = PUBLISHED,
+) -> Tensor:
     """Ancestral sampling with the large variance β_t, over the full schedule or a shortened one.
 
     Ho et al. (2020), eq. 7 for the posterior mean; for a shortened schedule β is recomputed from the kept ᾱ
     (Nichol and Dhariwal, 2021, eq. 19). The last step returns its x0.
     """
     x = noise
-    for t, alpha_bar, next_alpha_bar in _steps(timesteps):
+    for t, alpha_bar, next_alpha_bar in _steps(timesteps, schedule):
         x0 = denoise(x, t)
         alpha = alpha_bar / next_alpha_bar
         beta = 1 - alpha
@@ -50,12 +59,13 @@ def ddim(
     denoise: Denoise,
     noise: Tensor,
     timesteps: Sequence[int],
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     eta: float = 0.0,
+    schedule: Schedule = PUBLISHED,
 ) -> Tensor:
     """DDIM (Song et al., 2021, eq. 12 and 16): deterministic for eta 0, ancestral with the small variance for eta 1."""
     x = noise
-    for t, alpha_bar, next_alpha_bar in _steps(timesteps):
+    for t, alpha_bar, next_alpha_bar in _steps(timesteps, schedule):
         x0 = denoise(x, t)
         eps = (x - alpha_bar**0.5 * x0) / (1 - alpha_bar) ** 0.5
         sigma = eta * ((1 - next_alpha_bar) / (1 - alpha_bar) * (1 - alpha_bar / next_alpha_bar)) ** 0.5
@@ -66,7 +76,11 @@ def ddim(
 
 
 def dpmpp(
-    denoise: Denoise, noise: Tensor, timesteps: Sequence[int], generator: torch.Generator | None = None
+    denoise: Denoise,
+    noise: Tensor,
+    timesteps: Sequence[int],
+    generator: Generators = None,
+    schedule: Schedule = PUBLISHED,
 ) -> Tensor:
     """DPM-Solver++(2M) in data prediction (Lu et al., 2022, algorithm 2); first order at the first and last step.
 
@@ -74,7 +88,7 @@ def dpmpp(
     """
     x = noise
     previous: tuple[Tensor, float] | None = None  # x0 of the step before, and its log signal-to-noise ratio step
-    for t, alpha_bar, next_alpha_bar in _steps(timesteps):
+    for t, alpha_bar, next_alpha_bar in _steps(timesteps, schedule):
         x0 = denoise(x, t)
         if next_alpha_bar == 1:
             return x0
@@ -107,11 +121,11 @@ def falling_timesteps(timesteps: Sequence[int]) -> list[int]:
     return whole
 
 
-def _steps(timesteps: Sequence[int]) -> Iterator[tuple[int, float, float]]:
+def _steps(timesteps: Sequence[int], schedule: Schedule) -> Iterator[tuple[int, float, float]]:
     """(t, ᾱ_t, ᾱ of the next timestep), the last ᾱ being 1: no noise left."""
     timesteps = falling_timesteps(timesteps)
-    schedule = [float(alpha_bars()[t]) for t in timesteps] + [1.0]
-    yield from zip(timesteps, schedule, schedule[1:], strict=False)
+    alpha_bars = [float(schedule.alpha_bars[t]) for t in timesteps] + [1.0]
+    yield from zip(timesteps, alpha_bars, alpha_bars[1:], strict=False)
 
 
 def _half_log_snr(alpha_bar: float) -> float:
@@ -119,7 +133,20 @@ def _half_log_snr(alpha_bar: float) -> float:
     return 0.5 * math.log(alpha_bar / (1 - alpha_bar))
 
 
-def _randn_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
-    """Normal noise on the generator's device, moved to x's: a CPU generator gives the same stream for any device."""
-    device = generator.device if generator is not None else x.device
-    return torch.randn(x.shape, generator=generator, device=device, dtype=x.dtype).to(x.device)
+def _randn_like(x: Tensor, generator: Generators) -> Tensor:
+    return normal_noise(x.shape, generator, x.device, x.dtype)
+
+
+def normal_noise(
+    shape: Sequence[int], generator: Generators, device: torch.device, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """Normal noise (B, …), drawn where the generator is and then moved: a CPU's generator is the same for any device.
+
+    Of a sequence of generators each draws its sample as if that were alone.
+    """
+    if not isinstance(generator, Sequence):
+        drawn_on = generator.device if generator is not None else device
+        return torch.randn(shape, generator=generator, device=drawn_on, dtype=dtype).to(device)
+    if len(generator) != shape[0]:
+        raise ValueError(f"{len(generator)} generators for a batch of {shape[0]}; give one a sample, or one for all")
+    return torch.cat([normal_noise((1, *shape[1:]), one, device, dtype) for one in generator])

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cwdm.diffusion import alpha_bars_on
+from cwdm.diffusion import PUBLISHED, Schedule, alpha_bars_on
 from cwdm.fused import LAYOUT, add_, fuses, group_norm_silu
 from cwdm.wavelet import LLL_DIVISOR, haar, inverse_haar
 from cwdm.winograd import Resample, convolve, pays, resize
@@ -91,9 +91,10 @@ class UNet(nn.Module):
     `UNet(config)(x, t)`: x (B, in_channels, X, Y, Z), t (B,) integer timesteps -> (B, out_channels, X, Y, Z).
     X, Y and Z must be multiples of `config.size_multiple`. A network of several targets takes their numbers (B,)
     as a third argument and adds their embedding to the timestep's (Dhariwal and Nichol, 2021, as for classes).
+    The noise schedule matters to a regression alone.
     """
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig, schedule: Schedule = PUBLISHED) -> None:
         super().__init__()
         self.config = config
         width = config.model_channels
@@ -106,7 +107,7 @@ class UNet(nn.Module):
         self.body = WaveletBody(config) if config.skips == "wavelet" else SkipBody(config)
         self.head = NormSiLUConv(width, config.out_channels, config, zero=True)
         if config.regression:
-            self.regression = Regression(config)
+            self.regression = Regression(config, schedule)
 
     def forward(self, x: Tensor, t: Tensor, target: Tensor | None = None) -> Tensor:
         multiple = self.config.size_multiple
@@ -141,8 +142,9 @@ class Regression(nn.Module):
     Until `fit`, which nothing trains on, W c is the conditions' mean and every spread 1.
     """
 
-    def __init__(self, config: UNetConfig) -> None:
+    def __init__(self, config: UNetConfig, schedule: Schedule = PUBLISHED) -> None:
         super().__init__()
+        self.schedule = schedule
         out, given, targets = config.out_channels, config.in_channels - config.out_channels, max(config.targets, 1)
         mean = torch.eye(out).repeat(1, -(-given // out))[:, :given] * (out / given)
         self.weight = nn.Parameter(mean.repeat(targets, 1, 1), requires_grad=False)
@@ -168,7 +170,7 @@ class Regression(nn.Module):
         expected = torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
         expected = expected * conditions.any(1, keepdim=True)  # nothing outside the head
         prior = self.deviation[number][..., None, None, None].float()
-        alpha_bar = alpha_bars_on(t.device)[t][:, None, None, None, None]
+        alpha_bar = alpha_bars_on(t.device, self.schedule)[t][:, None, None, None, None]
         total = alpha_bar * prior**2 + 1 - alpha_bar
         gain = (alpha_bar.sqrt() * prior / total).to(x.dtype)  # of the noisy coefficients, in units of `prior`
         told = gain * (noisy - alpha_bar.sqrt().to(x.dtype) * expected)

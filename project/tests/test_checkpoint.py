@@ -12,9 +12,11 @@ from conftest import TINY, golden, golden_model
 
 from cwdm import checkpoint
 from cwdm.checkpoint import Record, load_published
+from cwdm.diffusion import SCHEDULES
 from cwdm.errors import WeightsError
 from cwdm.unet import UNet, UNetConfig
 from cwdm.untrained import untrained_state
+from cwdm.weights import BUNDLED, folder_of
 
 SMALL = UNetConfig(in_channels=8, model_channels=32, channel_mult=(1, 2), skips="wavelet")
 
@@ -255,3 +257,19 @@ def test_saving_keeps_the_training_network_as_it_is(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "a.safetensors", model, Record())
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_the_record_states_the_noise_schedule_which_a_regression_reckons_with(tmp_path: Path) -> None:
+    config = UNetConfig(in_channels=16, model_channels=32, channel_mult=(1, 1), regression=True)
+    model = UNet(config).eval()
+    for name, schedule in SCHEDULES.items():
+        checkpoint.save(tmp_path / f"{name}.safetensors", model, Record(schedule=name))
+        loaded = checkpoint.load(tmp_path / f"{name}.safetensors")
+        assert loaded.record.schedule == name
+        assert loaded.model.regression.schedule is schedule
+    x, t = torch.rand(1, 16, 4, 4, 4), torch.tensor([500])
+    with torch.no_grad():
+        assert not torch.equal(loaded.model(x, t), model(x, t))  # of cosine; the model is of linear
+    with pytest.raises(ValueError, match="must be one of linear, cosine"):
+        Record(schedule="sigmoid")
+    assert checkpoint.read_record(folder_of(BUNDLED) / "any.safetensors").schedule == "linear"  # it does not say

@@ -4,7 +4,7 @@ import torch
 from conftest import golden, golden_model
 
 from cwdm.brats import MODALITIES
-from cwdm.diffusion import add_noise, alpha_bars, subband_losses
+from cwdm.diffusion import SCHEDULES, add_noise, subband_losses
 
 
 @pytest.mark.parametrize("name", golden("loss.json"))
@@ -21,10 +21,12 @@ def test_golden_training_loss(name: str) -> None:
     np.testing.assert_allclose(losses[0].numpy(), run["mse_per_subband"], atol=1e-6, rtol=0)
 
 
-def test_schedule_against_diffusers() -> None:
+@pytest.mark.parametrize(("name", "their_name"), [("linear", "linear"), ("cosine", "squaredcos_cap_v2")])
+def test_schedule_against_diffusers(name: str, their_name: str) -> None:
     from diffusers import DDPMScheduler
 
-    theirs = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule="linear")
-    torch.testing.assert_close(alpha_bars().float(), theirs.alphas_cumprod, atol=1e-6, rtol=1e-5)
+    schedule = SCHEDULES[name]
+    theirs = DDPMScheduler(num_train_timesteps=1000, beta_start=1e-4, beta_end=0.02, beta_schedule=their_name)
+    torch.testing.assert_close(schedule.alpha_bars.float(), theirs.alphas_cumprod, atol=1e-6, rtol=1e-5)
     x0, noise, t = torch.randn(3, 8, 4, 4, 2), torch.randn(3, 8, 4, 4, 2), torch.tensor([0, 500, 999])
-    torch.testing.assert_close(add_noise(x0, noise, t), theirs.add_noise(x0, noise, t), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(add_noise(x0, noise, t, schedule), theirs.add_noise(x0, noise, t), atol=1e-5, rtol=1e-4)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import GOLDEN, TINY, golden, golden_model
 
-from cwdm.diffusion import alpha_bars
+from cwdm.diffusion import PUBLISHED
 from cwdm.fused import LAYOUT
 from cwdm.published import published_config, published_names
 from cwdm.unet import UNet, UNetConfig, VoxelNorm, double, halve
@@ -122,7 +122,7 @@ def test_regression_is_bayes_rule_for_a_linear_gaussian_model() -> None:
     weight, bias, deviation = (p[targets].double() for p in list(model.regression.parameters())[:3])
     expected = torch.einsum("boi,bixyz->boxyz", weight, x[:, 8:].double()) + bias[..., None, None, None]
     expected[:, :, 0] = 0
-    alpha_bar = alpha_bars()[t][:, None]
+    alpha_bar = PUBLISHED.alpha_bars[t][:, None]
     # Of x_0 and x_t = sqrt(alpha_bar) x_0 + noise: covariance, variance of x_t.
     covariance, variance = alpha_bar.sqrt() * deviation**2, alpha_bar * deviation**2 + 1 - alpha_bar
     news = x[:, :8].double() - (alpha_bar.sqrt()[..., None] * expected.flatten(2)).unflatten(2, (4, 6, 2))
