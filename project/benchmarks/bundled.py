@@ -112,8 +112,8 @@ def compare(
         cells = (f"{a:.2f} dB  {b:.3f}" for a, b, _ in means)
         table.add_row(target, *cells, f"{mean(seconds[target]):.1f}")
         fitted_table.add_row(target, *(f"{c:.2f} dB" for _, _, c in means))
-    sampler, timesteps = synthesizer.plan(synthesizer.load("t1n"))
-    print(f"{len(folders)} cases of {cases}, {sampler}, {len(timesteps)} steps")
+    pipeline = synthesizer.pipeline("t1n")
+    print(f"{len(folders)} cases of {cases}, {pipeline.sampler_name}, {len(pipeline.timesteps)} steps")
     Console(width=110).print(table)
     Console(width=110).print(fitted_table)
 

@@ -68,14 +68,14 @@ def measure(scratch: Path, name: str, setting: str, weights: str) -> list[str]:
     faults = [outcome.reason for outcome in outcomes if outcome.status != "written"]
     if faults:
         raise SystemExit(f"not every case was written: {faults}")
-    sampler, timesteps = synthesizer.plan(synthesizer.load(outcomes[0].modality))
+    pipeline = synthesizer.pipeline(outcomes[0].modality)
     scores = [score(scratch / "complete" / outcome.case, output, outcome) for outcome in outcomes]
     busy = sum(outcome.seconds for outcome in outcomes) / seconds
     quality = f"{mean(a for a, _ in scores):.2f} dB, {mean(b for _, b in scores):.3f}"
     a_case = seconds / len(outcomes)
     return [
         setting,
-        f"{sampler}, {len(timesteps)}",
+        f"{pipeline.sampler_name}, {len(pipeline.timesteps)}",
         f"{alone:.1f} s",
         f"{a_case:.2f} s",
         f"{100 * busy:.0f} %",

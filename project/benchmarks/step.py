@@ -45,7 +45,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from cwdm import fused, unet
 from cwdm.checkpoint import load_published
 from cwdm.fused import LAYOUT
-from cwdm.synthesis import has_bf16
+from cwdm.precision import has_bf16
 from cwdm.unet import UNet, UNetConfig
 from cwdm.untrained import untrained_state
 

@@ -7,10 +7,11 @@
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Settings", "Synthesizer", "__version__"]
+__all__ = ["Pipeline", "Settings", "Synthesizer", "__version__"]
 
 if TYPE_CHECKING:
     from cwdm.config import Settings
+    from cwdm.pipeline import Pipeline
     from cwdm.synthesis import Synthesizer
 
 
@@ -20,6 +21,10 @@ def __getattr__(name: str) -> Any:
         from cwdm.synthesis import Synthesizer
 
         return Synthesizer
+    if name == "Pipeline":
+        from cwdm.pipeline import Pipeline
+
+        return Pipeline
     if name == "Settings":
         from cwdm.config import Settings
 

@@ -246,7 +246,7 @@ def infer(
 
 
 def _warn_of_precision(network: "Synthesizer | Network", progress: "CohortProgress") -> None:
-    from cwdm.synthesis import precision_warning
+    from cwdm.precision import precision_warning
 
     if slow := precision_warning(network.dtype, network.device):
         progress.log(f"warning: {slow}")

@@ -75,12 +75,15 @@ class Settings(StrictSettings):
 
     Attributes:
         seed: of the one generator that each case gets, so results depend on neither order nor sharding.
-        precision: auto is bf16 where the hardware has it and float32 elsewhere.
+        precision: auto is bf16 on a GPU that has it and float32 elsewhere.
+        noise: "cpu" draws the same noise for a seed whatever the device; "device" draws it on the GPU, which saves time
+            with ddpm, as that draws at every step, and gives other samples.
         samples: more than one writes their mean; the spread goes to the report folder.
     """
 
     seed: int = Field(default=42, ge=0, lt=2**63)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    noise: Literal["cpu", "device"] = "cpu"
     samples: int = Field(default=1, ge=1, le=1000)
     sampler: SamplerSettings = SamplerSettings()
     output: OutputSettings = OutputSettings()

@@ -1,24 +1,19 @@
 """Whole volumes out of noise: unconditional sampling with WDM's networks."""
 
 import json
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
-from cwdm import __version__, checkpoint
+from cwdm import __version__
 from cwdm.brats import write_nifti
 from cwdm.config import Settings
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.files import check_writable, remove_stale, write_json
-from cwdm.preprocess import MOST_WINDOW_VOXELS
-from cwdm.samplers import SAMPLERS, spaced_timesteps
-from cwdm.synthesis import DeviceName, choose_device, choose_dtype, clamped_denoiser, sample_volume
+from cwdm.pipeline import Pipeline
 
 Size = tuple[int, int, int]
 
@@ -26,80 +21,14 @@ PUBLISHED_GRIDS: dict[int, tuple[Size, float]] = {5: ((128, 128, 128), 2.0), 6: 
 """Levels of WDM's networks -> voxels of their volumes and their edge in mm: both are 256 mm long."""
 
 
-class Network:
-    """A network with the settings that its volumes are drawn with.
-
-    Args:
-        weights: the file.
-        settings: seed, precision and sampler are used; see `cwdm.config.Settings`.
-
-    Raises:
-        WeightsError: not usable.
-        SettingsError: no GPU where one was demanded.
-    """
-
-    def __init__(self, weights: Path, settings: Settings | None = None, device: DeviceName = "auto") -> None:
-        self.settings = settings or Settings()
-        self.device = choose_device(device)
-        self.dtype = choose_dtype(self.settings.precision, self.device)
-        self.checkpoint = checkpoint.load(weights)
-        self.checkpoint.model.to(self.device, self.dtype)
-        sampler = self.settings.sampler
-        self.sampler = sampler.name or self.checkpoint.record.sampler
-        self.timesteps = sampler.timesteps or spaced_timesteps(sampler.steps or self.checkpoint.record.steps)
-
-    def check_size(self, size: Sequence[int]) -> None:
-        """Raises SettingsError if the network cannot make volumes of so many voxels."""
-        multiple = 2 * self.checkpoint.model.config.size_multiple
-        if any(n < multiple or n % multiple for n in size) or math.prod(size) > MOST_WINDOW_VOXELS:
-            raise SettingsError(
-                f"a size of {tuple(size)}: each must be a multiple of {multiple} for this network, "
-                f"at most {MOST_WINDOW_VOXELS:,} voxels in all"
-            )
-
-    def describe(self) -> dict[str, Any]:
-        """What decides the volumes."""
-        return {
-            "weights_sha256": self.checkpoint.sha256,
-            "notice": self.checkpoint.record.notice,
-            "sampler": self.sampler,
-            "timesteps": self.timesteps,
-            "seed": self.settings.seed,
-            "precision": str(self.dtype).removeprefix("torch."),
-        }
-
-    @torch.inference_mode()
-    def draw(
-        self, condition: Tensor | None, size: Sequence[int], number: int, on_step: Callable[[], None] = lambda: None
-    ) -> npt.NDArray[np.float32]:
-        """Volume (X, Y, Z) of `size` voxels in [0, 1]; its noise depends on the settings' seed + number alone.
-
-        Args:
-            condition: coefficients (1, 8 N, X/2, Y/2, Z/2) of what it is made from.
-        """
-        low, high = self.checkpoint.record.value_range
-        denoise = clamped_denoiser(self.checkpoint, condition, self.dtype, on_step)
-        coefficients, sampler = [n // 2 for n in size], SAMPLERS[self.sampler]
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            made = sample_volume(
-                self.checkpoint,
-                denoise,
-                coefficients,
-                sampler,
-                self.timesteps,
-                self.settings.seed + number,
-                self.device,
-            )
-        volume: npt.NDArray[np.float32] = ((made[0, 0] - low) / (high - low)).cpu().numpy()
-        return volume
-
-
 class Generator:
     """Draws volumes from an unconditional network.
 
     Args:
-        weights, settings, device: as for `Network`.
+        weights: the file.
+        settings: seed, precision, noise and sampler are used; see `cwdm.config.Settings`.
         size: voxels of a volume; None for what the network was trained on.
+        device: see `cwdm.device.choose_device`.
 
     Raises:
         WeightsError: not usable, or a network that needs conditions.
@@ -111,29 +40,50 @@ class Generator:
         weights: Path,
         settings: Settings | None = None,
         size: Size | None = None,
-        device: DeviceName = "auto",
+        device: str = "auto",
     ) -> None:
-        self.network = Network(weights, settings, device)
-        config = self.network.checkpoint.model.config
+        self.settings = settings or Settings()
+        self.pipeline = Pipeline.load(weights, settings=self.settings, device=device)
+        config = self.pipeline.checkpoint.model.config
         if config.in_channels != config.out_channels:
             raise WeightsError(
                 f"{weights}: a network that needs conditions; 'cwdm infer' or, for other images than those of BraTS, "
                 "'cwdm translate' synthesises with it"
             )
-        record = self.network.checkpoint.record
+        record = self.pipeline.checkpoint.record
         told_size, self.spacing_mm = trained_grid(record.trained_on, len(config.channel_mult))
         mm = [self.spacing_mm if direction in "RAS" else -self.spacing_mm for direction in record.orientation]
         self.affine = np.diag([*mm, 1.0])
         self.size = size or told_size
-        self.network.check_size(self.size)
+        self.pipeline.check_size(self.size)
 
     def describe(self) -> dict[str, Any]:
         """What decides the samples."""
-        return {**self.network.describe(), "size": list(self.size), "affine": self.affine.tolist()}
+        return {
+            **describe_volumes(self.pipeline, self.settings),
+            "size": list(self.size),
+            "affine": self.affine.tolist(),
+        }
 
     def __call__(self, number: int, on_step: Callable[[], None] = lambda: None) -> npt.NDArray[np.float32]:
         """Volume (X, Y, Z) in [0, 1]; sample `number` depends on the settings' seed + number alone."""
-        return self.network.draw(None, self.size, number, on_step)
+        made = self.pipeline.sample(None, self.size, [self.settings.seed + number], lambda *_: on_step())
+        volume: npt.NDArray[np.float32] = self.pipeline.decode(made)[0, 0].cpu().numpy()
+        return volume
+
+
+def describe_volumes(pipeline: Pipeline, settings: Settings) -> dict[str, Any]:
+    """What decides the volumes of a folder, for the record beside them."""
+    told = pipeline.describe()
+    return {
+        "weights_sha256": pipeline.checkpoint.sha256,
+        "notice": pipeline.checkpoint.record.notice,
+        "sampler": told["sampler"],
+        "timesteps": told["timesteps"],
+        "seed": settings.seed,
+        "precision": told["precision"],
+        **({"noise": settings.noise} if settings.noise != "cpu" else {}),
+    }
 
 
 def trained_grid(data: Mapping[str, Any], levels: int) -> tuple[Size, float]:

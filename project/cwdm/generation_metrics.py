@@ -8,9 +8,9 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +20,9 @@ from nibabel import orientations
 from torch import Tensor, nn
 
 from cwdm.brats import Volume, find_cases, read_grid
+from cwdm.device import choose_device
 from cwdm.errors import InputError, SettingsError, WeightsError
+from cwdm.precision import exact_float32
 from cwdm.preprocess import Orientation, normalise
 
 FEATURES = 2048
@@ -160,7 +162,7 @@ def ms_ssim(a: Volume, b: Volume) -> float:
     if a.shape != b.shape:
         raise ValueError(f"expected volumes of one shape, found {a.shape} and {b.shape}")
     x, y = (torch.from_numpy(np.ascontiguousarray(volume, np.float32))[None, None].to(_device()) for volume in (a, b))
-    with torch.inference_mode(), _full_float32():
+    with torch.inference_mode(), exact_float32():
         return float(compute_ms_ssim(x, y, spatial_dims=3, data_range=1.0, kernel_size=_MS_SSIM_KERNEL))
 
 
@@ -412,18 +414,14 @@ def features_of(network: nn.Module, volume: Volume) -> npt.NDArray[np.float32]:
     """Features (2048,) of a volume (X, Y, Z) in [0, 1]."""
     device = next(network.parameters()).device
     x = torch.from_numpy(np.ascontiguousarray(volume))[None, None].to(device)
-    with torch.inference_mode(), _full_float32():
+    with torch.inference_mode(), exact_float32():
         features: npt.NDArray[np.float32] = network(x)[0].cpu().numpy()
     return features
 
 
+@cache
 def _device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def _full_float32() -> AbstractContextManager[None]:
-    """Keep graphics processors from rounding to ten bits (TF32) in convolutions."""
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    return choose_device()
 
 
 def _is_zip(path: Path) -> bool:

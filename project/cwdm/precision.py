@@ -70,6 +70,17 @@ def choose_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.devic
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
+def precision_warning(dtype: torch.dtype, device: torch.device) -> str:
+    """What to do about numbers that the device computes slowly; empty where it does not."""
+    if dtype != torch.bfloat16 or has_bf16(device):
+        return ""
+    name = "the GPU" if device.type == "cuda" else "the processor"
+    return (
+        f"{name} does not multiply bfloat16, and emulating it takes many times as long as float32; "
+        "stop this run and set precision=auto or precision=fp32"
+    )
+
+
 def has_bf16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 natively: Ampere and later, AVX-512 BF16 or AMX."""
     if device.type == "cuda":

@@ -24,7 +24,7 @@ from cwdm.cohort import Outcome, outcome_line, synthesise_cohort
 from cwdm.config import Settings
 from cwdm.errors import CwdmError
 from cwdm.progress import CohortProgress
-from cwdm.synthesis import DeviceName, Synthesizer
+from cwdm.synthesis import Synthesizer
 
 LOST = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
 """A worker that is gone: killed, or for want of memory by Ray, or with its machine."""
@@ -39,7 +39,7 @@ class Work:
 
     weights: Path | str | None
     settings: Settings
-    device: DeviceName
+    device: str
     output: Path
     overwrite: bool = False
     report: Path | None = None

@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, model_validator
 
 from cwdm.checkpoint import orthogonal_wavelet
 from cwdm.config import StrictSettings, read_settings
+from cwdm.diffusion import PUBLISHED, known_schedule
 from cwdm.errors import SettingsError
 from cwdm.samplers import known_sampler
 from cwdm.unet import UNetConfig
@@ -154,10 +155,13 @@ class LossSettings(StrictSettings):
             which is stored divided by 3, so that the sum is the squared error of the volume.
         timestep_power: timesteps are drawn as 1000 u^(1/power) with u uniform: 1 as published, more for noisier ones,
             which are what few steps of sampling see.
+        schedule: noise schedule: `linear` as published, or `cosine` (Nichol and Dhariwal, 2021), which keeps more of
+            the image at most timesteps.
     """
 
     over: Literal["coefficients", "voxels"] = "coefficients"
     timestep_power: Number = Field(default=1.0, gt=0, le=100)
+    schedule: Annotated[str, AfterValidator(known_schedule)] = PUBLISHED.name
 
 
 class RecordSettings(StrictSettings):

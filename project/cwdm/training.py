@@ -36,14 +36,14 @@ from torch.utils.data import DataLoader
 from cwdm import __version__, checkpoint
 from cwdm.checkpoint import ANY, Checkpoint, Record
 from cwdm.datasets import Cache, Samples, Sampling, Subject, find_subjects
-from cwdm.diffusion import subband_losses
+from cwdm.diffusion import PUBLISHED, SCHEDULES, subband_losses
 from cwdm.errors import CwdmError, SettingsError
 from cwdm.files import check_apart, check_writable, remove_stale, write_atomically, write_json
 from cwdm.metrics import psnr, ssim
+from cwdm.pipeline import Pipeline
 from cwdm.preprocess import PUBLISHED_WINDOW
 from cwdm.progress import bars
 from cwdm.samplers import SAMPLERS, spaced_timesteps
-from cwdm.synthesis import clamped_denoiser, sample_volume
 from cwdm.train_config import DataSettings, TrainingSettings
 from cwdm.training_log import TrainingLog
 from cwdm.unet import ResBlock, UNet
@@ -199,7 +199,7 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> "_Run"
     log = TrainingLog(out / "log", fabric.is_global_zero)
     state = _newest_whole_state(out, log.say) if resume else None
     torch.manual_seed(settings.seed)
-    model = UNet(settings.unet())
+    model = UNet(settings.unet(), SCHEDULES[settings.loss.schedule])
     if model.config.regression and state is None:
         model.regression.fit(_examples(_samples(settings, subjects, cache), settings))
     ema = copy.deepcopy(model).requires_grad_(False).eval().to(fabric.device)
@@ -391,7 +391,13 @@ class _Run:
         conditions = batch["conditions"] if batch["conditions"].shape[1] else None
         wavelet = self.settings.network.wavelet
         return subband_losses(
-            lambda x, t: self.wrapped(x, t, *targets), batch["volume"], conditions, batch["t"], batch["noise"], wavelet
+            lambda x, t: self.wrapped(x, t, *targets),
+            batch["volume"],
+            conditions,
+            batch["t"],
+            batch["noise"],
+            wavelet,
+            SCHEDULES[self.settings.loss.schedule],
         )
 
     def _total(self, bands: Tensor) -> Tensor:
@@ -419,6 +425,7 @@ class _Run:
             window=_window(data),
             wavelet=settings.network.wavelet,
             value_range=(low, high),
+            schedule=settings.loss.schedule,
             sampler=settings.record.sampler,
             steps=settings.record.steps,
             notice=settings.record.notice,
@@ -467,8 +474,7 @@ class _Run:
 
     def _synthesise(self, subject: Subject, number: int) -> tuple[Any, Any, Any]:
         """Truth, synthesis and mask of a held-out case, (X, Y, Z) in [0, 1]."""
-        settings, device = self.settings, self.fabric.device
-        wavelet, (low, high) = settings.network.wavelet, settings.value_range
+        settings, record = self.settings, self.record()
         unit = self.cache.load(subject).unit()
         target = number % len(unit) if settings.data.condition_on == "any" else 0
         conditions = unit.copy() if settings.data.condition_on == "any" else unit[1:]
@@ -477,17 +483,18 @@ class _Run:
         # Contrasts of a head without its skull show where the brain is; other images count everywhere.
         brains = settings.data.layout == "brats" and len(conditions) > 0
         mask = conditions.any(axis=0) if brains else np.ones(unit.shape[1:], np.bool_)
-        condition = None
-        if len(conditions):
-            condition = dwt(torch.from_numpy(conditions)[None].to(device) * (high - low) + low, wavelet)
-        record = self.record()
-        shown = Checkpoint(self.ema, record)
-        denoise = clamped_denoiser(shown, condition, torch.float32, self._raise_if_stopped, target)
-        size, sampler = [n // 2 for n in unit.shape[1:]], SAMPLERS[record.sampler]
-        with torch.inference_mode():
-            made = sample_volume(shown, denoise, size, sampler, spaced_timesteps(record.steps), settings.seed, device)
-        volume = (made[0, 0] - low) / (high - low)
-        return unit[target], np.where(mask, volume.cpu().numpy(), np.float32(0)), mask
+        pipeline = Pipeline(
+            checkpoint=Checkpoint(self.ema, record),
+            device=self.fabric.device,
+            dtype=torch.float32,
+            sampler=SAMPLERS[record.sampler],
+            timesteps=tuple(spaced_timesteps(record.steps)),
+            target=target,
+        )
+        condition = pipeline.encode(torch.from_numpy(conditions)[None]) if len(conditions) else None
+        made = pipeline.sample(condition, unit.shape[1:], [settings.seed], lambda *_: self._raise_if_stopped())
+        volume = pipeline.decode(made)[0, 0].cpu().numpy()
+        return unit[target], np.where(mask, volume, np.float32(0)), mask
 
     def _raise_if_stopped(self) -> None:
         if self.stopped_by:
@@ -540,6 +547,8 @@ class _Run:
         keep = self.settings.model_dump(
             mode="json", include={"network", "optimiser", "loss", "seed", "value_range", "precision"}
         )
+        if self.settings.loss.schedule == PUBLISHED.name:
+            del keep["loss"]["schedule"]  # states from before there was a choice do not say
         del keep["optimiser"]["sharded"]  # states are whole, and whoever runs out of memory may switch it on
         data = self.settings.data.model_dump(mode="json", exclude={"path", "validation_path", "cache", "workers"})
         return {"settings": {**keep, "data": data}, "cases": [subject.name for subject in self.subjects]}

@@ -17,11 +17,10 @@ from cwdm.config import Settings
 from cwdm.datasets import Grid, Subject, Volumes, decode, list_subjects
 from cwdm.errors import CaseError, OutputError, WeightsError
 from cwdm.files import check_apart, check_writable, remove_stale
-from cwdm.generation import Network, check_same_origin
+from cwdm.generation import check_same_origin, describe_volumes
+from cwdm.pipeline import Pipeline
 from cwdm.preprocess import MOST_WINDOW_VOXELS, centre, centred_start
-from cwdm.synthesis import DeviceName
 from cwdm.train_config import DataSettings
-from cwdm.wavelet import dwt
 
 RECORD = "translations.json"
 MOST_VOXELS = 8 * MOST_WINDOW_VOXELS
@@ -50,16 +49,18 @@ class Translator:
 
     Args:
         weights: the file that `cwdm train` with `layout: files` wrote; it says which images the network needs.
-        settings: seed, precision and sampler are used; see `cwdm.config.Settings`.
+        settings: seed, precision, noise and sampler are used; see `cwdm.config.Settings`.
+        device: see `cwdm.device.choose_device`.
 
     Raises:
         WeightsError: not usable, or trained on something else.
         SettingsError: no GPU where one was demanded.
     """
 
-    def __init__(self, weights: Path, settings: Settings | None = None, device: DeviceName = "auto") -> None:
-        self.network = Network(weights, settings, device)
-        trained = self.network.checkpoint.record.trained_on
+    def __init__(self, weights: Path, settings: Settings | None = None, device: str = "auto") -> None:
+        self.settings = settings or Settings()
+        self.pipeline = Pipeline.load(weights, settings=self.settings, device=device)
+        trained = self.pipeline.checkpoint.record.trained_on
         try:
             data = DataSettings.model_validate({**trained, "path": "."})
         except ValidationError as error:
@@ -67,9 +68,9 @@ class Translator:
         if data.layout != "files" or not data.images or not data.images[1:] or not isinstance(data.window, list):
             raise WeightsError(f"{weights}: was not trained on pairs of images; try 'cwdm infer' or 'cwdm sample'")
         sizes = [divmod(n, data.downsample) for n in data.window]
-        self.network.check_size([n for n, _ in sizes])
+        self.pipeline.check_size([n for n, _ in sizes])
         channels = sum(len(image.labels) if image.labels is not None else 1 for image in data.images)
-        expected, found = 8 * channels, self.network.checkpoint.model.config.in_channels
+        expected, found = 8 * channels, self.pipeline.checkpoint.model.config.in_channels
         if expected != found or any(rest for _, rest in sizes) or math.prod(data.window) > MOST_VOXELS:
             raise WeightsError(f"{weights}: its network of {found} inputs does not fit what it says of its images")
         self.target, self.downsample, self.window = data.images[0], data.downsample, data.window
@@ -93,10 +94,9 @@ class Translator:
         """
         stack, ranges, grid = decode(subject, self.given)
         unit = Volumes(stack, np.asarray(ranges, np.float32)).unit()
-        record = self.network.checkpoint.record
-        low, high = record.value_range
-        volume = torch.from_numpy(unit)[None].to(self.network.device) * (high - low) + low
-        made = self.network.draw(dwt(volume, record.wavelet), unit.shape[1:], 0, on_step)
+        condition = self.pipeline.encode(torch.from_numpy(unit)[None])
+        coefficients = self.pipeline.sample(condition, seeds=[self.settings.seed], callback=lambda *_: on_step())
+        made: Volume = self.pipeline.decode(coefficients)[0, 0].cpu().numpy()
         first, last = self.target.intensity if isinstance(self.target.intensity, list) else (0.0, 1.0)
         return self._on_grid(made * np.float32(last - first), grid, np.float32(first))
 
@@ -143,7 +143,9 @@ def translate(
     check_apart(output, folder)
     check_writable(output)
     remove_stale(output)
-    check_same_origin(output / RECORD, {"synthesised": True, **translator.network.describe()})
+    check_same_origin(
+        output / RECORD, {"synthesised": True, **describe_volumes(translator.pipeline, translator.settings)}
+    )
     expect(len(subjects))
     return [subject.name for subject in subjects if not _translate_one(translator, subject, output, on_case)]
 

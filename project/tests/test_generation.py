@@ -13,8 +13,8 @@ from cwdm.cli import app
 from cwdm.config import load_settings
 from cwdm.errors import CwdmError, SettingsError, WeightsError
 from cwdm.generation import Generator, check_same_origin, trained_grid, write_samples
+from cwdm.pipeline import clamped_denoiser
 from cwdm.samplers import ddpm, spaced_timesteps
-from cwdm.synthesis import clamped_denoiser
 from cwdm.unet import UNetConfig
 from cwdm.untrained import untrained_state
 from cwdm.wavelet import idwt

@@ -1,3 +1,5 @@
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -6,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cwdm.checkpoint import Checkpoint, Record
-from cwdm.diffusion import alpha_bars
+from cwdm.diffusion import PUBLISHED, SCHEDULES, Schedule
+from cwdm.pipeline import clamped_denoiser
 from cwdm.samplers import SAMPLERS, ddim, ddpm, dpmpp, spaced_timesteps
-from cwdm.synthesis import clamped_denoiser
 from cwdm.wavelet import dwt, idwt
 
 
@@ -34,22 +36,24 @@ def test_golden_sampling_run(name: str) -> None:
     np.testing.assert_allclose(idwt(coefficients).numpy(), expected["volume"], atol=1e-4, rtol=0)
 
 
-def gaussian_denoiser(mean: float, sd: float):
+def gaussian_denoiser(mean: float, sd: float, schedule: Schedule = PUBLISHED):
     """The exact denoiser where every x0 is drawn from N(mean, sd²): E[x0 | x_t]."""
 
     def denoise(x: torch.Tensor, t: int) -> torch.Tensor:
-        alpha_bar = float(alpha_bars()[t])
+        alpha_bar = float(schedule.alpha_bars[t])
         gain = alpha_bar**0.5 * sd**2 / (alpha_bar * sd**2 + 1 - alpha_bar)
         return mean + gain * (x - alpha_bar**0.5 * mean)
 
     return denoise
 
 
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
 @pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
-def test_gaussian_data_come_out_with_their_mean_and_spread(sampler) -> None:
+def test_gaussian_data_come_out_with_their_mean_and_spread(sampler, schedule: Schedule) -> None:
     generator = torch.Generator().manual_seed(1)
     noise = torch.randn(100_000, generator=generator, dtype=torch.float64)
-    x = sampler(gaussian_denoiser(2.0, 0.5), noise, spaced_timesteps(1000), generator=generator)
+    denoise = gaussian_denoiser(2.0, 0.5, schedule)
+    x = sampler(denoise, noise, spaced_timesteps(1000), generator=generator, schedule=schedule)
     assert abs(x.mean() - 2.0) < 0.01
     assert abs(x.std() - 0.5) < 0.02
 
@@ -95,7 +99,7 @@ def test_against_diffusers(name: str, sampler, steps: int) -> None:
 
 def even_in_log_snr(steps: int) -> list[int]:
     """Timesteps from 999 to 0 between which log(ᾱ / (1 − ᾱ)) changes evenly."""
-    log_snr = torch.logit(alpha_bars())
+    log_snr = torch.logit(PUBLISHED.alpha_bars)
     wanted = torch.linspace(float(log_snr[-1]), float(log_snr[0]), steps, dtype=torch.float64)
     return sorted({int((log_snr - value).abs().argmin()) for value in wanted}, reverse=True)
 
@@ -104,8 +108,10 @@ def test_dpmpp_is_of_higher_order_than_ddim() -> None:
     noise = torch.linspace(-2, 2, 9, dtype=torch.float64)
     denoise = gaussian_denoiser(0.3, 0.4)
     # What the probability flow makes of x_T: the Gaussian's own transport to t = 0, then the denoiser.
-    variance = alpha_bars() * 0.4**2 + 1 - alpha_bars()
-    x = alpha_bars()[0] ** 0.5 * 0.3 + (variance[0] / variance[-1]).sqrt() * (noise - alpha_bars()[-1] ** 0.5 * 0.3)
+    variance = PUBLISHED.alpha_bars * 0.4**2 + 1 - PUBLISHED.alpha_bars
+    x = PUBLISHED.alpha_bars[0] ** 0.5 * 0.3 + (variance[0] / variance[-1]).sqrt() * (
+        noise - PUBLISHED.alpha_bars[-1] ** 0.5 * 0.3
+    )
     exact = denoise(x, 0)
 
     def error(sampler, steps: int) -> float:
@@ -155,3 +161,22 @@ def test_same_generator_same_result_whatever_the_global_state() -> None:
     torch.manual_seed(0)
     torch.randn(7)
     assert torch.equal(first, run())
+
+
+SEVERAL = {**SAMPLERS, "ddim with noise": partial(ddim, eta=1.0)}
+
+
+@pytest.mark.parametrize("sampler", SEVERAL.values(), ids=SEVERAL)
+def test_with_a_generator_each_samples_of_a_batch_come_out_as_alone(sampler) -> None:
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in (3, 4, 5)]
+
+    noise = torch.randn(3, 8, 4, 6, 2, generator=torch.Generator().manual_seed(0))
+    denoise, timesteps = gaussian_denoiser(0.3, 0.4), [700, 200, 30, 0]
+    alone = [sampler(denoise, x[None], timesteps, generator=one) for x, one in zip(noise, generators(), strict=True)]
+    assert torch.equal(sampler(denoise, noise, timesteps, generator=generators()), torch.cat(alone))
+
+
+def test_as_many_generators_as_samples() -> None:
+    with pytest.raises(ValueError, match="2 generators for a batch of 3"):
+        ddpm(gaussian_denoiser(0, 1), torch.zeros(3, 8, 2, 2, 2), [1, 0], [torch.Generator(), torch.Generator()])

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import SHAPE, link_case
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
 from cwdm import Synthesizer, checkpoint
 from cwdm.checkpoint import ANY
 from cwdm.config import load_settings
-from cwdm.diffusion import subband_losses
+from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import CaseError, OutputError, SettingsError
 from cwdm.generation import Generator
 from cwdm.train_config import TrainingSettings, load_training_settings, ready_configurations
@@ -121,13 +122,15 @@ def test_training_lowers_the_loss(small: Path, tmp_path: Path) -> None:
     assert found[-1] < 0.7 * found[0]
 
 
-def test_the_loss_that_is_logged_is_the_published_one(small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_the_loss_that_is_logged_is_the_published_one(schedule: str, small: Path, tmp_path: Path) -> None:
     """Computed again by `subband_losses`, which the golden losses hold, from the first weights and samples."""
     from cwdm.datasets import Cache, Samples, Sampling, find_subjects
     from cwdm.unet import UNet
 
-    config = settings(small, tmp_path / "run", "steps=1", "log_every=1", "loss.over=coefficients")
-    train(config)
+    chosen = ("steps=1", "log_every=1", "loss.over=coefficients", f"loss.schedule={schedule}")
+    config = settings(small, tmp_path / "run", *chosen)
+    assert checkpoint.load(train(config)).record.schedule == schedule
     torch.manual_seed(config.seed)
     model = UNet(config.unet())
     cache = Cache(tmp_path / "cache", config.data, 4)
@@ -137,10 +140,37 @@ def test_the_loss_that_is_logged_is_the_published_one(small: Path, tmp_path: Pat
     for n in range(2):
         s = {name: tensor[None] for name, tensor in samples[n].items()}
         bands = subband_losses(
-            lambda x, t, s=s: model(x, t, s["target"]), s["volume"], s["conditions"], s["t"], s["noise"]
+            lambda x, t, s=s: model(x, t, s["target"]),
+            s["volume"],
+            s["conditions"],
+            s["t"],
+            s["noise"],
+            schedule=SCHEDULES[schedule],
         )
         expected.append(float(bands.mean()))
     assert losses(tmp_path / "run") == pytest.approx([np.mean(expected)], rel=1e-6)
+
+
+def test_another_schedule_is_trained_validated_and_not_resumed_with_another(
+    small: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    held_out = [f"data.validation_path={phantoms}", "validate_every=2", "validation_cases=1"]
+    train(settings(small, out, "steps=2", "network.regression=true", "loss.schedule=cosine", *held_out))
+    best = checkpoint.load(out / "best" / "any.safetensors")
+    assert best.record.schedule == "cosine"
+    assert best.model.regression.schedule is SCHEDULES["cosine"]
+    with pytest.raises(SettingsError, match="other settings"):
+        train(settings(small, out, "steps=3", "network.regression=true"), resume=True)
+
+
+def test_a_state_from_before_there_was_a_choice_of_schedules_goes_on(small: Path, tmp_path: Path) -> None:
+    newest = train(settings(small, tmp_path / "run", "steps=2", "save_every=2"))
+    assert checkpoint.load(newest).record.schedule == "linear"
+    state = next((tmp_path / "run" / "states").iterdir())
+    with safe_open(state, framework="pt") as file:
+        header = json.loads(file.metadata()["cwdm"])
+    assert "schedule" not in header["settings"]["loss"]  # as they were written then
 
 
 def test_stopped_killed_and_resumed_run_ends_with_the_same_weights(small: Path, tmp_path: Path) -> None:

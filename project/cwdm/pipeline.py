@@ -1,0 +1,292 @@
+"""A network ready to sample with: from conditions and seeds to wavelet coefficients.
+
+>>> pipeline = Pipeline.load("bundled", modality="t2f")                             # doctest: +SKIP
+>>> condition = pipeline.encode(unit)             # (1, 3, X, Y, Z) in [0, 1]         # doctest: +SKIP
+>>> coefficients = pipeline.sample(condition, seeds=[1, 2])                         # doctest: +SKIP
+>>> volumes = pipeline.decode(coefficients)       # (2, 1, X, Y, Z) in [0, 1]         # doctest: +SKIP
+"""
+
+import gc
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cwdm import checkpoint as checkpoints
+from cwdm.brats import MODALITIES
+from cwdm.checkpoint import Checkpoint
+from cwdm.config import Settings
+from cwdm.device import choose_device, device_name
+from cwdm.diffusion import PUBLISHED, SCHEDULES
+from cwdm.errors import SettingsError, WeightsError
+from cwdm.precision import choose_dtype, exact_float32
+from cwdm.preprocess import MOST_WINDOW_VOXELS
+from cwdm.samplers import SAMPLERS, Denoise, Sampler, normal_noise, spaced_timesteps
+from cwdm.wavelet import dwt, idwt
+from cwdm.weights import folder_of, load_for
+
+GPU_BATCH = 4
+"""Samples in a network pass on a GPU. On a CPU a batch is no faster and rounds differently."""
+
+Callback = Callable[[int, int, Tensor], object]
+"""Called after each evaluation of the network with its number from 1, how many steps there are, and the x0 of the
+samples of this pass (B, 8, X/2, Y/2, Z/2); what it raises ends the sampling."""
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A network with all that decides its samples but their seeds; it cannot change, so threads may share it.
+
+    Attributes:
+        checkpoint: the network, on `device` and in `dtype`, with its record.
+        sampler: one of `cwdm.samplers` or a function of one's own, called as `sampler(denoise, noise, timesteps,
+            generator=g)`; where the network was trained with another noise schedule than the published one, it is
+            given `schedule=` too.
+        timesteps: falling.
+        target: number of the volume to make, for a network of several.
+        batch: samples in a network pass, halved where they do not fit into memory. `generator` is one
+            `torch.Generator` for a batch of 1, and a list with one a sample for more, which a sampler of one's own
+            must be ready for before it is given a `batch`.
+        noise_device: where random numbers are drawn. A CPU's are the same for a seed whatever the device.
+    """
+
+    checkpoint: Checkpoint
+    device: torch.device
+    dtype: torch.dtype
+    sampler: Sampler
+    timesteps: tuple[int, ...]
+    target: int = 0
+    batch: int = 1
+    noise_device: torch.device = torch.device("cpu")  # noqa: RUF009  # cannot change
+
+    @classmethod
+    def load(
+        cls,
+        weights: Path | str | None = None,
+        modality: str | None = None,
+        settings: Settings | None = None,
+        device: str = "auto",
+        sampler: Sampler | None = None,
+    ) -> "Pipeline":
+        """The pipeline of a file of weights, or of the file for a modality in a folder.
+
+        Args:
+            weights: file or folder, or "bundled" for the small ones that come with cwdm; None for `$CWDM_WEIGHTS` or
+                what `cwdm weights download` fetched.
+            modality: t1n, t1c, t2w or t2f; None for a file whose network makes one kind of volume.
+            settings: precision, noise and sampler are used; see `cwdm.config.Settings`.
+            device: see `cwdm.device.choose_device`.
+            sampler: in place of the one that settings or weights name.
+
+        Raises:
+            WeightsError: no usable weights, or a modality must be chosen.
+            SettingsError: no such modality or device.
+        """
+        if modality not in (None, *MODALITIES):
+            raise SettingsError(f"modality {modality!r}: expected one of {', '.join(MODALITIES)}")
+        chosen, path = choose_device(device), folder_of(weights)
+        if modality is None and path.is_dir():
+            raise WeightsError(
+                f"{path} is a folder: say which modality, one of {', '.join(MODALITIES)}, or give a file"
+            )
+        loaded = load_for(path, modality) if modality else checkpoints.load(path)
+        if modality is None and loaded.model.config.targets:
+            raise WeightsError(f"{path}: makes any of {', '.join(MODALITIES)}; say which modality")
+        return cls.of(loaded, settings or Settings(), chosen, modality, sampler)
+
+    @classmethod
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        settings: Settings,
+        device: torch.device,
+        modality: str | None = None,
+        sampler: Sampler | None = None,
+    ) -> "Pipeline":
+        """The pipeline of a loaded checkpoint, whose network is moved to the device and given the precision."""
+        dtype, record, gpu = choose_dtype(settings.precision, device), checkpoint.record, device.type == "cuda"
+        # On a GPU the layout of cuDNN's fast kernels; the network keeps it from end to end.
+        layout = torch.channels_last_3d if gpu else torch.contiguous_format
+        checkpoint.model.to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
+        told = settings.sampler
+        return cls(
+            checkpoint=checkpoint,
+            device=device,
+            dtype=dtype,
+            sampler=sampler or SAMPLERS[told.name or record.sampler],
+            timesteps=tuple(told.timesteps or spaced_timesteps(told.steps or record.steps)),
+            target=MODALITIES.index(modality) if modality and checkpoint.model.config.targets else 0,
+            batch=GPU_BATCH if gpu and sampler in (None, *SAMPLERS.values()) else 1,
+            noise_device=device if settings.noise == "device" else torch.device("cpu"),
+        )
+
+    @property
+    def sampler_name(self) -> str:
+        """Name of the sampler's function."""
+        return getattr(self.sampler, "__name__", "own")
+
+    @property
+    def size_multiple(self) -> int:
+        """What each size of a volume must be a multiple of."""
+        return 2 * self.checkpoint.model.config.size_multiple
+
+    def describe(self) -> dict[str, Any]:
+        """What decides the samples beside conditions, seeds and weights, for a record."""
+        return {
+            "sampler": self.sampler_name,
+            "timesteps": list(self.timesteps),
+            "device": device_name(self.device),
+            "precision": str(self.dtype).removeprefix("torch."),
+        }
+
+    def check_size(self, size: Sequence[int]) -> None:
+        """Raises SettingsError if the network cannot make volumes of so many voxels."""
+        multiple = self.size_multiple
+        if any(n < multiple or n % multiple for n in size) or math.prod(size) > MOST_WINDOW_VOXELS:
+            raise SettingsError(
+                f"a size of {tuple(size)}: each must be a multiple of {multiple} for this network, "
+                f"at most {MOST_WINDOW_VOXELS:,} voxels in all"
+            )
+
+    @torch.inference_mode()
+    def encode(self, unit: Tensor) -> Tensor:
+        """Coefficients (B, 8 N, X/2, Y/2, Z/2) on the device of volumes (B, N, X, Y, Z) in [0, 1]."""
+        low, high = self.checkpoint.record.value_range
+        with exact_float32():
+            return dwt(unit.to(self.device) * (high - low) + low, self.checkpoint.record.wavelet)
+
+    @torch.inference_mode()
+    def decode(self, coefficients: Tensor) -> Tensor:
+        """Volumes (B, N, X, Y, Z) in [0, 1] of coefficients (B, 8 N, X/2, Y/2, Z/2); the inverse of `encode`."""
+        low, high = self.checkpoint.record.value_range
+        with exact_float32():
+            return (idwt(coefficients, self.checkpoint.record.wavelet) - low) / (high - low)
+
+    def sample(
+        self,
+        condition: Tensor | None = None,
+        size: Sequence[int] | None = None,
+        seeds: Sequence[int] = (0,),
+        callback: Callback | None = None,
+    ) -> Tensor:
+        """One sample for each seed, which depends on neither the other seeds nor how many share a network pass.
+
+        The sharing may round differently in the network, nowhere else.
+
+        Args:
+            condition: coefficients (1, 8 N, X/2, Y/2, Z/2) of what it is made from; None for an unconditional network.
+            size: voxels (X, Y, Z) of the volume; None for those of the condition.
+            callback: see `Callback`.
+
+        Returns:
+            Coefficients (len(seeds), 8, X/2, Y/2, Z/2), float32 on the device.
+        """
+        return torch.cat(list(self.sample_batches(condition, size, seeds, callback)))
+
+    def sample_batches(
+        self,
+        condition: Tensor | None = None,
+        size: Sequence[int] | None = None,
+        seeds: Sequence[int] = (0,),
+        callback: Callback | None = None,
+    ) -> Iterator[Tensor]:
+        """`sample`, each network pass's samples as they come, for more than there is memory for."""
+        if condition is None and size is None:
+            raise ValueError("how large a sample? Give a condition or a size")
+        sizes = condition.shape[2:] if size is None and condition is not None else [n // 2 for n in size or ()]
+        batch, rest = self.batch, list(seeds)
+        while rest:
+            drawn = None
+            try:
+                drawn = self._draw(condition, sizes, rest[:batch], callback)
+            except (RuntimeError, MemoryError) as error:
+                if len(rest[:batch]) == 1 or not is_out_of_memory(error):
+                    raise
+                batch = len(rest[:batch]) // 2
+            if drawn is None:  # only here is the error gone, whose frames keep the network's tensors alive
+                gc.collect()
+                torch.cuda.empty_cache()
+                continue
+            del rest[: len(drawn)]
+            yield drawn
+
+    @torch.inference_mode()
+    def _draw(
+        self, condition: Tensor | None, sizes: Sequence[int], seeds: Sequence[int], callback: Callback | None
+    ) -> Tensor:
+        """Coefficients of a batch, in one network pass a step."""
+        generators = [torch.Generator(self.noise_device).manual_seed(seed) for seed in seeds]
+        shape = (len(seeds), self.checkpoint.model.config.out_channels, *sizes)
+        noise = normal_noise(shape, generators, self.device)
+        schedule = SCHEDULES[self.checkpoint.record.schedule]
+        options = {} if schedule is PUBLISHED else {"schedule": schedule}
+        generator = generators if len(generators) > 1 else generators[0]
+        with exact_float32():
+            return self.sampler(
+                self._denoiser(condition, callback), noise, list(self.timesteps), generator=generator, **options
+            )
+
+    def _denoiser(self, condition: Tensor | None, callback: Callback | None) -> Denoise:
+        if condition is not None:
+            condition = condition.to(self.device)
+        denoise = clamped_denoiser(self.checkpoint, condition, self.dtype, self.target)
+        if callback is None:
+            return denoise
+        done = 0
+
+        def denoise_and_tell(x: Tensor, t: int) -> Tensor:
+            nonlocal done
+            x0 = denoise(x, t)
+            done += 1
+            callback(done, len(self.timesteps), x0)
+            return x0
+
+        return denoise_and_tell
+
+
+def clamped_denoiser(
+    checkpoint: Checkpoint, condition: Tensor | None, dtype: torch.dtype = torch.float32, target: int = 0
+) -> Denoise:
+    """`denoise(x, t)` of a network: the predicted volume is clamped to the value range at every step, as published.
+
+    Args:
+        condition: coefficients (B, 8 N, X, Y, Z) that go beside the noisy ones; None for an unconditional network.
+        target: number of the volume to make, for a network of several.
+    """
+    model, record = checkpoint.model, checkpoint.record
+
+    def denoise(x: Tensor, t: int) -> Tensor:
+        inputs = x if condition is None else torch.cat((x, condition.expand(x.shape[0], -1, -1, -1, -1)), dim=1)
+        steps = torch.full((x.shape[0],), t, device=x.device)
+        targets = (torch.full_like(steps, target),) if model.config.targets else ()
+        prediction = model(inputs.to(dtype), steps, *targets).float()
+        return dwt(idwt(prediction, record.wavelet).clamp_(*record.value_range), record.wavelet)
+
+    return denoise
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory was too small: PyTorch's own, or what its libraries make of it.
+
+    cuDNN says "not supported" or finds no engine where the memory that its algorithms need is not there.
+    """
+    told = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in told for sign in _OUT_OF_MEMORY)
+    )
+
+
+_OUT_OF_MEMORY = (
+    "out of memory",
+    "can't allocate memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_SUPPORTED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "unable to find an engine to execute this computation",
+    "Unable to find a valid cuDNN algorithm",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
