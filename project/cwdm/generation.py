@@ -1,7 +1,8 @@
 """Whole volumes out of noise: unconditional sampling with WDM's networks."""
 
 import json
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from cwdm.config import Settings
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.files import check_writable, remove_stale, write_json
 from cwdm.pipeline import Pipeline
+from cwdm.preprocess import MOST_WINDOW_VOXELS
 
 Size = tuple[int, int, int]
 
@@ -55,7 +57,7 @@ class Generator:
         mm = [self.spacing_mm if direction in "RAS" else -self.spacing_mm for direction in record.orientation]
         self.affine = np.diag([*mm, 1.0])
         self.size = size or told_size
-        self.pipeline.check_size(self.size)
+        check_size(self.pipeline, self.size)
 
     def describe(self) -> dict[str, Any]:
         """What decides the samples."""
@@ -70,6 +72,16 @@ class Generator:
         made = self.pipeline.sample(None, self.size, [self.settings.seed + number], lambda *_: on_step())
         volume: npt.NDArray[np.float32] = self.pipeline.decode(made)[0, 0].cpu().numpy()
         return volume
+
+
+def check_size(pipeline: Pipeline, size: Sequence[int]) -> None:
+    """Raises SettingsError if the network cannot make volumes of so many voxels."""
+    multiple = 2 * pipeline.checkpoint.model.config.size_multiple
+    if any(n < multiple or n % multiple for n in size) or math.prod(size) > MOST_WINDOW_VOXELS:
+        raise SettingsError(
+            f"a size of {tuple(size)}: each must be a multiple of {multiple} for this network, "
+            f"at most {MOST_WINDOW_VOXELS:,} voxels in all"
+        )
 
 
 def describe_volumes(pipeline: Pipeline, settings: Settings) -> dict[str, Any]:

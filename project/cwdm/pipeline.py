@@ -7,7 +7,7 @@
 """
 
 import gc
-import math
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,6 @@ from cwdm.device import choose_device, device_name
 from cwdm.diffusion import PUBLISHED, SCHEDULES
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.precision import choose_dtype, exact_float32
-from cwdm.preprocess import MOST_WINDOW_VOXELS
 from cwdm.samplers import SAMPLERS, Denoise, Sampler, normal_noise, spaced_timesteps
 from cwdm.wavelet import dwt, idwt
 from cwdm.weights import folder_of, load_for
@@ -129,11 +128,6 @@ class Pipeline:
         """Name of the sampler's function."""
         return getattr(self.sampler, "__name__", "own")
 
-    @property
-    def size_multiple(self) -> int:
-        """What each size of a volume must be a multiple of."""
-        return 2 * self.checkpoint.model.config.size_multiple
-
     def describe(self) -> dict[str, Any]:
         """What decides the samples beside conditions, seeds and weights, for a record."""
         return {
@@ -142,15 +136,6 @@ class Pipeline:
             "device": device_name(self.device),
             "precision": str(self.dtype).removeprefix("torch."),
         }
-
-    def check_size(self, size: Sequence[int]) -> None:
-        """Raises SettingsError if the network cannot make volumes of so many voxels."""
-        multiple = self.size_multiple
-        if any(n < multiple or n % multiple for n in size) or math.prod(size) > MOST_WINDOW_VOXELS:
-            raise SettingsError(
-                f"a size of {tuple(size)}: each must be a multiple of {multiple} for this network, "
-                f"at most {MOST_WINDOW_VOXELS:,} voxels in all"
-            )
 
     @torch.inference_mode()
     def encode(self, unit: Tensor) -> Tensor:
@@ -198,54 +183,61 @@ class Pipeline:
         if condition is None and size is None:
             raise ValueError("how large a sample? Give a condition or a size")
         sizes = condition.shape[2:] if size is None and condition is not None else [n // 2 for n in size or ()]
-        batch, rest = self.batch, list(seeds)
-        while rest:
-            drawn = None
-            try:
-                drawn = self._draw(condition, sizes, rest[:batch], callback)
-            except (RuntimeError, MemoryError) as error:
-                if len(rest[:batch]) == 1 or not is_out_of_memory(error):
-                    raise
-                batch = len(rest[:batch]) // 2
-            if drawn is None:  # only here is the error gone, whose frames keep the network's tensors alive
-                gc.collect()
-                torch.cuda.empty_cache()
-                continue
-            del rest[: len(drawn)]
-            yield drawn
+        return _halving(lambda some: _draw(self, condition, sizes, some, callback), seeds, self.batch)
 
-    @torch.inference_mode()
-    def _draw(
-        self, condition: Tensor | None, sizes: Sequence[int], seeds: Sequence[int], callback: Callback | None
-    ) -> Tensor:
-        """Coefficients of a batch, in one network pass a step."""
-        generators = [torch.Generator(self.noise_device).manual_seed(seed) for seed in seeds]
-        shape = (len(seeds), self.checkpoint.model.config.out_channels, *sizes)
-        noise = normal_noise(shape, generators, self.device)
-        schedule = SCHEDULES[self.checkpoint.record.schedule]
-        options = {} if schedule is PUBLISHED else {"schedule": schedule}
-        generator = generators if len(generators) > 1 else generators[0]
-        with exact_float32():
-            return self.sampler(
-                self._denoiser(condition, callback), noise, list(self.timesteps), generator=generator, **options
-            )
 
-    def _denoiser(self, condition: Tensor | None, callback: Callback | None) -> Denoise:
-        if condition is not None:
-            condition = condition.to(self.device)
-        denoise = clamped_denoiser(self.checkpoint, condition, self.dtype, self.target)
-        if callback is None:
-            return denoise
-        done = 0
+@torch.inference_mode()
+def _draw(
+    pipeline: Pipeline,
+    condition: Tensor | None,
+    sizes: Sequence[int],
+    seeds: Sequence[int],
+    callback: Callback | None,
+) -> Tensor:
+    """Coefficients of a batch, in one network pass a step; `sizes` are theirs."""
+    loaded, device = pipeline.checkpoint, pipeline.device
+    generators = [torch.Generator(pipeline.noise_device).manual_seed(seed) for seed in seeds]
+    noise = normal_noise((len(seeds), loaded.model.config.out_channels, *sizes), generators, device)
+    condition = None if condition is None else condition.to(device)
+    denoise = clamped_denoiser(loaded, condition, pipeline.dtype, pipeline.target)
+    if callback:
+        denoise = _telling(denoise, len(pipeline.timesteps), callback)
+    schedule = SCHEDULES[loaded.record.schedule]
+    options = {} if schedule is PUBLISHED else {"schedule": schedule}
+    generator = generators if len(generators) > 1 else generators[0]
+    with exact_float32():
+        return pipeline.sampler(denoise, noise, list(pipeline.timesteps), generator=generator, **options)
 
-        def denoise_and_tell(x: Tensor, t: int) -> Tensor:
-            nonlocal done
-            x0 = denoise(x, t)
-            done += 1
-            callback(done, len(self.timesteps), x0)
-            return x0
 
-        return denoise_and_tell
+def _halving(draw: Callable[[list[int]], Tensor], seeds: Sequence[int], batch: int) -> Iterator[Tensor]:
+    """What is drawn for the seeds, `batch` at a time, and half as many from where they do not fit into memory."""
+    rest = list(seeds)
+    while rest:
+        drawn, together = None, rest[:batch]
+        try:
+            drawn = draw(together)
+        except (RuntimeError, MemoryError) as error:
+            if len(together) == 1 or not is_out_of_memory(error):
+                raise
+            batch = len(together) // 2
+        if drawn is None:  # only here is the error gone, whose frames keep the network's tensors alive
+            gc.collect()
+            torch.cuda.empty_cache()
+            continue
+        del rest[: len(together)]
+        yield drawn
+
+
+def _telling(denoise: Denoise, total: int, callback: Callback) -> Denoise:
+    """The same, with a callback after each evaluation."""
+    steps = itertools.count(1)
+
+    def denoise_and_tell(x: Tensor, t: int) -> Tensor:
+        x0 = denoise(x, t)
+        callback(next(steps), total, x0)
+        return x0
+
+    return denoise_and_tell
 
 
 def clamped_denoiser(

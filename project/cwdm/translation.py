@@ -17,7 +17,7 @@ from cwdm.config import Settings
 from cwdm.datasets import Grid, Subject, Volumes, decode, list_subjects
 from cwdm.errors import CaseError, OutputError, WeightsError
 from cwdm.files import check_apart, check_writable, remove_stale
-from cwdm.generation import check_same_origin, describe_volumes
+from cwdm.generation import check_same_origin, check_size, describe_volumes
 from cwdm.pipeline import Pipeline
 from cwdm.preprocess import MOST_WINDOW_VOXELS, centre, centred_start
 from cwdm.train_config import DataSettings
@@ -68,7 +68,7 @@ class Translator:
         if data.layout != "files" or not data.images or not data.images[1:] or not isinstance(data.window, list):
             raise WeightsError(f"{weights}: was not trained on pairs of images; try 'cwdm infer' or 'cwdm sample'")
         sizes = [divmod(n, data.downsample) for n in data.window]
-        self.pipeline.check_size([n for n, _ in sizes])
+        check_size(self.pipeline, [n for n, _ in sizes])
         channels = sum(len(image.labels) if image.labels is not None else 1 for image in data.images)
         expected, found = 8 * channels, self.pipeline.checkpoint.model.config.in_channels
         if expected != found or any(rest for _, rest in sizes) or math.prod(data.window) > MOST_VOXELS:

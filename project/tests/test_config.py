@@ -9,6 +9,7 @@ from cwdm.train_config import load_training_settings
 EVERYTHING = """
 seed: 7
 precision: fp32
+noise: device
 samples: 3
 sampler: {name: ddim, steps: 20, timesteps: [3, 2, 1, 0]}
 output: {intensity: unit, background: threshold, threshold: 0.1, orient: false}
@@ -28,7 +29,7 @@ def test_empty_means_defaults(tmp_path: Path, text: str) -> None:
 
 def test_defaults_are_the_documented_ones() -> None:
     settings = Settings()
-    assert (settings.seed, settings.precision, settings.samples) == (42, "auto", 1)
+    assert (settings.seed, settings.precision, settings.noise, settings.samples) == (42, "auto", "cpu", 1)
     assert (settings.sampler.name, settings.sampler.steps, settings.sampler.timesteps) == (None, None, None)
     output = settings.output
     assert (output.intensity, output.background, output.threshold, output.orient) == ("native", "mask", 0.04, True)
@@ -40,6 +41,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     assert settings.model_dump() == {
         "seed": 7,
         "precision": "fp32",
+        "noise": "device",
         "samples": 3,
         "sampler": {"name": "ddim", "steps": 20, "timesteps": [3, 2, 1, 0]},
         "output": {"intensity": "unit", "background": "threshold", "threshold": 0.1, "orient": False},

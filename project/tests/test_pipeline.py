@@ -186,9 +186,6 @@ def test_volumes_are_encoded_and_decoded_in_the_networks_range(tmp_path: Path) -
     assert -0.01 < volume.min() < volume.max() < 1.01
     with pytest.raises(ValueError, match="a condition or a size"):
         made.sample()
-    for size, reason in (((8, 12, 6), "multiple of 4"), ((4000, 4000, 4000), "at most")):
-        with pytest.raises(SettingsError, match=reason):
-            made.check_size(size)
 
 
 def test_a_network_samples_by_the_schedule_that_it_was_trained_with(tmp_path: Path, condition: torch.Tensor) -> None:
