@@ -257,7 +257,7 @@ def read_description(path: Path) -> str:
     try:
         with _open(path) as stream:
             text = bytes(_parse_header(stream)["descrip"].tobytes())
-    except (_FileError, EOFError, OSError, zlib.error):
+    except (_FileError, EOFError, OSError, isal_zlib.IsalError):  # type: ignore[misc]  # its stubs name an instance
         return ""
     return text.rstrip(b"\0").decode("ascii", "replace")
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from cwdm.brats import CaseFolder
     from cwdm.cohort import Outcome
-    from cwdm.generation import Network
+    from cwdm.pipeline import Pipeline
     from cwdm.progress import CohortProgress
     from cwdm.synthesis import Synthesizer
 
@@ -245,7 +245,7 @@ def infer(
         raise typer.Exit(1)
 
 
-def _warn_of_precision(network: "Synthesizer | Network", progress: "CohortProgress") -> None:
+def _warn_of_precision(network: "Synthesizer | Pipeline", progress: "CohortProgress") -> None:
     from cwdm.precision import precision_warning
 
     if slow := precision_warning(network.dtype, network.device):
@@ -555,7 +555,7 @@ def sample(
 
     generator = Generator(weights, load_settings(None, settings or ()), size, device.value)
     with CohortProgress(count) as progress:
-        _warn_of_precision(generator.network, progress)
+        _warn_of_precision(generator.pipeline, progress)
         write_samples(
             generator,
             count,
@@ -585,7 +585,7 @@ def translate(
 
     translator = Translator(weights, load_settings(None, settings or ()), device.value)
     with CohortProgress(0) as progress:
-        _warn_of_precision(translator.network, progress)
+        _warn_of_precision(translator.pipeline, progress)
         failed = translate(translator, data_path, output_path, progress.end_case, progress.expect)
     if failed:
         progress.log(f"{len(failed)} FAILED: {', '.join(failed)}")
