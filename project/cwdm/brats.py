@@ -54,6 +54,8 @@ _MAX_VOXELS = 512**3
 _MAX_OFFSET = 1 << 20  # bytes before the first voxel, extensions included; BraTS files have up to 3 KiB
 _MAX_FILE = 9 * _MAX_VOXELS  # bytes; 8 a voxel, and what does not shrink hardly grows
 
+_LONGEST_DESCRIPTION = 79  # characters, and a zero behind them
+
 _REAL_TYPES = {2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280}  # NIfTI codes of integers and floats up to 64 bits
 
 _USUAL_SHAPE = (240, 240, 155)
@@ -267,7 +269,7 @@ def output_name(case: str, modality: str) -> str:
     return f"{case}-{modality}.nii.gz"
 
 
-def write_volume(path: Path, volume: npt.ArrayLike, like: Case, native: bool = True) -> None:
+def write_volume(path: Path, volume: npt.ArrayLike, like: Case, native: bool = True, made_with: str = "") -> None:
     """Write a synthesised volume as .nii.gz with the geometry of its case; same input, same bytes.
 
     Args:
@@ -276,6 +278,7 @@ def write_volume(path: Path, volume: npt.ArrayLike, like: Case, native: bool = T
         like: the case; the contrast nearest to its target gives the header.
         native: the intensities are the scanner's: rounded to the integer type that the nearest contrast
             is stored in, if it is. Otherwise, and for [0, 1], float32 is written.
+        made_with: for the header, at most 48 characters.
 
     Raises:
         CaseError: the volume has values that are not finite.
@@ -287,7 +290,7 @@ def write_volume(path: Path, volume: npt.ArrayLike, like: Case, native: bool = T
     if bad := values.size - np.count_nonzero(np.isfinite(values)):
         raise CaseError(like.name, f"the synthesised {like.target} has {bad} voxels that are not finite numbers")
     voxels = _to_stored_type(values, header) if native else values
-    _mark_as_synthesised(header, like.target)
+    _mark_as_synthesised(header, like.target, made_with)
     _write(path, voxels, header)
 
 
@@ -659,8 +662,10 @@ def _to_stored_type(values: Volume, header: nib.Nifti1Header) -> npt.NDArray[np.
     return np.clip(np.rint(values), low, high).astype(dtype)
 
 
-def _mark_as_synthesised(header: nib.Nifti1Header, modality: str) -> None:
-    header["descrip"] = f"{MARK} {__version__} ({modality})"
+def _mark_as_synthesised(header: nib.Nifti1Header, modality: str, made_with: str) -> None:
+    behind = f", {made_with}" if made_with else ""
+    room = _LONGEST_DESCRIPTION - len(behind)
+    header["descrip"] = f"{MARK} {__version__} ({modality})"[:room] + behind
     for leftover in ("cal_min", "cal_max", "glmin", "glmax", "intent_code", "aux_file", "intent_name"):
         header[leftover] = 0 if header[leftover].dtype.kind in "iuf" else b""
 

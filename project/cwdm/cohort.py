@@ -1,12 +1,12 @@
 """Many cases: reading, computing and writing overlap, failures stay apart, a second run does what is left."""
 
 import gc
-import json
 import os
 import time
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from itertools import chain, groupby, pairwise
@@ -16,12 +16,16 @@ from typing import Literal, TypeVar, cast
 import torch
 
 from cwdm import __version__
-from cwdm.brats import MARK, CaseFolder, output_name, read_case, read_description, write_volume
-from cwdm.errors import CaseError, CwdmError, NameInUseError, OutputError
-from cwdm.files import check_writable, remove_stale, write_json
+from cwdm.brats import MARK, MODALITIES, CaseFolder, output_name, read_case, read_description, write_volume
+from cwdm.checkpoint import read_record, sha256
+from cwdm.config import Settings
+from cwdm.errors import CaseError, CwdmError, DeviceLostError, NameInUseError, OutputError, WeightsError
+from cwdm.files import check_writable, output_errors, remove_stale, write_json
 from cwdm.progress import CohortProgress
+from cwdm.provenance import provenance, read_provenance, short
 from cwdm.quality import Quality
 from cwdm.synthesis import Prepared, Samples, Synthesizer
+from cwdm.weights import find, modality_of
 
 PROGRAM = f"cwdm {__version__}"
 
@@ -48,6 +52,14 @@ class Outcome:
     quality: Quality | None = None
 
 
+def device_works(device: torch.device) -> bool:
+    """Whether a tiny computation succeeds: after some errors nothing does any more in the process that met them."""
+    try:
+        return device.type == "cpu" or (torch.ones(8, device=device) * 2).sum().item() == 16
+    except Exception:  # what a driver in trouble can raise has no end
+        return False
+
+
 def synthesise_cohort(
     folders: Sequence[CaseFolder],
     synthesizer: Synthesizer,
@@ -56,6 +68,7 @@ def synthesise_cohort(
     overwrite: bool = False,
     report: Path | None = None,
     progress: CohortProgress | None = None,
+    works: Callable[[torch.device], bool] = device_works,
 ) -> list[Outcome]:
     """Synthesise what is missing in each case and write it to `output`, nothing else.
 
@@ -65,37 +78,141 @@ def synthesise_cohort(
 
     Args:
         report: folder for a JSON record of each case and of the run and, with several samples, the spread.
+        works: asked after an error that no one expected, whether the device can still be used.
 
     Returns:
         One outcome a case and modality.
 
     Raises:
         OutputError: an output folder cannot be written or is full; cases already written stay.
+        DeviceLostError: the device no longer works; cases already written stay.
+    """
+    tasks = plan_tasks(folders, synthesizer.weights)
+    progress = progress or CohortProgress(len(tasks))
+    with cohort_run(len(tasks), output, report, synthesizer.settings, progress) as tally:
+        Runner(synthesizer, output, report, overwrite, progress, tally.end, works).run(tasks)
+    return tally.outcomes
+
+
+def plan_tasks(folders: Iterable[CaseFolder], weights: Path) -> list[CaseFolder]:
+    """Each case once for each volume to be made; once, to be reported, if the weights do not know so many missing."""
+    return [task for folder in folders for task in _tasks(folder, weights)]
+
+
+def _tasks(folder: CaseFolder, weights: Path) -> list[CaseFolder]:
+    each = [replace(folder, chosen=modality) for modality in folder.missing]
+    if folder.problem is not None or folder.chosen or len(each) < 2:
+        return [folder]
+    try:
+        known = [read_record(find(weights, modality)).most_missing for modality in folder.missing]
+    except CwdmError:  # weights that cannot be used fail later, each with its cases
+        return each
+    return each if len(each) <= min(known) else [folder]
+
+
+def check_labels(tasks: Iterable[CaseFolder], weights: Path, output: Path) -> None:
+    """Refuse a file of weights that does not record its modality if it would have to serve for more than one.
+
+    Args:
+        tasks: of the whole cohort, before it is shared among workers, finished ones included.
+        output: images that are there already count too.
+
+    Raises:
+        WeightsError: it would.
+    """
+    served: dict[Path, list[str]] = {}
+    for modality in sorted({task.target for task in tasks} - {""}, key=MODALITIES.index):
+        if path := _unlabelled(weights, modality):
+            served.setdefault(path, []).append(modality)
+    for path, modalities in served.items():
+        if len(modalities) > 1:
+            raise _unclear(path, f"cases miss {' and '.join(modalities)}")
+        for other in MODALITIES:
+            made = _made_by(path, output, other) if other not in modalities else None
+            if made:
+                raise _unclear(path, f"cases miss {modalities[0]}, and it has made {made}")
+
+
+def _unlabelled(weights: Path, modality: str) -> Path | None:
+    """The file that would synthesise a modality, if neither its name nor what is in it says so."""
+    try:
+        path = find(weights, modality)
+        return None if modality_of(path) or read_record(path).modality else path
+    except CwdmError:  # unusable weights fail later, each with its cases
+        return None
+
+
+def _made_by(weights: Path, output: Path, modality: str) -> Path | None:
+    """An image of a modality in `output` that was made with a file of weights."""
+    checksum = short(sha256(weights))
+    for image in sorted(output.glob(f"*-{modality}.nii.gz")):
+        made = read_provenance(image) if image.is_file() else None
+        if made and made.weights == checksum:
+            return image
+    return None
+
+
+def _unclear(path: Path, found: str) -> WeightsError:
+    return WeightsError(
+        f"{path} does not record which modality it synthesises, and {found}; put each modality's file into a folder "
+        "named after the modality, or convert it with 'cwdm weights convert --modality'"
+    )
+
+
+@dataclass
+class Tally:
+    """What has become of the cases so far; each is said as it comes to its end."""
+
+    progress: CohortProgress
+    total: int
+    outcomes: list[Outcome] = field(default_factory=list)
+
+    def end(self, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self.progress.end_case(f"[{len(self.outcomes)}/{self.total}] {outcome_line(outcome)}")
+
+
+@contextmanager
+def cohort_run(
+    total: int, output: Path, report: Path | None, settings: Settings, progress: CohortProgress
+) -> Iterator[Tally]:
+    """What happens once a run, whoever computes: the folders are checked and cleaned up, and a record ends it.
+
+    Raises:
+        OutputError: a folder cannot be written.
     """
     for folder in (output, report) if report else (output,):
         check_writable(folder)
         remove_stale(folder)
-    tasks = [task for folder in folders for task in _tasks(folder, synthesizer)]
-    progress = progress or CohortProgress(len(tasks))
-    progress.expect(len(tasks))
-    run = _Run(synthesizer, output, report, overwrite, progress, total=len(tasks))
-    started = time.time()
+    progress.expect(total)
+    tally, started = Tally(progress, total), time.time()
     try:
         with progress:
-            for modality, group in groupby(sorted(tasks, key=_target), key=_target):
-                run.group(modality, list(group))
+            yield tally
     finally:
         if report:
-            run.write_record(report, started)
-    return run.outcomes
+            _write_record(report, started, settings, tally.outcomes)
+
+
+def _write_record(report: Path, started: float, settings: Settings, outcomes: Sequence[Outcome]) -> None:
+    """What this run did, under a name of its own, so that the next run's does not replace it."""
+    moment = datetime.fromtimestamp(started, UTC)
+    record = {
+        "program": PROGRAM,
+        "started": moment.isoformat(timespec="seconds"),
+        "seconds": round(time.time() - started, 3),
+        "settings": settings.model_dump(mode="json"),
+        "cases": [asdict(outcome) for outcome in outcomes],
+    }
+    write_json(report / f"run-{moment:%Y%m%dT%H%M%S.%f}-{os.getpid()}.json", record)
 
 
 @dataclass
-class _Run:
-    """One pass over a cohort.
+class Runner:
+    """Synthesises the tasks that it is given, one after the other, in folders that are ready.
 
     Attributes:
-        outcomes: grows as cases come to their end, on whichever thread.
+        end: told what became of each task, on whichever thread.
         stop: what the writer met that makes going on pointless.
     """
 
@@ -104,9 +221,19 @@ class _Run:
     report: Path | None
     overwrite: bool
     progress: CohortProgress
-    total: int
-    outcomes: list[Outcome] = field(default_factory=list)
+    end: Callable[[Outcome], None]
+    works: Callable[[torch.device], bool] = device_works
     stop: OutputError | None = None
+
+    def run(self, tasks: Iterable[CaseFolder]) -> None:
+        """Each task to its end.
+
+        Raises:
+            OutputError: an output folder cannot be written or is full.
+            DeviceLostError: the device no longer works; the tasks that have not come to their end are as they were.
+        """
+        for modality, group in groupby(sorted(tasks, key=_target), key=_target):
+            self.group(modality, list(group))
 
     def group(self, modality: str, folders: list[CaseFolder]) -> None:
         """The cases that miss one modality."""
@@ -138,20 +265,21 @@ class _Run:
             return True
         if self.overwrite or not (path.is_file() and path.stat().st_size):
             return False
-        self.end(Outcome(folder.name, modality, "skipped", warnings=self.changes(folder, modality)))
+        self.end(Outcome(folder.name, modality, "skipped", warnings=self.changes(modality, path)))
         return True
 
-    def changes(self, folder: CaseFolder, modality: str) -> tuple[str, ...]:
-        """A warning if the record of a finished case tells of other settings than today's."""
-        path = self.report / f"{folder.name}-{modality}.json" if self.report else None
-        if path is None or not path.is_file():
-            return ()
+    def changes(self, modality: str, image: Path) -> tuple[str, ...]:
+        """A warning if a finished image was not made with today's weights and settings."""
+        made = read_provenance(image)
+        if made is None:
+            return ("its header does not say what it was made with; --overwrite makes it again",)
         try:
-            settings = json.loads(path.read_text(encoding="utf-8"))["settings"]
-        except (OSError, ValueError, KeyError, TypeError):
-            return (f"its record {path.name} cannot be read",)
-        same = settings == self.synthesizer.settings.model_dump(mode="json")
-        return () if same else ("made with other settings; --overwrite makes it again",)
+            today = provenance(self.synthesizer.describe(modality))
+        except Exception as error:
+            return (f"cannot tell whether it was made with these weights: {self.explain(error)}",)
+        if made.weights != today.weights:
+            return (f"made with other weights ({made.weights}…, not {today.weights}…); --overwrite makes it again",)
+        return () if made == today else ("made with other settings; --overwrite makes it again",)
 
     def pipeline(self, folders: list[CaseFolder]) -> None:
         """Read the next case and write the last one while the network works on this one."""
@@ -202,8 +330,12 @@ class _Run:
                 whole = {**asdict(outcome), **places, "given": list(case.volumes), **made_by}
                 record = {"program": PROGRAM, "synthesised": True, **whole}
                 write_json(self.report / f"{name}.json", record)
+                spread = self.report / f"{name}-spread.nii.gz"
                 if result.spread is not None:
-                    write_volume(self.report / f"{name}-spread.nii.gz", result.spread, case, native=False)
+                    write_volume(spread, result.spread, case, native=False)
+                else:  # that of an earlier run says nothing about this image
+                    with output_errors(self.report):
+                        spread.unlink(missing_ok=True)
             result.save(path)
             self.end(outcome)
         except NameInUseError as error:
@@ -230,23 +362,10 @@ class _Run:
             return "not enough memory"
         self.progress.log("".join(traceback.format_exception(error)))
         error.__traceback__ = None
-        return f"unexpected {type(error).__name__}: {error}"
-
-    def end(self, outcome: Outcome) -> None:
-        self.outcomes.append(outcome)
-        self.progress.end_case(f"[{len(self.outcomes)}/{self.total}] {outcome_line(outcome)}")
-
-    def write_record(self, report: Path, started: float) -> None:
-        """What this run did, under a name of its own, so that the next run's does not replace it."""
-        moment = datetime.fromtimestamp(started, UTC)
-        record = {
-            "program": PROGRAM,
-            "started": moment.isoformat(timespec="seconds"),
-            "seconds": round(time.time() - started, 3),
-            "settings": self.synthesizer.settings.model_dump(mode="json"),
-            "cases": [asdict(outcome) for outcome in self.outcomes],
-        }
-        write_json(report / f"run-{moment:%Y%m%dT%H%M%S.%f}-{os.getpid()}.json", record)
+        reason = f"unexpected {type(error).__name__}: {error}"
+        if not self.works(self.synthesizer.device):
+            raise DeviceLostError(f"the GPU no longer works: {reason}")
+        return reason
 
 
 def _one_ahead(items: Iterable[T]) -> Iterator[T]:
@@ -262,14 +381,6 @@ def _is_foreign(path: Path) -> bool:
 
 def _target(folder: CaseFolder) -> str:
     return folder.target
-
-
-def _tasks(folder: CaseFolder, synthesizer: Synthesizer) -> list[CaseFolder]:
-    """A case once for each volume to be made; weights that cannot be used fail later, each with its cases."""
-    try:
-        return synthesizer.tasks(folder)
-    except CwdmError:
-        return [replace(folder, chosen=modality) for modality in folder.missing]
 
 
 def outcome_line(outcome: Outcome) -> str:

@@ -37,3 +37,7 @@ class WeightsError(CwdmError):
 
 class SettingsError(CwdmError):
     """A setting has an unknown name, a wrong type or an impossible value."""
+
+
+class DeviceLostError(CwdmError):
+    """The GPU no longer works for this process, though it may for a new one; no point in going on in this one."""

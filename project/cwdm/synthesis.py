@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cwdm.brats import MODALITIES, Case, CaseFolder, case_folder, read_case, write_volume
-from cwdm.checkpoint import ANY, Checkpoint, read_record
+from cwdm.checkpoint import ANY, Checkpoint
 from cwdm.config import Settings
 from cwdm.device import choose_device, device_name
 from cwdm.errors import CaseError, WeightsError
@@ -31,6 +31,7 @@ from cwdm.preprocess import (
     normalise,
     tight_window,
 )
+from cwdm.provenance import provenance
 from cwdm.quality import Quality, assess
 from cwdm.samplers import Sampler
 from cwdm.weights import find, folder_of, load_for, modality_of
@@ -69,6 +70,7 @@ class Synthesis:
         native: whether the numbers are scanner-like.
         quality: what the automatic check says.
         seconds: time spent sampling.
+        made_with: short checksums of weights and settings, for the header.
     """
 
     case: Case
@@ -78,6 +80,7 @@ class Synthesis:
     quality: Quality
     warnings: tuple[str, ...]
     seconds: float
+    made_with: str = ""
 
     def save(self, path: Path | str) -> None:
         """Write the volume as .nii.gz with the geometry of the case, whole or not at all.
@@ -85,7 +88,7 @@ class Synthesis:
         Raises:
             OutputError: the file cannot be written.
         """
-        write_volume(Path(path), self.volume, self.case, self.native)
+        write_volume(Path(path), self.volume, self.case, self.native, self.made_with)
 
 
 @dataclass(frozen=True)
@@ -162,15 +165,6 @@ class Synthesizer:
         folder = case if isinstance(case, CaseFolder) else case_folder(Path(case))
         prepared = self.prepare(read_case(replace(folder, chosen=target) if target else folder))
         return self.finish(prepared, self.sample(prepared, on_step))
-
-    def tasks(self, folder: CaseFolder) -> list[CaseFolder]:
-        """The case, or itself once for each missing modality if the weights were trained with so many missing."""
-        several = folder.problem is None and not folder.chosen and len(folder.missing) > 1
-        if not several:
-            return [folder]
-        known = [read_record(find(self.weights, modality)).most_missing for modality in folder.missing]
-        enough = len(folder.missing) <= min(known)
-        return [replace(folder, chosen=modality) for modality in folder.missing] if enough else [folder]
 
     def load(self, modality: str) -> Checkpoint:
         """The checkpoint that synthesises `modality`, ready on the device; only the last one stays in memory."""
@@ -326,7 +320,8 @@ class Synthesizer:
             unit_spread = np.where(keep, self._restore(prepared, samples.spread), np.float32(0))
             spread = unit_spread * np.float32(high - low)
         quality = self._quality(prepared, np.where(keep, unit, np.float32(0)), unit_spread)
-        return Synthesis(prepared.case, volume, spread, native, quality, prepared.warnings, samples.seconds)
+        made_with = str(provenance(self.describe(prepared.case.target)))
+        return Synthesis(prepared.case, volume, spread, native, quality, prepared.warnings, samples.seconds, made_with)
 
     def _quality(self, prepared: Prepared, unit: Volume, spread: Volume | None) -> Quality:
         """The check of a result in the order of the file, which it sees as stored LPS."""

@@ -17,14 +17,16 @@ import torch
 from conftest import link_case
 from typer.testing import CliRunner, Result
 
-from cwdm import Synthesizer, checkpoint
+from cwdm import Synthesizer, brats, checkpoint
 from cwdm.brats import find_cases
 from cwdm.checkpoint import ANY, Record
 from cwdm.cli import app, main
-from cwdm.cohort import synthesise_cohort
+from cwdm.cohort import device_works, synthesise_cohort
 from cwdm.config import load_settings
-from cwdm.errors import CaseError
+from cwdm.errors import CaseError, DeviceLostError
+from cwdm.provenance import read_provenance
 from cwdm.report_data import Places, read_records, read_shown
+from cwdm.synthesis import choose_dtype
 from cwdm.unet import UNet, UNetConfig
 
 CWDM = [sys.executable, "-m", "cwdm"]
@@ -45,16 +47,12 @@ def shell(data: Path, out: Path, weights: Path, *more: str) -> subprocess.Comple
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """What the `cwdm` command does, without the seconds that a new process takes to import PyTorch."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(stdout), contextlib.redirect_stderr(stderr):
         patch.setattr(sys, "argv", ["cwdm", *arguments])
         try:
             main()
         except SystemExit as end:
             code = int(end.code or 0)
-        finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
     return subprocess.CompletedProcess(arguments, code, stdout.getvalue(), stderr.getvalue())
 
 
@@ -140,6 +138,93 @@ def test_a_finished_case_made_with_other_settings_is_said(cohort: Path, weights_
     assert "3 of 3 cases" in other.output
     assert "3 of them from before" in other.output
     assert len(list((tmp_path / "report").glob("run-*.json"))) == 3
+
+
+def test_a_finished_case_made_with_other_weights_is_said(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    others = tmp_path / "others"
+    shutil.copytree(weights_folder, others)
+    state = torch.load(others / "t1_gen.pt")
+    torch.save({name: tensor * 1.01 for name, tensor in state.items()}, others / "t1_gen.pt")
+    infer(cohort, tmp_path / "out", weights_folder)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    other = infer(cohort, tmp_path / "out", others)
+    assert other.exit_code == 0
+    assert other.output.count("made with other weights") == 2  # t2f's are the same
+    assert "--overwrite makes it again" in other.output
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    steps = infer(cohort, tmp_path / "out", weights_folder, "sampler.timesteps=[2, 0]")
+    assert steps.output.count("made with other settings") == 3
+    precision = infer(cohort, tmp_path / "out", weights_folder, f"precision={other_precision()}")
+    assert precision.output.count("made with other settings") == 3
+    image = nib.load(tmp_path / "out" / EXPECTED[0])
+    nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32), image.affine), tmp_path / "out" / EXPECTED[0])
+    assert "does not say what it was made with" in infer(cohort, tmp_path / "out", weights_folder).output
+
+
+def other_precision() -> str:
+    return "fp32" if choose_dtype("auto", torch.device("cpu")) == torch.bfloat16 else "bf16"
+
+
+def test_the_header_has_room_for_what_an_image_was_made_with(
+    cohort: Path, weights_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(brats, "__version__", "12.10.3.post4.dev123+gabcdef0123.d20300101")
+    infer(cohort, tmp_path, weights_folder)
+    made = read_provenance(tmp_path / EXPECTED[0])
+    assert made is not None
+    assert checkpoint.sha256(weights_folder / "t1_gen.pt").startswith(made.weights)
+
+
+@pytest.fixture
+def unlabelled(weights_folder: Path, tmp_path: Path) -> Path:
+    """Weights that say nowhere which modality they synthesise."""
+    (tmp_path / "unlabelled").mkdir()
+    return Path(shutil.copy(weights_folder / "t1_gen.pt", tmp_path / "unlabelled" / "brats_1200000.pt")).parent
+
+
+@pytest.mark.parametrize(
+    "how", [[], ["--devices=2"], ["--shard=0/3"], ["--shard=1/3"], ["--shard=2/3"], ["--ray=local"]]
+)
+def test_unlabelled_weights_serve_one_modality_only(
+    how: list[str], cohort: Path, unlabelled: Path, tmp_path: Path
+) -> None:
+    result = shell(cohort, tmp_path / "out", unlabelled, *how)
+    assert result.returncode == 2
+    assert "brats_1200000.pt does not record which modality it synthesises, and cases miss t1n and t2f" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_unlabelled_weights_serve_one_modality_only_in_a_second_run_too(
+    cohort: Path, unlabelled: Path, tmp_path: Path
+) -> None:
+    later = tmp_path / "later" / EXPECTED[1][:23]
+    later.parent.mkdir()
+    (cohort / later.name).rename(later)  # the case without t2f
+    assert shell(cohort, tmp_path / "out", unlabelled).returncode == 0
+    result = shell(later.parent, tmp_path / "out", unlabelled)
+    assert result.returncode == 2
+    assert f"it has made {tmp_path / 'out' / EXPECTED[0]}" in result.stderr
+    assert names(tmp_path / "out") == [EXPECTED[0], EXPECTED[2]]
+    (tmp_path / "out" / EXPECTED[2]).unlink()
+    again = shell(cohort, tmp_path / "out", unlabelled)  # of the same modality
+    assert again.returncode == 0
+    assert names(tmp_path / "out") == [EXPECTED[0], EXPECTED[2]]
+    (unlabelled / "t1n").mkdir()
+    (unlabelled / "brats_1200000.pt").rename(unlabelled / "t1n" / "brats_1200000.pt")  # as the message advises
+    assert shell(cohort, tmp_path / "out", unlabelled).returncode == 0
+
+
+def test_no_uncertainty_of_an_earlier_run_stands_beside_a_new_image(
+    cohort: Path, weights_folder: Path, tmp_path: Path
+) -> None:
+    report = ["--report_path", str(tmp_path / "report"), "--overwrite"]
+    infer(cohort, tmp_path / "out", weights_folder, *report, "samples=2")
+    assert len(list((tmp_path / "report").glob("*-spread.nii.gz"))) == 3
+    shutil.rmtree(cohort / EXPECTED[1][:23])
+    infer(cohort, tmp_path / "out", weights_folder, *report)
+    assert [path.name for path in (tmp_path / "report").glob("*-spread.nii.gz")] == [
+        EXPECTED[1].replace(".nii.gz", "-spread.nii.gz")
+    ]
 
 
 @pytest.mark.parametrize("there", ["empty", "folder"])
@@ -256,6 +341,26 @@ def test_out_of_memory_is_one_cases_fault(cohort: Path, weights_folder: Path, tm
         ("failed", "not enough memory")
     ]
     assert len(names(tmp_path / "out")) == 2
+
+
+def broken(denoise, noise, timesteps, generator):
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def test_a_lost_device_ends_the_run_and_blames_no_case(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    synthesizer = Synthesizer(weights_folder, device="cpu", sampler=broken)
+    arguments = (find_cases(cohort), synthesizer, tmp_path / "out")
+    with pytest.raises(DeviceLostError, match="illegal memory access"):
+        synthesise_cohort(*arguments, report=tmp_path / "report", works=lambda device: False)
+    (run,) = (tmp_path / "report").glob("run-*.json")
+    assert json.loads(run.read_text())["cases"] == []
+    outcomes = synthesise_cohort(*arguments, works=lambda device: True)
+    assert [outcome.status for outcome in outcomes] == ["failed"] * 3
+
+
+def test_a_device_is_tested_by_computing_on_it() -> None:
+    assert device_works(torch.device("cpu"))
+    assert device_works(torch.device("cuda")) == torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("name", ["caf\udce9", "red\x1b[31m", "new\nline", "[bold]x"])
