@@ -1,18 +1,17 @@
 """The command line: the only place that turns errors into messages and exit codes.
 
 Exit codes: 0 everything done; 1 cases failed, each named, the others are written; 2 the run as a whole could not be
-done or go on (arguments, input, weights, settings, disk); 3 a fault of the program; 130 and 143 stopped from outside,
-run again to go on.
+done or go on (arguments, input, weights, settings, disk); 3 a fault of the program; 4 the GPU no longer works for this
+process; 130 and 143 stopped from outside. After 4, 130 and 143 run again to go on.
 """
 
 import io
 import logging
-import signal
 import sys
 import traceback
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -20,14 +19,16 @@ from rich.table import Table
 from rich.text import Text
 
 from cwdm import __version__
-from cwdm.errors import CwdmError, SettingsError
+from cwdm.errors import CwdmError, DeviceLostError, SettingsError
 from cwdm.progress import printable
+from cwdm.signals import handled
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from cwdm.brats import CaseFolder
     from cwdm.cohort import Outcome
+    from cwdm.dispatch import Work
     from cwdm.pipeline import Pipeline
     from cwdm.progress import CohortProgress
     from cwdm.synthesis import Synthesizer
@@ -67,16 +68,16 @@ class Modality(StrEnum):
 
 def main() -> None:
     """Entry point of the `cwdm` command."""
-    for stop in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(stop) is not signal.SIG_IGN:  # as in a script's background job
-            signal.signal(stop, _stopped)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files can be any bytes
     if logging.lastResort:  # writes the warnings of a program that sets up no log
         logging.lastResort.setFormatter(_Printable())
     try:
-        app()
+        with handled(_stopped):
+            app()
+    except DeviceLostError as error:
+        _fail(f"{error}; run the same command again to go on, or with --devices, which replaces the process", 4)
     except CwdmError as error:
         _fail(str(error), 2)
     except Exception:
@@ -145,11 +146,11 @@ def infer(
     device: Annotated[Device, typer.Option(help="'cuda' fails without a GPU, 'auto' falls back.")] = Device.auto,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Redo cases whose output is there.")] = False,
     shard: Annotated[
-        str, typer.Option(help="This worker's share of the cases: i/n, i from 0, or 'auto' under Slurm or Kubernetes.")
+        str, typer.Option(help="This job's share of the cases: i/n, i from 0, or 'auto' under Slurm or Kubernetes.")
     ] = "0/1",
     devices: Annotated[
         str | None,
-        typer.Option(help="Workers, a GPU each: a number or 'all'. On the CPU they share the cores. Default: one."),
+        typer.Option(help="Worker processes, a GPU each: a number or 'all'. On the CPU they share the cores."),
     ] = None,
     ray: Annotated[
         str | None,
@@ -172,73 +173,30 @@ def infer(
     are skipped, so a stopped run goes on where it was.
     """
     from cwdm.brats import find_cases
+    from cwdm.cohort import check_labels, plan_tasks
     from cwdm.config import load_settings
-    from cwdm.files import check_apart, check_no_source_in
+    from cwdm.dispatch import Work
     from cwdm.progress import CohortProgress
-    from cwdm.shard import place, share
+    from cwdm.shard import share
     from cwdm.weights import check_usable, folder_of
-    from cwdm.workers import count_workers, has_gpus, run_workers
 
     loaded = load_settings(parameters_file, settings or ())
     # A cluster's workers are not in this folder.
     folders = find_cases(data_path if ray is None else data_path.absolute())
-    for written in filter(None, (output_path, report_path)):
-        for kept in (data_path, *(folder.folder for folder in folders)):
-            check_apart(written, kept)
-    # An image in the output folder that the input links to would be taken for a finished one, or made again.
-    check_no_source_in(
-        filter(None, (output_path, report_path)), (file for folder in folders for file in folder.files.values())
-    )
-    if report_path:
-        check_apart(report_path, output_path)  # whoever scores the output folder opens every file in it
-    # A cluster's GPUs are not this machine's.
-    count = count_workers(devices or "1", device.value) if ray is None else 1
-    if count > 1:
-        named: dict[str, object] = {
-            "data_path": data_path,
-            "output_path": output_path,
-            "weights": weights,
-            "report_path": report_path,
-        }
-        named |= {"parameters_file": parameters_file, "device": device.value}
-        given = [f"--{name}={value}" for name, value in named.items() if value is not None]
-        given += ["--overwrite", "--no-page"] if overwrite else ["--no-page"]
-        code = run_workers([*given, *(settings or ())], count, place(shard), has_gpus(device.value))
-        if report_path and page and code < 2:
-            _report_on_run(report_path, data_path, output_path, CohortProgress(0).log)
-        raise typer.Exit(code)
+    _check_places(data_path, folders, output_path, report_path)
+    # Before sharing: no worker sees what the others' cases miss.
+    check_labels(plan_tasks(folders, folder_of(weights)), folder_of(weights), output_path)
     missing = {modality for folder in folders if folder.problem is None for modality in folder.missing}
     folders = share(folders, shard)
     progress = CohortProgress(len(folders))
     if loaded.samples > 1 and not report_path:
         progress.log("warning: the spread over the samples is written only with --report_path")
-    if ray is None:
-        from cwdm.cohort import synthesise_cohort
-        from cwdm.synthesis import Synthesizer
-
-        synthesizer = Synthesizer(weights, loaded, device.value)
-        progress.log(f"{len(folders)} cases; {synthesizer.summary()}")
-        _warn_of_precision(synthesizer, progress)
-        outcomes = synthesise_cohort(
-            folders, synthesizer, output_path, overwrite=overwrite, report=report_path, progress=progress
-        )
-    else:
-        report = report_path.absolute() if report_path else None
-        work = (_for_all(weights), loaded, device.value, output_path.absolute(), overwrite, report)
-        outcomes = _infer_on_ray(folders, progress, ray, devices, work)
-    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
-    skipped = sum(outcome.status == "skipped" for outcome in outcomes)
-    done = len(outcomes) - len(failed)
-    several = len(outcomes) > len({outcome.case for outcome in outcomes})  # of a case
-    counts = [f"{done} of {len(outcomes)} {'volumes' if several else 'cases'} are in {output_path}"]
-    counts += [f"{skipped} of them from before (--overwrite makes them again)"] if skipped else []
-    counts += [f"{len(failed)} FAILED"] if failed else []
-    progress.log(", ".join(counts))
-    for outcome in failed:
-        progress.log(f"  {outcome.case}{f' {outcome.modality}' if several else ''}: {outcome.reason}")
+    work = Work(weights, loaded, device.value, output_path, overwrite, report_path)
+    outcomes = _synthesise(folders, work, progress, devices, ray)
+    _sum_up(outcomes, output_path, progress.log)
     if report_path and page:
         _report_on_run(report_path, data_path, output_path, progress.log)
-    if failed:
+    if any(outcome.status == "failed" for outcome in outcomes):
         if not any(outcome.status == "written" for outcome in outcomes):
             # Of the whole cohort, not of this share, so that every worker says the same.
             check_usable(folder_of(weights), sorted(missing))
@@ -252,23 +210,65 @@ def _warn_of_precision(network: "Synthesizer | Pipeline", progress: "CohortProgr
         progress.log(f"warning: {slow}")
 
 
-def _for_all(weights: Path | None) -> Path | str:
-    """A choice of weights that means the same in another folder and under another environment."""
-    from cwdm.weights import BUNDLED, folder_of
+def _check_places(data_path: Path, folders: "Sequence[CaseFolder]", output: Path, report: Path | None) -> None:
+    from cwdm.files import check_apart, check_no_source_in
 
-    return BUNDLED if str(weights) == BUNDLED else folder_of(weights).absolute()
+    written = [folder for folder in (output, report) if folder]
+    for folder in written:
+        for kept in (data_path, *(case.folder for case in folders)):
+            check_apart(folder, kept)
+    # An image in the output folder that the input links to would be taken for a finished one, or made again.
+    check_no_source_in(written, (file for case in folders for file in case.files.values()))
+    if report:
+        check_apart(report, output)  # whoever scores the output folder opens every file in it
 
 
-def _infer_on_ray(
-    folders: "list[CaseFolder]", progress: "CohortProgress", address: str, devices: str | None, work: tuple[Any, ...]
+def _synthesise(
+    folders: "Sequence[CaseFolder]", work: "Work", progress: "CohortProgress", devices: str | None, ray: str | None
+) -> "list[Outcome]":
+    """In this process, in others of this machine, or on a Ray cluster."""
+    if ray is not None:
+        return _synthesise_on_ray(folders, work, progress, devices, ray)
+    if devices is not None:
+        from cwdm.workers import count_workers, synthesise_on_workers
+
+        count = min(count_workers(devices, work.device), max(1, len(folders)))
+        progress.log(f"{len(folders)} cases; {count} workers")
+        return synthesise_on_workers(folders, work, progress, count)
+    from cwdm.cohort import synthesise_cohort
+    from cwdm.synthesis import Synthesizer
+
+    synthesizer = Synthesizer(work.weights, work.settings, work.device)
+    progress.log(f"{len(folders)} cases; {synthesizer.summary()}")
+    _warn_of_precision(synthesizer, progress)
+    return synthesise_cohort(
+        folders, synthesizer, work.output, overwrite=work.overwrite, report=work.report, progress=progress
+    )
+
+
+def _synthesise_on_ray(
+    folders: "Sequence[CaseFolder]", work: "Work", progress: "CohortProgress", devices: str | None, address: str
 ) -> "list[Outcome]":
     try:
-        from cwdm.ray_cohort import Work, synthesise_on_ray
+        from cwdm.ray_cohort import synthesise_on_ray
         from cwdm.workers import count_workers
     except ModuleNotFoundError as error:
         raise CwdmError(f"{error.name} is missing; pip install 'cwdm[ray]' brings what --ray needs") from error
-    workers = None if devices in (None, "all") else count_workers(str(devices), "cpu")
-    return synthesise_on_ray(folders, Work(*work), progress, None if address == "local" else address, workers)
+    count = None if devices in (None, "all") else count_workers(str(devices), "cpu")  # not this machine's GPUs
+    return synthesise_on_ray(folders, work.anywhere(), progress, None if address == "local" else address, count)
+
+
+def _sum_up(outcomes: "Sequence[Outcome]", output: Path, log: "Callable[[str], None]") -> None:
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    skipped = sum(outcome.status == "skipped" for outcome in outcomes)
+    done = len(outcomes) - len(failed)
+    several = len(outcomes) > len({outcome.case for outcome in outcomes})  # of a case
+    counts = [f"{done} of {len(outcomes)} {'volumes' if several else 'cases'} are in {output}"]
+    counts += [f"{skipped} of them from before (--overwrite makes them again)"] if skipped else []
+    counts += [f"{len(failed)} FAILED"] if failed else []
+    log(", ".join(counts))
+    for outcome in failed:
+        log(f"  {outcome.case}{f' {outcome.modality}' if several else ''}: {outcome.reason}")
 
 
 @app.command()

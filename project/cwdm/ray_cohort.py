@@ -4,12 +4,10 @@ Needs the extra `ray`, cwdm on every machine, and folders that all of them see u
 """
 
 import os
-import signal
 import socket
 from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -17,32 +15,16 @@ os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no network unless asked
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.exceptions import RayError as AnyRayError
-from rich.console import Console
 
 from cwdm.brats import CaseFolder
-from cwdm.cohort import Outcome, outcome_line, synthesise_cohort
-from cwdm.config import Settings
-from cwdm.errors import CwdmError
+from cwdm.cohort import Outcome, Runner
+from cwdm.dispatch import IDLE, Lost, Message, Work, start_synthesizer, synthesise_among
+from cwdm.errors import CwdmError, DeviceLostError, SettingsError
 from cwdm.progress import CohortProgress
-from cwdm.synthesis import Synthesizer
+from cwdm.signals import deferred, handled
 
 LOST = (RayActorError, OutOfMemoryError, NodeDiedError, WorkerCrashedError)
 """A worker that is gone: killed, or for want of memory by Ray, or with its machine."""
-
-ATTEMPTS = 3
-"""Workers that may die over one case before it counts as failed: it may be the one that kills them."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every worker does with a case; the arguments of `Synthesizer` and `synthesise_cohort`."""
-
-    weights: Path | str | None
-    settings: Settings
-    device: str
-    output: Path
-    overwrite: bool = False
-    report: Path | None = None
 
 
 class _Worker:
@@ -50,24 +32,29 @@ class _Worker:
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.synthesizer: Synthesizer | None = None
 
-    def run(self, folder: CaseFolder) -> list[Outcome] | CwdmError:
-        """Synthesise one case; what no other case could do without either (weights, output) is given back."""
-        work, quiet = self.work, CohortProgress(1, Console(quiet=True))
+    def begin(self) -> Message:
+        """What `__init__` should do, of which Ray would hide the reasons."""
         try:
-            # Not when the worker starts, where Ray would hide the reason.
-            self.synthesizer = self.synthesizer or Synthesizer(work.weights, work.settings, work.device)
-            return synthesise_cohort(
-                [folder],
-                self.synthesizer,
-                work.output,
-                overwrite=work.overwrite,
-                report=work.report,
-                progress=quiet,
-            )
+            self.synthesizer = start_synthesizer(self.work)
+        except DeviceLostError as error:
+            return Lost(str(error))
         except CwdmError as error:
             return error
+        return IDLE
+
+    def run(self, tasks: list[CaseFolder]) -> list[Outcome] | Message:
+        """Synthesise; what no other worker could do without either is given back."""
+        work, outcomes = self.work, list[Outcome]()
+        progress = CohortProgress(0)  # on standard error, which Ray keeps in the worker's log
+        try:
+            runner = Runner(self.synthesizer, work.output, work.report, work.overwrite, progress, outcomes.append)
+            runner.run(tasks)
+        except DeviceLostError as error:
+            return Lost(str(error))
+        except CwdmError as error:
+            return error
+        return outcomes
 
 
 def synthesise_on_ray(
@@ -91,25 +78,24 @@ def synthesise_on_ray(
     """
     _join(address)
     try:
-        with progress:
-            return _Pool(work, progress, len(folders), workers).run(folders)
+        # Ray makes a KeyboardInterrupt of whatever ends its waiting.
+        with deferred() as stopped_by:
+            crew = _RayCrew(work, workers, len(folders), stopped_by)
+            return synthesise_among(crew, folders, work, progress)
     finally:
         ray.shutdown()
 
 
 def _join(address: str | None) -> None:
     """Connect to the cluster, or start one; the signals stay with whoever handles them now."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     local = {"include_dashboard": False} if address is None else {}
     try:
         if address is not None and address != "auto":
             _check_reachable(address)
-        ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
+        with handled():
+            ray.init(address=address, log_to_driver=False, configure_logging=False, **local)
     except (OSError, AnyRayError, RuntimeError, ValueError) as error:
         raise CwdmError(f"no Ray cluster at {address or 'this machine'}: {_first_line(error)}") from error
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def _check_reachable(address: str) -> None:
@@ -119,74 +105,69 @@ def _check_reachable(address: str) -> None:
         pass
 
 
-class _Pool:
-    """The workers, and which case each of them has."""
+class _RayCrew:
+    """A crew of actors; see `dispatch.Crew`.
 
-    def __init__(self, work: Work, progress: CohortProgress, total: int, workers: int | None) -> None:
-        self.work, self.progress, self.total = work, progress, total
+    Args:
+        workers: how many at most; None for the cluster's own number.
+        cases: how many at most.
+        stopped_by: the number of the signal that ends the run, 0 before it comes.
+    """
+
+    most = 1
+    """What an actor has done is known at the end of a call, and what it had not said yet would be done again."""
+
+    def __init__(self, work: Work, workers: int | None, cases: int, stopped_by: Callable[[], int]) -> None:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = sum(int(machine.get("GPU", 0)) for machine in machines)
         self.on_gpus = work.device != "cpu" and gpus > 0
+        if work.device == "cuda" and not gpus:
+            raise SettingsError("a GPU was demanded (--device cuda), but the Ray cluster has none; use --device cpu")
+        self.stopped_by = stopped_by
+        self.work = replace(work, device="cuda" if self.on_gpus else "cpu")  # without its GPU none must go on
         cores = [int(machine.get("CPU", 0)) for machine in machines]
         default, most = (gpus, gpus) if self.on_gpus else (sum(max(1, n // 4) for n in cores if n), sum(cores))
         # Ray lets a worker for whom there is no place wait for ever.
-        self.count = max(1, min(workers or default, most, total))
-        self.cores = 1 if self.on_gpus else cores_each(cores, self.count)
-        self.busy: dict[Any, tuple[Any, CaseFolder]] = {}
-        self.outcomes: list[Outcome] = []
-        self.lost: dict[str, int] = {}
+        self.size = max(1, min(workers or default, most, cases))
+        self.cores = 1 if self.on_gpus else cores_each(cores, self.size)
+        self.actors: dict[int, Any] = {}
+        self.calls: dict[Any, int] = {}
+        self.heard: deque[tuple[int, Message]] = deque()
 
-    def run(self, folders: Sequence[CaseFolder]) -> list[Outcome]:
-        # Cases that miss the same contrast follow each other, so that a worker seldom loads other weights.
-        waiting = deque(sorted(folders, key=lambda folder: (folder.missing, folder.name)))
-        for _ in range(min(self.count, len(waiting))):
-            self.give(self.hire(), waiting.popleft())
-        while self.busy:
-            (done,), _ = ray.wait(list(self.busy), num_returns=1)
-            worker, folder = self.busy.pop(done)
-            try:
-                outcomes = ray.get(done)
-            except LOST as error:
-                worker = self.hire()
-                self.replace(folder, waiting, error)
-            except AnyRayError as error:
-                raise CwdmError(f"{folder.name}: the worker failed: {_first_line(error)}") from error
-            else:
-                self.end(outcomes)
-            if waiting:
-                self.give(worker, waiting.popleft())
-            else:
-                del worker  # and Ray has its place for one that waits
-        return self.outcomes
-
-    def hire(self) -> Any:
-        """A new worker; Ray finds it a place."""
+    def start(self, place: int) -> None:
+        """A new worker; Ray finds it a machine."""
         needs = {"num_cpus": self.cores, "num_gpus": 1 if self.on_gpus else 0}
         environment = {"env_vars": {"OMP_NUM_THREADS": str(self.cores)}}
-        return ray.remote(_Worker).options(**needs, runtime_env=environment).remote(self.work)
+        self.actors[place] = ray.remote(_Worker).options(**needs, runtime_env=environment).remote(self.work)
+        self.calls[self.actors[place].begin.remote()] = place
 
-    def give(self, worker: Any, folder: CaseFolder) -> None:
-        self.busy[worker.run.remote(folder)] = worker, folder
+    def give(self, place: int, tasks: list[CaseFolder]) -> None:
+        self.calls[self.actors[place].run.remote(tasks)] = place
 
-    def replace(self, folder: CaseFolder, waiting: deque[CaseFolder], error: Exception) -> None:
-        """A worker died over this case: back to the others with it, unless it was too often."""
-        self.lost[folder.name] = self.lost.get(folder.name, 0) + 1
-        reason = f"its worker was lost ({_first_line(error)})"
-        if self.lost[folder.name] < ATTEMPTS:
-            self.progress.log(f"{folder.name}: {reason}; another one takes it")
-            waiting.appendleft(folder)
-        else:
-            self.end([Outcome(folder.name, folder.target, "failed", f"{reason}, {ATTEMPTS} times")])
+    def dismiss(self, place: int) -> None:
+        del self.actors[place]  # and Ray has its place for one that waits
 
-    def end(self, outcomes: list[Outcome] | CwdmError) -> None:
-        """What became of a case, which may be several volumes."""
-        if isinstance(outcomes, CwdmError):
-            raise outcomes
-        self.total += len(outcomes) - 1
-        self.progress.expect(self.total)
-        for outcome in outcomes:
-            self.outcomes.append(outcome)
-            self.progress.end_case(f"[{len(self.outcomes)}/{self.total}] {outcome_line(outcome)}")
+    def hear(self) -> tuple[int, Message]:
+        while not self.heard:
+            done, _ = ray.wait(list(self.calls), num_returns=1, timeout=1)
+            if self.stopped_by():
+                raise SystemExit(128 + self.stopped_by())
+            for call in done:
+                place = self.calls.pop(call)
+                self.heard.extend((place, message) for message in self.messages(place, call))
+        return self.heard.popleft()
+
+    def messages(self, place: int, call: Any) -> list[Message]:
+        """What came of a call; a worker that is lost is let go of."""
+        try:
+            answer = ray.get(call)
+        except LOST as error:
+            answer = Lost(_first_line(error))
+        except AnyRayError as error:
+            answer = CwdmError(f"a worker failed: {_first_line(error)}")
+        if isinstance(answer, Lost):
+            ray.kill(self.actors.pop(place))
+        return [*answer, IDLE] if isinstance(answer, list) else [answer]
 
 
 def cores_each(machines: Sequence[int], workers: int) -> int:

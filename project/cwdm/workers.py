@@ -1,23 +1,40 @@
-"""Several workers on one machine, a GPU or a share of the cores each: processes of `cwdm infer --shard`.
-
-A worker that is killed is started again and does what is left of its share; finished cases are skipped, so none is
-computed twice and none is lost.
-"""
+"""Workers on one machine, a GPU or a share of the cores each: processes that a function call starts."""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing.connection import Connection, Pipe, wait
+from queue import SimpleQueue
+from threading import Lock, Thread
+from typing import NoReturn
 
 import torch
 
-from cwdm.errors import SettingsError
+from cwdm.brats import CaseFolder
+from cwdm.cohort import Outcome
+from cwdm.dispatch import Lost, Message, Work, serve, synthesise_among
+from cwdm.errors import CwdmError, DeviceLostError, SettingsError
+from cwdm.progress import CohortProgress
+from cwdm.synthesis import choose_device
 
-STARTS = 3
-"""Of a worker that is killed; whatever kills it again and again (memory, a fault of the driver) is not chance."""
+DEVICE_LOST = 4
+"""Exit code of a process whose GPU no longer works."""
+
+MOST_AT_ONCE = 8
+"""Tasks that a worker is given together, so that reading, computing and writing overlap."""
+
+PATIENCE_S = 20
+"""How long a worker that was told to leave may take."""
+
+Serve = Callable[[Iterator[list[CaseFolder]], Callable[[Message], None]], None]
+"""What a worker does with the tasks that it is given, and a function that posts what comes of them."""
+
+_CHILD = "import sys; sys.path[:] = sys.argv[2:]; from cwdm.workers import live; live(int(sys.argv[1]))"
 
 
 def count_workers(devices: str, device: str) -> int:
@@ -41,30 +58,15 @@ def has_gpus(device: str) -> bool:
     return device != "cpu" and torch.cuda.is_available()
 
 
-def run_workers(arguments: Sequence[str], count: int, place: tuple[int, int], gpus: bool) -> int:
-    """Run `cwdm infer` with the arguments in `count` processes and pass on what they say.
-
-    Args:
-        arguments: of `cwdm infer`, without --devices and --shard.
-        place: i and n of the share of the cases that all of them do together.
-        gpus: worker i sees GPU i alone.
-
-    Returns:
-        The exit code: that of the worker to which most happened, 2 before 1 before 0.
-    """
-    index, of = place
-    crew = _Crew()
-    workers = [
-        _Worker([*arguments, f"--shard={index + of * i}/{of * count}"], i, _environment(i, count, gpus), crew)
-        for i in range(count)
-    ]
-    before = {number: signal.signal(number, crew.stop) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        with ThreadPoolExecutor(count) as pool:
-            return max(pool.map(_Worker.run, workers))
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def synthesise_on_workers(
+    folders: Sequence[CaseFolder], work: Work, progress: CohortProgress, count: int
+) -> list[Outcome]:
+    """Like `cohort.synthesise_cohort`, in `count` processes, each with a GPU or a share of the cores."""
+    gpus = choose_device(work.device).type == "cuda"
+    work = replace(work, device="cuda" if gpus else "cpu")  # a worker whose GPU is gone must not go on without
+    environments = [_environment(index, count, gpus) for index in range(count)]
+    with LocalCrew(partial(serve, work), environments, progress.log, MOST_AT_ONCE) as crew:
+        return synthesise_among(crew, folders, work, progress)
 
 
 def _environment(index: int, count: int, gpus: bool) -> dict[str, str]:
@@ -74,53 +76,156 @@ def _environment(index: int, count: int, gpus: bool) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
 
 
+class LocalCrew:
+    """A crew of processes of this machine; a context manager that leaves none behind.
+
+    Args:
+        serve: what each of them does; goes there by pickle.
+        environments: their environment variables, one set a place.
+        log: for what they say on standard error.
+        most: tasks that a worker is given at once.
+    """
+
+    def __init__(
+        self, serve: Serve, environments: Sequence[Mapping[str, str]], log: Callable[[str], None], most: int = 1
+    ) -> None:
+        self.size, self.most = len(environments), most
+        self._serve, self._environments, self._log = serve, environments, log
+        self._workers: dict[int, _Process] = {}
+        self._leaving: list[_Process] = []
+
+    def __enter__(self) -> "LocalCrew":
+        return self
+
+    def __exit__(self, *fault: object) -> None:
+        everyone = [*self._leaving, *self._workers.values()]
+        for worker in everyone if any(fault) else ():
+            worker.process.terminate()
+        for worker in everyone:
+            worker.end()
+
+    def start(self, place: int) -> None:
+        worker = self._workers[place] = _start(self._environments[place])
+        worker.listen(lambda line: self._log(f"[{place}] {line}"))
+        worker.send(self._serve)
+
+    def give(self, place: int, tasks: list[CaseFolder]) -> None:
+        self._workers[place].send(tasks)
+
+    def dismiss(self, place: int) -> None:
+        worker = self._workers.pop(place)
+        worker.send(None)
+        self._leaving.append(worker)
+
+    def hear(self) -> tuple[int, Message]:
+        places = {worker.connection: place for place, worker in self._workers.items()}
+        connection = wait(list(places))[0]
+        assert isinstance(connection, Connection)
+        place = places[connection]
+        try:
+            message: Message = connection.recv()
+        except (EOFError, OSError):
+            message = Lost(self._workers[place].end())
+        else:
+            if isinstance(message, Lost):
+                self._workers[place].end()
+        if isinstance(message, Lost):
+            del self._workers[place]
+        return place, message
+
+
 @dataclass
-class _Crew:
-    """The processes that are running, and whether they were told to stop."""
+class _Process:
+    """A worker as its parent has it."""
 
-    running: list[subprocess.Popen[str]] = field(default_factory=list)
-    stopped_by: int = 0
+    process: subprocess.Popen[str]
+    connection: Connection
+    listener: Thread | None = None
 
-    def stop(self, number: int, _: object) -> None:
-        self.stopped_by = number
-        for process in self.running:
-            process.send_signal(signal.SIGTERM)
+    def send(self, message: object) -> None:
+        with suppress(OSError):  # it is gone, which whoever listens will hear
+            self.connection.send(message)
+
+    def listen(self, say: Callable[[str], None]) -> None:
+        """Pass on what it says on standard error, line by line."""
+        stream = self.process.stderr
+        assert stream is not None
+
+        def pass_on() -> None:
+            with stream:
+                for line in stream:
+                    say(line.rstrip("\n"))
+
+        self.listener = Thread(target=pass_on, daemon=True)
+        self.listener.start()
+
+    def end(self) -> str:
+        """Wait until it is gone; returns how it went."""
+        try:
+            code = self.process.wait(PATIENCE_S)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            code = self.process.wait()
+        self.connection.close()
+        if self.listener:
+            self.listener.join(1)  # whatever it started itself may still hold the pipe
+        return f"killed by signal {-code}" if code < 0 else f"exit code {code}"
 
 
-@dataclass
-class _Worker:
-    arguments: list[str]
-    index: int
-    environment: dict[str, str]
-    crew: _Crew
-
-    def run(self) -> int:
-        """Run to the end, again if it is killed; returns its exit code."""
-        for start in range(1, STARTS + 1):
-            code = self._once()
-            if self.crew.stopped_by:
-                return 128 + self.crew.stopped_by
-            if code >= 0:
-                return code
-            again = "starting it again" if start < STARTS else "giving up"
-            self._say(f"killed by signal {-code}; {again}")
-        return 2
-
-    def _once(self) -> int:
-        command = [sys.executable, "-m", "cwdm", "infer", *self.arguments]
-        # Ctrl-C reaches a whole process group; the workers hear of it from their parent, once.
+def _start(environment: Mapping[str, str]) -> _Process:
+    ours, theirs = Pipe()
+    # Modules come from where this process has them, never (-P) from the folder that it happens to be in.
+    path = [entry for entry in sys.path if entry]
+    command = [sys.executable, "-P", "-c", _CHILD, str(theirs.fileno()), *path]
+    with theirs:
         process = subprocess.Popen(
-            command, env=self.environment, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True
+            command,
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+            pass_fds=(theirs.fileno(),),
+            start_new_session=True,  # Ctrl-C reaches a whole process group; the workers hear of it from their parent
         )
-        self.crew.running.append(process)
-        if self.crew.stopped_by:  # the signal came before the process was on the list
-            process.send_signal(signal.SIGTERM)
-        assert process.stderr is not None
-        for line in process.stderr:
-            self._say(line.rstrip("\n"))
-        code = process.wait()
-        self.crew.running.remove(process)
-        return code
+    return _Process(process, ours)
 
-    def _say(self, line: str) -> None:
-        print(f"[{self.index}] {line}", file=sys.stderr, flush=True)
+
+# ------------------------------------------------------------------------------------------------ inside a worker
+
+
+def live(descriptor: int) -> None:
+    """The worker at the other end of a pipe: receives what to do, then tasks, until it is told that there are no more.
+
+    It leaves at once when its parent is gone, in the middle of a case too.
+    """
+    connection, tasks = Connection(descriptor), SimpleQueue[list[CaseFolder] | None]()
+    signal.signal(signal.SIGTERM, _leave)
+    serve: Serve = connection.recv()
+    Thread(target=_receive, args=(connection, tasks), daemon=True).start()
+    lock = Lock()
+
+    def post(message: Message) -> None:
+        with lock:
+            connection.send(message)
+
+    try:
+        serve(iter(tasks.get, None), post)
+    except DeviceLostError as error:
+        post(Lost(str(error)))
+        sys.stderr.flush()
+        os._exit(DEVICE_LOST)  # a broken driver may fail or hang in what Python does at its end
+    except CwdmError as error:
+        post(error)
+
+
+def _receive(connection: Connection, tasks: "SimpleQueue[list[CaseFolder] | None]") -> None:
+    try:
+        while batch := connection.recv():
+            tasks.put(batch)
+        tasks.put(None)
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def _leave(number: int, _: object) -> NoReturn:
+    sys.exit(128 + number)

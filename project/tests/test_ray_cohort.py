@@ -1,4 +1,8 @@
+import json
 import os
+import signal
+import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -95,17 +99,42 @@ def test_every_worker_finds_a_machine(machines: list[int], workers: int, cores: 
     assert cores_each(machines, workers) == cores
 
 
-def test_workers_that_the_cluster_kills_for_memory_end_no_cohort(
+def test_a_cluster_that_kills_every_worker_for_memory_ends_the_run_with_the_reason(
     work: Work, cases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RAY_memory_usage_threshold", "0.001")  # any use is too much
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "50")
-    slow = load_settings(None, ["sampler.steps=1000"])
     folders = find_cases(cases)
-    here = Work(work.weights, slow, "cpu", tmp_path)
-    outcomes = synthesise_on_ray(folders, here, CohortProgress(len(folders)), workers=1)
-    assert sorted(outcome.case for outcome in outcomes) == sorted(folder.name for folder in folders)
-    assert any("its worker was lost" in outcome.reason for outcome in outcomes)
+    here = Work(work.weights, load_settings(None, ["sampler.steps=1000"]), "cpu", tmp_path)
+    with pytest.raises(CwdmError, match="no worker can be started"):
+        synthesise_on_ray(folders, here, CohortProgress(len(folders)), workers=1)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_ends_as_every_stopped_run_does(how: int, work: Work, cases: Path, tmp_path: Path) -> None:
+    paths = [f"--data_path={cases}", f"--output_path={tmp_path}", f"--weights={work.weights}"]
+    start = [sys.executable, "-m", "cwdm", "infer", *paths, "--ray=local", "--devices=1", "sampler.steps=1000"]
+    process = subprocess.Popen(
+        start,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in background jobs
+    )
+    assert process.stderr is not None
+    assert "BraTS-BAD FAILED" in process.stderr.readline()  # the first in the order of the cases
+    time.sleep(2)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + how, said
+    assert "run the same command again" in said
+
+
+def test_a_run_is_recorded_and_cleaned_up_once(work: Work, cases: Path, tmp_path: Path) -> None:
+    folders, report = find_cases(cases), tmp_path / "report"
+    here = Work(work.weights, work.settings, "cpu", tmp_path / "output", report=report)
+    synthesise_on_ray(folders, here, CohortProgress(len(folders)), workers=2)
+    (record,) = report.glob("run-*.json")
+    assert len(json.loads(record.read_text())["cases"]) == len(folders)
 
 
 def test_no_cluster_at_an_address(work: Work, cases: Path) -> None:

@@ -1,3 +1,5 @@
+import itertools
+import json
 import os
 import signal
 import subprocess
@@ -46,48 +48,90 @@ def test_two_workers_do_what_one_does(cohort: tuple[Path, Path], tmp_path: Path)
 
 @pytest.mark.full
 def test_a_share_is_shared_again(cohort: tuple[Path, Path], tmp_path: Path) -> None:
-    subprocess.run(command(cohort, tmp_path, "--devices=2", "--shard=0/2"), check=True)
-    assert len(images(tmp_path)) == 2
+    done = [
+        subprocess.run(command(cohort, tmp_path / shard[0], "--devices=2", f"--shard={shard}"), check=True)
+        for shard in ("0/2", "1/2")
+    ]
+    assert len(done) == 2
+    assert not images(tmp_path / "0").keys() & images(tmp_path / "1").keys()
+    assert len(images(tmp_path / "0")) + len(images(tmp_path / "1")) == 3
 
 
-def test_the_worst_exit_code_wins(cohort: tuple[Path, Path], tmp_path: Path) -> None:
+def test_unusable_settings_end_the_run(cohort: tuple[Path, Path], tmp_path: Path) -> None:
     done = subprocess.run(command(cohort, tmp_path, "--devices=2", "sampler.steps=0"), capture_output=True, text=True)
     assert done.returncode == 2
     assert "sampler.steps" in done.stderr
 
 
-def running(cohort: tuple[Path, Path], output: Path) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
-    """A slow run of two workers, and these."""
+def test_a_run_of_workers_is_recorded_once_and_skips_what_is_there(cohort: tuple[Path, Path], tmp_path: Path) -> None:
+    options = ("--devices=2", f"--report_path={tmp_path / 'report'}")
+    subprocess.run(command(cohort, tmp_path / "out", *options), check=True)
+    (record,) = (tmp_path / "report").glob("run-*.json")
+    assert [case["status"] for case in json.loads(record.read_text())["cases"]] == ["written"] * 3
+    assert (tmp_path / "report" / "report.html").is_file()
+    again = subprocess.run(command(cohort, tmp_path / "out", "--devices=1"), capture_output=True, text=True, check=True)
+    assert again.stderr.count("is there already") == 3
+
+
+def test_nothing_is_imported_from_the_folder_that_a_run_starts_in(cohort: tuple[Path, Path], tmp_path: Path) -> None:
+    here = tmp_path / "here"
+    (here / "cwdm").mkdir(parents=True)
+    for module in ("cwdm/__init__", "typer", "pickle", "multiprocessing", "torch"):
+        (here / f"{module}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')")
+    # As the installed command: its own folder stands first, not the current one.
+    start = [sys.executable, "-P", *command(cohort, tmp_path / "out", "--devices=2")[1:]]
+    done = subprocess.run(start, cwd=here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not (tmp_path / "executed").exists()
+    assert len(images(tmp_path / "out")) == 3
+
+
+def running(
+    cohort: tuple[Path, Path], output: Path, steps: int = 400
+) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    """A slow run of two workers in the middle of cases, and these."""
     process = subprocess.Popen(
-        command(cohort, output, "--devices=2", "sampler.steps=25"), stderr=subprocess.PIPE, text=True
+        command(cohort, output, "--devices=2", f"sampler.steps={steps}"), stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
-    while time.monotonic() < deadline:
-        workers = psutil.Process(process.pid).children()
-        if len(workers) == 2:
-            return process, workers
-        time.sleep(0.05)
-    raise AssertionError("the workers did not start")
+    assert process.stderr is not None
+    begun = {line[:4] for line in itertools.islice(process.stderr, 3)}  # then how many cases, and each worker's summary
+    workers = psutil.Process(process.pid).children()
+    assert len(workers) == 2, begun
+    time.sleep(0.5)
+    return process, workers
+
+
+def end_of(workers: list[psutil.Process]) -> list[psutil.Process]:
+    """The workers that are still there after a while."""
+    return psutil.wait_procs(workers, timeout=30)[1]
 
 
 @pytest.mark.full
-def test_a_killed_worker_is_started_again(cohort: tuple[Path, Path], tmp_path: Path) -> None:
-    process, workers = running(cohort, tmp_path)
+def test_a_killed_worker_is_replaced(cohort: tuple[Path, Path], tmp_path: Path) -> None:
+    process, workers = running(cohort, tmp_path, steps=50)
     workers[0].kill()
     _, said = process.communicate(timeout=300)
     assert process.returncode == 0, said
-    assert "killed by signal 9; starting it again" in said
+    assert "was lost (killed by signal 9); back to the others with BraTS-PHANTOM" in said
     assert len(images(tmp_path)) == 3
 
 
-@pytest.mark.full
-def test_a_stopped_run_stops_its_workers(cohort: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        pytest.param(signal.SIGTERM, marks=pytest.mark.full),
+        pytest.param(signal.SIGINT, marks=pytest.mark.full),
+        pytest.param(signal.SIGHUP, marks=pytest.mark.full),
+        signal.SIGKILL,
+    ],
+)
+def test_workers_end_with_their_parent(how: signal.Signals, cohort: tuple[Path, Path], tmp_path: Path) -> None:
     process, workers = running(cohort, tmp_path)
-    time.sleep(3)
-    process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert not any(worker.is_running() for worker in workers)
+    process.send_signal(how)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == (128 + how if how in (signal.SIGTERM, signal.SIGINT) else -how), said
+    assert not end_of(workers)
+    assert images(tmp_path) == {}
 
 
 @pytest.mark.parametrize("devices", ["0", "-1", "two", "1.5", "²"])
