@@ -102,7 +102,6 @@ def test_kubernetes_arguments_and_shards(engine: Engine, image: str, cases: Path
         environment = ("--env=JOB_COMPLETIONS=2", f"--env=JOB_COMPLETION_INDEX={index}")
         options = ("--read-only", "--cap-drop=ALL", "--user=10001:10001", *environment)
         run(engine, image, *container["args"], options=options, input=cases, output=output)
-        assert len(names(output)) == (2, 3)[index]
     assert_same_images(output, expected)
 
 

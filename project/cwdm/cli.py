@@ -187,7 +187,7 @@ def infer(
     # Before sharing: no worker sees what the others' cases miss.
     check_labels(plan_tasks(folders, folder_of(weights)), folder_of(weights), output_path)
     missing = {modality for folder in folders if folder.problem is None for modality in folder.missing}
-    folders = share(folders, shard)
+    folders = share(folders, [folder.name for folder in folders], shard)
     progress = CohortProgress(len(folders))
     if loaded.samples > 1 and not report_path:
         progress.log("warning: the spread over the samples is written only with --report_path")

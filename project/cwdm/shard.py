@@ -1,5 +1,10 @@
-"""One worker's share of a cohort: every n-th case, so that shares are disjoint and together everything."""
+"""One job's share of a cohort: by a checksum of each case's name, so that shares are disjoint and together everything.
 
+A case's share hangs on nothing but its name: where jobs start at different times and find other cases, because some
+came or went, none falls between them. Shares are of one size only on average.
+"""
+
+import hashlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -10,10 +15,15 @@ from cwdm.errors import InputError
 T = TypeVar("T")
 
 
-def share(items: Sequence[T], shard: str, environment: Mapping[str, str] = os.environ) -> list[T]:
-    """The items of a shard, given as for `place`."""
+def share(items: Sequence[T], names: Sequence[str], shard: str, environment: Mapping[str, str] = os.environ) -> list[T]:
+    """The items, each with a name, of a shard given as for `place`."""
     index, count = place(shard, environment)
-    return list(items[index::count])
+    return [item for item, name in zip(items, names, strict=True) if _number(name) % count == index]
+
+
+def _number(name: str) -> int:
+    """The same on every machine, unlike Python's own hash."""
+    return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8])
 
 
 def place(shard: str, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
