@@ -325,11 +325,9 @@ class Runner:
             seconds = round(result.seconds, 3)
             outcome = Outcome(case.name, modality, "written", "", seconds, result.warnings, result.quality)
             if self.report:
-                made_by = self.synthesizer.describe(modality)
                 places = {"input": str(folder.folder.absolute()), "output": str(path.absolute())}
-                whole = {**asdict(outcome), **places, "given": list(case.volumes), **made_by}
-                record = {"program": PROGRAM, "synthesised": True, **whole}
-                write_json(self.report / f"{name}.json", record)
+                whole = asdict(outcome) | places | {"given": list(case.volumes)} | self.synthesizer.describe(modality)
+                write_json(self.report / f"{name}.json", {"program": PROGRAM, "synthesised": True, **whole})
                 spread = self.report / f"{name}-spread.nii.gz"
                 if result.spread is not None:
                     write_volume(spread, result.spread, case, native=False)
