@@ -18,7 +18,7 @@ from cwdm.cohort import Outcome, Runner, cohort_run, device_works, plan_tasks
 from cwdm.config import Settings
 from cwdm.errors import CwdmError, DeviceLostError
 from cwdm.progress import CohortProgress
-from cwdm.synthesis import DeviceName, Synthesizer
+from cwdm.synthesis import Synthesizer
 from cwdm.weights import BUNDLED, folder_of
 
 ATTEMPTS = 3
@@ -34,7 +34,7 @@ class Work:
 
     weights: Path | str | None
     settings: Settings
-    device: DeviceName
+    device: str
     output: Path
     overwrite: bool = False
     report: Path | None = None

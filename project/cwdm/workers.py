@@ -17,10 +17,10 @@ import torch
 
 from cwdm.brats import CaseFolder
 from cwdm.cohort import Outcome
+from cwdm.device import choose_device
 from cwdm.dispatch import Lost, Message, Work, serve, synthesise_among
 from cwdm.errors import CwdmError, DeviceLostError, SettingsError
 from cwdm.progress import CohortProgress
-from cwdm.synthesis import choose_device
 
 DEVICE_LOST = 4
 """Exit code of a process whose GPU no longer works."""
