@@ -1,0 +1,112 @@
+"""Devices and processes of a training run, and what they do together."""
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+from lightning_fabric import Fabric
+from lightning_fabric.plugins.environments.lightning import LightningEnvironment
+from lightning_fabric.strategies.ddp import DDPStrategy
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+
+from cwdm.datasets import Cache, Subject
+from cwdm.errors import CwdmError, SettingsError
+from cwdm.train_config import TrainingSettings
+
+T = TypeVar("T")
+
+
+class TrainingError(CwdmError):
+    """The run cannot go on."""
+
+
+def launch(settings: TrainingSettings) -> Fabric:
+    """Devices and processes; under `torchrun` or Slurm Fabric takes its place among those that are there."""
+    if settings.device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device=cuda, but PyTorch finds no GPU; check the driver, or train with device=cpu")
+    device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
+    devices, nodes = processes(settings)
+    _check_shares(settings, devices * nodes)
+    # Ranks wait for each other while one decodes, validates or saves.
+    strategy: Any = DDPStrategy(timeout=timedelta(days=1)) if devices * nodes > 1 else "auto"
+    precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed"}[settings.precision]
+    # In a batch script Slurm's variables are there too, and Fabric would wait for tasks that no one started.
+    alone: Any = LightningEnvironment() if "SLURM_NTASKS" in os.environ and not _is_task_of_slurm() else None
+    try:
+        fabric = Fabric(
+            accelerator=device, strategy=strategy, devices=devices, num_nodes=nodes, precision=precision, plugins=alone
+        )
+        fabric.launch()
+    except (ValueError, RuntimeError, MisconfigurationException) as error:
+        raise SettingsError(f"{devices} devices on each of {nodes} machines cannot be used: {error}") from error
+    if fabric.world_size != devices * nodes:
+        raise SettingsError(
+            f"{devices} devices on each of {nodes} machines were asked for, and {fabric.world_size} processes run; "
+            "under Slurm start a task for each device with srun"
+        )
+    return fabric
+
+
+def _check_shares(settings: TrainingSettings, processes: int) -> None:
+    """Every process gets as many volumes of a step as the others, in equal parts."""
+    batch, parts = settings.optimiser.batch_size, processes * settings.optimiser.accumulate
+    if batch % parts:
+        raise SettingsError(
+            f"optimiser.batch_size {batch} cannot be shared evenly among {processes} devices in "
+            f"{settings.optimiser.accumulate} parts each; give optimiser.batch_size={-(-batch // parts) * parts}"
+        )
+
+
+def check_shapes(settings: TrainingSettings, processes: int, subjects: Sequence[Subject], cache: Cache) -> None:
+    """Windows follow the brain, and volumes that are computed together must be of one size."""
+    share = settings.optimiser.batch_size // processes
+    if settings.data.crop or share == settings.optimiser.accumulate:
+        return
+    shapes = {cache.load(subject).stack.shape[1:] for subject in subjects}
+    if len(shapes) > 1:
+        raise SettingsError(
+            f"the volumes differ in size ({min(shapes)} to {max(shapes)}), so that whole ones cannot be computed "
+            f"together; give data.crop, or optimiser.accumulate={share}"
+        )
+
+
+def _is_task_of_slurm() -> bool:
+    """Whether `srun` started this process as one of several; batch scripts and salloc's shell count one task a step."""
+    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
+
+
+def processes(settings: TrainingSettings) -> tuple[int, int]:
+    """Devices of each machine, and machines: as `torchrun` or Slurm started them, else as the settings say."""
+    environment = os.environ
+    if torch.distributed.is_torchelastic_launched():
+        devices = int(environment["LOCAL_WORLD_SIZE"])
+        return devices, int(environment["WORLD_SIZE"]) // devices
+    if _is_task_of_slurm():
+        nodes = int(environment["SLURM_NNODES"])
+        return int(environment["SLURM_NTASKS"]) // nodes, nodes
+    return settings.devices, settings.nodes
+
+
+def together(fabric: Fabric, work: Callable[[], T]) -> T:
+    """Do something in every process; if it fails in one, the others stop too instead of waiting for ever."""
+    fault: Exception | None = None
+    try:
+        done = work()
+    except Exception as error:
+        fault = error
+    failed = largest(fabric, int(fault is not None))
+    if fault:
+        raise fault
+    if failed:
+        raise TrainingError("another process failed; its message says why")
+    return done
+
+
+def largest(fabric: Fabric, number: int) -> int:
+    """The largest of the numbers that the processes give, the same answer in all of them."""
+    if fabric.world_size == 1:
+        return number
+    return int(cast(Tensor, fabric.all_reduce(torch.tensor(number, device=fabric.device), reduce_op="max")))

@@ -1,0 +1,203 @@
+"""The training loop: the published loss, AdamW, a running mean of the weights, and nothing lost when it is stopped.
+
+The state after a step is a function of the settings, the data and the step's number alone, so a resumed run ends with
+the same weights, bit for bit on the CPU, as one that was never stopped, and several processes with the same global
+batch see the same losses as one.
+"""
+
+import copy
+import math
+import signal
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from cwdm.datasets import Cache
+from cwdm.diffusion import subband_losses
+from cwdm.errors import SettingsError
+from cwdm.files import write_json
+from cwdm.progress import bars
+from cwdm.train_config import TrainingSettings
+from cwdm.training import data, state, validate
+from cwdm.training.launch import TrainingError, check_shapes, largest, launch, processes, together
+from cwdm.training.log import TrainingLog
+from cwdm.training.state import Run
+from cwdm.unet import ResBlock, UNet
+from cwdm.wavelet import LLL_DIVISOR
+
+MOST_BAD_STEPS = 20
+"""Steps in a row whose loss or gradient is not finite before the run gives up."""
+
+
+def train(settings: TrainingSettings, resume: bool = False) -> Path:
+    """Train a network and keep its newest and best weights, ready for `cwdm infer`,
+    `cwdm sample` or `cwdm translate`.
+
+    In the run's folder: `newest/` and `best/` (weights), `states/` (what `resume` needs), `settings.json`, and
+    TensorBoard's files in `log/`.
+
+    Args:
+        resume: go on from the newest whole state; without one, from the start.
+
+    Returns:
+        The newest weights.
+
+    Raises:
+        SettingsError: settings that do not fit the machine or the run's folder.
+        InputError, CaseError: no usable data.
+        TrainingError: the loss stayed without a finite value.
+        OutputError: the disk is full or not writable; the states that were written stay whole.
+    """
+    fabric = launch(settings)
+    run = _prepare(settings, fabric, resume)
+    _loop(run)
+    return run.newest
+
+
+def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> Run:
+    out = settings.out
+    subjects, held_out = together(fabric, lambda: data.find_data(settings))
+    cache = Cache(settings.data.cache or out / "cache", settings.data, 2 * settings.unet().size_multiple)
+    # Each machine may have a cache of its own; its processes share the work.
+    mine = [*subjects, *held_out][fabric.local_rank :: processes(settings)[0]]
+    together(fabric, lambda: data.decode_all(cache, mine, fabric.is_global_zero))
+    check_shapes(settings, fabric.world_size, subjects, cache)
+    if not resume and state.states(out):
+        raise SettingsError(f"{out} holds a run already; give --resume to go on with it, or another folder")
+    log = TrainingLog(out / "log", fabric.is_global_zero)
+    found = state.newest_whole_state(out, log.say) if resume else None
+    torch.manual_seed(settings.seed)
+    model = UNet(settings.unet())
+    if model.config.regression and found is None:
+        model.regression.fit(data.examples(data.samples(settings, subjects, cache), settings))
+    ema = copy.deepcopy(model).requires_grad_(False).eval().to(fabric.device)
+    layout = torch.channels_last_3d if fabric.device.type == "cuda" else torch.contiguous_format
+    # Before the optimiser: a sharded one takes the device of its processes' messages from its parameters.
+    model.to(fabric.device, memory_format=layout)  # type: ignore[call-overload]
+    if settings.recompute:
+        for block in model.modules():
+            if isinstance(block, ResBlock):
+                block.forward = partial(recompute, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+    wrapped, wrapped_optimiser = fabric.setup(model, _optimiser(settings, model, fabric.world_size))
+    run = Run(settings, fabric, log, model, wrapped, ema, wrapped_optimiser, cache, subjects, held_out)
+    if resume:
+        state.resume(run, found)
+    if fabric.is_global_zero:
+        write_json(out / "settings.json", settings.model_dump(mode="json"))
+    return run
+
+
+def _optimiser(settings: TrainingSettings, model: UNet, processes: int) -> torch.optim.Optimizer:
+    """AdamW, whose moments each process keeps whole or, `sharded`, its part of."""
+    options: dict[str, Any] = {"lr": settings.optimiser.lr, "weight_decay": settings.optimiser.weight_decay}
+    if settings.optimiser.sharded and processes > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # compiles optimisers when imported
+
+        return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **options)
+    return torch.optim.AdamW(model.parameters(), **options)
+
+
+def _loop(run: Run) -> None:
+    """Train to the last step; on SIGTERM or SIGINT save and leave."""
+    settings = run.settings
+
+    def stop(number: int, _: object) -> None:
+        run.stopped_by = number
+
+    heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, stop) for number in heard}
+    try:
+        with bars(shown=run.fabric.is_global_zero) as bar:
+            task = bar.add_task("training", total=settings.steps, completed=run.step)
+            if validate.is_due(run):  # the one that the run was stopped in
+                _settle(run)
+            for parts in data.batches(run):
+                _step(run, parts)
+                bar.update(task, completed=run.step, description=run.log.line or "training")
+                _settle(run)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        run.log.close()
+
+
+def _settle(run: Run) -> None:
+    """What a step ends with, where it is due: a validation, a state on the disk, the end of a stopped run."""
+    if validate.is_due(run):
+        validate.validate(run)
+    stopped = largest(run.fabric, run.stopped_by)
+    if stopped or run.step == run.settings.steps or run.step % run.settings.save_every == 0:
+        together(run.fabric, lambda: state.save(run))
+    if stopped:
+        raise SystemExit(128 + stopped)
+
+
+def _step(run: Run, parts: list[dict[str, Tensor]]) -> None:
+    optimiser = run.settings.optimiser
+    lr = optimiser.lr * _schedule(run.step, run.settings)
+    for group in run.optimiser.param_groups:
+        group["lr"] = lr
+    losses, timesteps = [], []
+    for i, batch in enumerate(parts):
+        with run.fabric.no_backward_sync(run.wrapped, enabled=i < len(parts) - 1):  # type: ignore[arg-type]
+            bands = _losses(run, batch)
+            run.fabric.backward(_total(run.settings, bands) / len(parts))
+        losses.append(bands.detach())
+        timesteps.append(batch["t"])
+    norm = nn.utils.clip_grad_norm_(run.model.parameters(), optimiser.clip_norm or math.inf)
+    finite = bool(torch.isfinite(norm))
+    if finite:
+        run.optimiser.step()
+        _average(run)
+    run.optimiser.zero_grad(set_to_none=True)
+    run.step += 1
+    bands, t = torch.cat(losses).float(), torch.cat(timesteps)
+    if run.fabric.world_size > 1:
+        bands = cast(Tensor, run.fabric.all_gather(bands)).flatten(0, 1)
+        t = cast(Tensor, run.fabric.all_gather(t.to(run.fabric.device))).flatten(0, 1)
+    run.log.add(bands.cpu(), t.cpu(), finite)
+    if run.log.bad_in_a_row >= MOST_BAD_STEPS:
+        raise TrainingError(
+            f"loss or gradient not finite for {MOST_BAD_STEPS} steps before step {run.step}; the states in "
+            f"{run.settings.out / 'states'}, if any, are from before; a lower optimiser.lr may help"
+        )
+    if run.step % run.settings.log_every == 0:
+        run.log.write(run.step, lr)
+
+
+def _losses(run: Run, batch: dict[str, Tensor]) -> Tensor:
+    batch = {name: tensor.to(run.fabric.device, non_blocking=True) for name, tensor in batch.items()}
+    targets = (batch["target"],) if run.model.config.targets else ()
+    conditions = batch["conditions"] if batch["conditions"].shape[1] else None
+    wavelet = run.settings.network.wavelet
+    return subband_losses(
+        lambda x, t: run.wrapped(x, t, *targets), batch["volume"], conditions, batch["t"], batch["noise"], wavelet
+    )
+
+
+def _total(settings: TrainingSettings, bands: Tensor) -> Tensor:
+    """The loss of (B, 8) subband errors."""
+    if settings.loss.over == "coefficients":
+        return bands.mean()
+    return bands[:, 0].mean() * LLL_DIVISOR**2 / 8 + bands[:, 1:].mean() * 7 / 8
+
+
+@torch.no_grad()
+def _average(run: Run) -> None:
+    """Running mean of the weights; at first over fewer steps, so that the start is soon forgotten."""
+    decay = min(run.settings.optimiser.ema_decay, (1 + run.step) / (10 + run.step))
+    for mean, value in zip(run.ema.parameters(), run.model.parameters(), strict=True):
+        mean.lerp_(value, 1 - decay)
+
+
+def _schedule(step: int, settings: TrainingSettings) -> float:
+    """Factor of the learning rate: a linear rise, then a cosine down to `final_lr`."""
+    optimiser = settings.optimiser
+    rise = min(1.0, (step + 1) / (optimiser.warmup_steps + 1))
+    fall = 0.5 * (1 + math.cos(math.pi * step / settings.steps))
+    return rise * (optimiser.final_lr + (1 - optimiser.final_lr) * fall)

@@ -1,0 +1,221 @@
+"""What a training run holds, and how none of it gets lost: weights for inference and states to go on from."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import safetensors
+import safetensors.torch
+import torch
+from lightning_fabric import Fabric
+from torch import Tensor, nn
+
+from cwdm import __version__, checkpoint
+from cwdm.checkpoint import ANY, Record
+from cwdm.datasets import Cache, Subject
+from cwdm.errors import SettingsError
+from cwdm.files import write_atomically
+from cwdm.preprocess import PUBLISHED_WINDOW
+from cwdm.train_config import DataSettings, TrainingSettings
+from cwdm.training.log import TrainingLog
+from cwdm.unet import UNet
+
+KEPT_STATES = 2
+
+
+@dataclass
+class Run:
+    """A run under way.
+
+    Attributes:
+        model: the network's own parameters; `wrapped` is the same with gradients exchanged among processes.
+        ema: running mean of the weights.
+        step: steps done.
+        best: PSNR of the best validation.
+        validated: the step of the last one that came to its end.
+    """
+
+    settings: TrainingSettings
+    fabric: Fabric
+    log: TrainingLog
+    model: UNet
+    wrapped: nn.Module
+    ema: UNet
+    optimiser: Any
+    cache: Cache
+    subjects: list[Subject]
+    held_out: list[Subject]
+    step: int = 0
+    best: float = -math.inf
+    validated: int = 0
+    stopped_by: int = 0
+
+    @property
+    def newest(self) -> Path:
+        """The newest weights for inference."""
+        return self.settings.out / "newest" / weights_name(self.settings)
+
+
+def describe(run: Run) -> Record:
+    """What the weights say about themselves."""
+    settings = run.settings
+    data, (low, high) = settings.data, settings.value_range
+    best = {"best_psnr_db": round(run.best, 2)} if math.isfinite(run.best) else {}
+    return Record(
+        modality=ANY if data.condition_on == "any" else data.target,
+        window=_window(data),
+        wavelet=settings.network.wavelet,
+        value_range=(low, high),
+        sampler=settings.record.sampler,
+        steps=settings.record.steps,
+        notice=settings.record.notice,
+        most_missing=data.most_missing,
+        training={
+            "program": f"cwdm {__version__}",
+            "steps": run.step,
+            "cases": len(run.subjects),
+            **best,
+            "settings": settings.model_dump(
+                mode="json", exclude={"data": {"path", "validation_path", "cache"}, "out": True}
+            ),
+        },
+    )
+
+
+def save_weights(run: Run, folder: Path) -> None:
+    if run.fabric.is_global_zero:
+        checkpoint.save(folder / weights_name(run.settings), run.ema, describe(run))
+
+
+def save(run: Run) -> None:
+    """Write the newest weights and the state, whole or not at all; older states go once it is there.
+
+    Weights that are not finite are not worth keeping, and would push out those that are.
+    """
+    finite = all(bool(torch.isfinite(parameter).all()) for parameter in run.model.parameters())
+    last = run.step == run.settings.steps
+    if not finite or (run.log.bad_in_a_row and not last):
+        run.log.say(f"warning: weights or gradient not finite at step {run.step}, nothing saved")
+        return
+    # Sharded moments are brought together from all processes, so nothing may fail in one of them before.
+    moments = run.optimiser.state_dict().get("state", {})
+    save_weights(run, run.settings.out / "newest")
+    if not run.fabric.is_global_zero:
+        return
+    folder = run.settings.out / "states"
+    best = run.best if math.isfinite(run.best) else None
+    header = {"step": run.step, "best": best, "validated": run.validated, **_identity(run)}
+    data = safetensors.torch.save(_tensors(run, moments), {"cwdm": json.dumps(header)})
+    write_atomically(folder / f"{run.step:09d}.safetensors", lambda file: file.write(data))
+    kept = states(run.settings.out)
+    # Later ones than this can only be damaged, or `resume` would have taken them.
+    later = [path for path in kept if int(path.stem) > run.step]
+    for old in [*later, *[path for path in kept if path not in later][:-KEPT_STATES]]:
+        old.unlink()
+
+
+def resume(run: Run, state: "State | None") -> None:
+    """Go on from a state.
+
+    Raises:
+        SettingsError: it belongs to other settings or other cases.
+    """
+    if state is None:
+        run.log.say("no state to go on from; starting at the first step")
+    else:
+        header = state.header
+        _check_identity(run, state.path, header)
+        _take(run, state.tensors)
+        run.step, run.best = int(header["step"]), header["best"] or -math.inf
+        run.validated = int(header.get("validated", run.step))
+        run.log.say(f"going on after step {run.step} from {state.path}")
+    steps = cast(Tensor, run.fabric.all_gather(torch.tensor(run.step, device=run.fabric.device)))
+    if int(steps.min()) != int(steps.max()):
+        raise SettingsError(f"the processes see different states in {run.settings.out}; it must be one shared folder")
+
+
+def _check_identity(run: Run, path: Path, header: Mapping[str, Any]) -> None:
+    mine = _identity(run)
+    for key in ("settings", "cases"):
+        if header[key] != json.loads(json.dumps(mine[key])):
+            raise SettingsError(
+                f"{path} belongs to other {key}; go on with the same ones, or train into another folder"
+            )
+
+
+@torch.no_grad()
+def _take(run: Run, tensors: Mapping[str, Tensor]) -> None:
+    for name, mean in run.ema.named_parameters():
+        mean.copy_(tensors[f"ema.{name}"])
+    moments = {}
+    for number, (name, parameter) in enumerate(run.model.named_parameters()):
+        parameter.copy_(tensors[f"model.{name}"])
+        found = {key: tensors.get(f"optimiser.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+        moments[number] = {key: tensor for key, tensor in found.items() if tensor is not None}
+    groups = [{**group, "params": list(moments)} for group in run.optimiser.param_groups]
+    run.optimiser.load_state_dict({"state": moments, "param_groups": groups})
+
+
+def _tensors(run: Run, moments: Mapping[int, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for number, (name, parameter) in enumerate(run.model.named_parameters()):
+        tensors[f"model.{name}"] = parameter
+        for key, value in moments.get(number, {}).items():
+            tensors[f"optimiser.{key}.{name}"] = value
+    tensors.update({f"ema.{name}": value for name, value in run.ema.named_parameters()})
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _identity(run: Run) -> dict[str, Any]:
+    """What must not change between a state and the run that goes on from it."""
+    keep = run.settings.model_dump(
+        mode="json", include={"network", "optimiser", "loss", "seed", "value_range", "precision"}
+    )
+    del keep["optimiser"]["sharded"]  # states are whole, and whoever runs out of memory may switch it on
+    data = run.settings.data.model_dump(mode="json", exclude={"path", "validation_path", "cache", "workers"})
+    return {"settings": {**keep, "data": data}, "cases": [subject.name for subject in run.subjects]}
+
+
+def weights_name(settings: TrainingSettings) -> str:
+    """Name of the file of weights, by which `cwdm infer` knows what they are for."""
+    data = settings.data
+    kind = ANY if data.condition_on == "any" else data.target or "weights"
+    return f"{kind}.safetensors" if data.condition_on != "nothing" else "unconditional.safetensors"
+
+
+def states(out: Path) -> list[Path]:
+    """A run's saved states, oldest first; copies under other names are the user's own."""
+    return sorted(path for path in (out / "states").glob("*.safetensors") if re.fullmatch(r"\d{9}", path.stem))
+
+
+@dataclass(frozen=True)
+class State:
+    """What a run goes on from, as it stood in a file."""
+
+    path: Path
+    header: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def newest_whole_state(out: Path, say: Callable[[str], None]) -> State | None:
+    """The newest state that can be read; those that cannot are named."""
+    for path in reversed(states(out)):
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                header = json.loads((file.metadata() or {})["cwdm"])
+                return State(path, header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+        except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+            say(f"warning: {path} is not whole ({error}); trying the one before")
+    return None
+
+
+def _window(data: DataSettings) -> Literal["published", "brain"] | tuple[int, int, int]:
+    """What inference has to give a network that was trained on these data."""
+    if data.window == "brain":
+        return "brain"
+    x, y, z = data.window
+    return "published" if (x, y, z) == PUBLISHED_WINDOW else (x, y, z)

@@ -1,0 +1,90 @@
+"""Validation: held-out cases, synthesised with the running mean of the weights and scored."""
+
+from contextlib import suppress
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cwdm.checkpoint import Checkpoint
+from cwdm.datasets import Subject
+from cwdm.metrics import psnr, ssim
+from cwdm.samplers import SAMPLERS, spaced_timesteps
+from cwdm.synthesis import clamped_denoiser, sample_volume
+from cwdm.training.launch import largest, together
+from cwdm.training.state import Run, describe, save_weights
+from cwdm.wavelet import dwt
+
+
+class _Stopped(Exception):
+    """A signal came in the middle of a validation."""
+
+
+def is_due(run: Run) -> bool:
+    """Whether this step ends with a validation that has not been done."""
+    due = run.step == run.settings.steps or run.step % run.settings.validate_every == 0
+    return due and bool(run.held_out) and run.validated != run.step
+
+
+@torch.no_grad()
+def validate(run: Run) -> None:
+    """Synthesise the held-out cases, each process its share; nothing counts if the run is stopped meanwhile.
+
+    Without conditions there is no right answer: then a sample is drawn beside each case, for the eye.
+    """
+    scores = torch.zeros(3, dtype=torch.float64, device=run.fabric.device)
+    together(run.fabric, lambda: _score_share(run, scores))
+    if run.fabric.world_size > 1:
+        scores = cast(Tensor, run.fabric.all_reduce(scores, reduce_op="sum"))
+    if largest(run.fabric, run.stopped_by):
+        return
+    run.validated = run.step
+    if not run.settings.channels:
+        return
+    mean_psnr, mean_ssim = (float(value / scores[2]) for value in scores[:2])
+    run.log.scores(run.step, mean_psnr, mean_ssim)
+    if mean_psnr > run.best:
+        run.best = mean_psnr
+        together(run.fabric, lambda: save_weights(run, run.settings.out / "best"))
+
+
+def _score_share(run: Run, scores: Tensor) -> None:
+    """Add up PSNR, SSIM and number of this process's cases."""
+    with suppress(_Stopped):
+        for number, subject in list(enumerate(run.held_out))[run.fabric.global_rank :: run.fabric.world_size]:
+            truth, synthesis, mask = _synthesise(run, subject, number)
+            run.log.picture(run.step, subject.name, truth, synthesis)
+            if run.settings.channels:
+                figures = psnr(synthesis, truth, mask), ssim(synthesis, truth, mask)
+                scores += torch.tensor([*figures, 1.0], dtype=torch.float64, device=scores.device)
+
+
+def _synthesise(run: Run, subject: Subject, number: int) -> tuple[Any, Any, Any]:
+    """Truth, synthesis and mask of a held-out case, (X, Y, Z) in [0, 1]."""
+    settings, device = run.settings, run.fabric.device
+    wavelet, (low, high) = settings.network.wavelet, settings.value_range
+    unit = run.cache.load(subject).unit()
+    target = number % len(unit) if settings.data.condition_on == "any" else 0
+    conditions = unit.copy() if settings.data.condition_on == "any" else unit[1:]
+    if settings.data.condition_on == "any":
+        conditions[target] = 0
+    # Contrasts of a head without its skull show where the brain is; other images count everywhere.
+    brains = settings.data.layout == "brats" and len(conditions) > 0
+    mask = conditions.any(axis=0) if brains else np.ones(unit.shape[1:], np.bool_)
+    condition = None
+    if len(conditions):
+        condition = dwt(torch.from_numpy(conditions)[None].to(device) * (high - low) + low, wavelet)
+    record = describe(run)
+    shown = Checkpoint(run.ema, record)
+    denoise = clamped_denoiser(shown, condition, torch.float32, lambda: _raise_if_stopped(run), target)
+    size, sampler = [n // 2 for n in unit.shape[1:]], SAMPLERS[record.sampler]
+    with torch.inference_mode():
+        made = sample_volume(shown, denoise, size, sampler, spaced_timesteps(record.steps), settings.seed, device)
+    volume = (made[0, 0] - low) / (high - low)
+    return unit[target], np.where(mask, volume.cpu().numpy(), np.float32(0)), mask
+
+
+def _raise_if_stopped(run: Run) -> None:
+    if run.stopped_by:
+        raise _Stopped
