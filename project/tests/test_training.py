@@ -193,6 +193,19 @@ def test_stopped_killed_and_resumed_run_ends_with_the_same_weights(small: Path, 
     assert (deviation != 1).all()  # fitted although the first start was a --resume
 
 
+def test_slurms_warning_saves_and_leaves(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = [*COMMAND, str(small), f"out={out}", "steps=100000", "save_every=100000", "data.workers=1", "log_every=1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    for line in process.stderr or ():
+        if "step 3:" in line:
+            break
+    os.killpg(process.pid, signal.SIGUSR1)  # reaches the reading processes too
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGUSR1
+    assert newest_state(out) >= "000000003"
+
+
 def test_a_validation_that_the_run_was_stopped_in_is_made_up(small: Path, phantoms: Path, tmp_path: Path) -> None:
     out, changes = tmp_path / "run", [f"data.validation_path={phantoms}", "steps=2", "data.window=[32, 48, 32]"]
     command = [*COMMAND, str(small), f"out={out}", *changes, "record.sampler=ddpm", "record.steps=1000"]

@@ -17,6 +17,8 @@ from cwdm.training.state import Run
 from cwdm.wavelet import dwt
 
 REGRESSION_SAMPLES = 480
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that stop a run; Slurm sends SIGUSR1 before a job's time is up, where `--signal=USR1@120` asks for it."""
 
 
 def find_data(settings: TrainingSettings) -> tuple[list[Subject], list[Subject]]:
@@ -87,7 +89,7 @@ def batches(run: Run) -> Iterator[list[dict[str, Tensor]]]:
 
 
 def _ignore_interrupts(_: int) -> None:
-    """Ctrl-C and a scheduler's SIGTERM reach every process of a group; the loop alone decides when to stop."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+    """Ctrl-C and a scheduler's signals reach every process of a group; the loop alone decides when to stop."""
+    for number in STOPPING:
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -8,6 +8,8 @@ batch see the same losses as one.
 import copy
 import math
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -103,16 +105,10 @@ def _optimiser(settings: TrainingSettings, model: UNet, processes: int) -> torch
 
 
 def _loop(run: Run) -> None:
-    """Train to the last step; on SIGTERM or SIGINT save and leave."""
+    """Train to the last step; when stopped, save and leave."""
     settings = run.settings
-
-    def stop(number: int, _: object) -> None:
-        run.stopped_by = number
-
-    heard = [n for n in (signal.SIGTERM, signal.SIGINT) if signal.getsignal(n) is not signal.SIG_IGN]
-    handlers = {number: signal.signal(number, stop) for number in heard}
     try:
-        with bars(shown=run.fabric.is_global_zero) as bar:
+        with _heeding_signals(run), bars(shown=run.fabric.is_global_zero) as bar:
             task = bar.add_task("training", total=settings.steps, completed=run.step)
             if validate.is_due(run):  # the one that the run was stopped in
                 _settle(run)
@@ -121,9 +117,23 @@ def _loop(run: Run) -> None:
                 bar.update(task, completed=run.step, description=run.log.line or "training")
                 _settle(run)
     finally:
+        run.log.close()
+
+
+@contextmanager
+def _heeding_signals(run: Run) -> Iterator[None]:
+    """Signals that ask the run to stop are noted instead of obeyed at once, unless whoever started it ignores them."""
+
+    def note(number: int, _: object) -> None:
+        run.stopped_by = number
+
+    heard = [number for number in data.STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    handlers = {number: signal.signal(number, note) for number in heard}
+    try:
+        yield
+    finally:
         for number, handler in handlers.items():
             signal.signal(number, handler)
-        run.log.close()
 
 
 def _settle(run: Run) -> None:
