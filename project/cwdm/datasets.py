@@ -267,9 +267,7 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         sampling, data = self.sampling, self.sampling.data
         rng = np.random.default_rng([sampling.seed, n])
-        epoch, place = divmod(n, len(self.subjects))
-        order = np.random.default_rng([sampling.seed, epoch, 1]).permutation(len(self.subjects))
-        volumes = self.cache.load(self.subjects[order[place]])
+        volumes = self.cache.load(self.subject(n))
         unit = volumes.unit(_box(rng, volumes.stack.shape[1:], data.crop))
         if data.mirror and rng.random() < 0.5:
             unit = unit[:, ::-1]
@@ -286,6 +284,12 @@ class Samples(torch.utils.data.Dataset[dict[str, Tensor]]):
             "t": torch.tensor(t),
             "target": torch.tensor(target),
         }
+
+    def subject(self, n: int) -> Subject:
+        """Case of sample n; every epoch goes through all of them in an order of its own."""
+        epoch, place = divmod(n, len(self.subjects))
+        order = np.random.default_rng([self.sampling.seed, epoch, 1]).permutation(len(self.subjects))
+        return self.subjects[order[place]]
 
     def _conditions(self, rng: np.random.Generator, unit: npt.NDArray[np.float32], target: int) -> Array:
         data = self.sampling.data

@@ -1,4 +1,5 @@
 import json
+import math
 import os
 import signal
 import subprocess
@@ -21,7 +22,9 @@ from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import CaseError, OutputError, SettingsError
 from cwdm.generation import Generator
 from cwdm.train_config import TrainingSettings, load_training_settings, ready_configurations
-from cwdm.training import TrainingError, train
+from cwdm.training import TrainingError, data, loop, train
+from cwdm.training.launch import launch
+from cwdm.training.state import Run
 
 COMMAND = [sys.executable, "-m", "cwdm", "train"]
 
@@ -52,13 +55,18 @@ def settings(config: Path, out: Path, *overrides: str) -> TrainingSettings:
 
 def losses(folder: Path) -> list[float]:
     """What TensorBoard would show as the loss."""
+    return scalars(folder, "loss")
+
+
+def scalars(folder: Path, tag: str) -> list[float]:
+    """What TensorBoard would show."""
     found = []
     for path in sorted((folder / "log").iterdir()):
         data = path.read_bytes()
         while data:
             length = int.from_bytes(data[:8], "little")
             event = Event.FromString(data[12 : 12 + length])
-            found += [value.simple_value for value in event.summary.value if value.tag == "loss"]
+            found += [value.simple_value for value in event.summary.value if value.tag == tag]
             data = data[16 + length :]
     return found
 
@@ -330,9 +338,37 @@ def test_another_run_in_the_folder_is_not_overwritten(small: Path, tmp_path: Pat
 
 
 def test_a_loss_that_stays_infinite_ends_the_run(small: Path, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="not finite for 20 steps"):
+    with pytest.raises(TrainingError, match=r"not finite for 20 steps.* the last with "):
         train(settings(small, tmp_path / "run", "steps=40", "optimiser.lr=1e38"))
     assert not list((tmp_path / "run" / "states").iterdir())
+
+
+def start(config: TrainingSettings) -> Run:
+    """A run whose steps a test takes itself."""
+    return loop._prepare(config, launch(config), resume=False)
+
+
+def test_a_step_that_is_not_finite_is_counted_and_named_and_changes_nothing(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = start(settings(small, tmp_path / "run", "log_every=3"))
+    before = [parameter.clone() for parameter in run.model.parameters()]
+    for number, parts in zip(range(3), data.batches(run), strict=False):
+        if number == 0:
+            parts[0]["volume"][1] = math.inf  # the second of the batch of two
+        loop._step(run, parts)
+        if number == 0:
+            assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
+    run.log.close()
+    subjects = data.samples(run.settings, run.subjects, run.cache)
+    said = capsys.readouterr().err
+    assert f"step 1 passed over, loss or gradient not finite; its cases: {subjects.subject(1).name}\n" in said
+    assert "step 3: loss" in said
+    assert ", 1 of 3 steps not finite, " in said
+    assert np.isfinite(losses(tmp_path / "run")).all()
+    assert scalars(tmp_path / "run", "steps_not_finite") == [1]
+    assert 0 < scalars(tmp_path / "run", "gradient_norm")[0] < math.inf
+    assert any(not torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")

@@ -88,6 +88,13 @@ def batches(run: Run) -> Iterator[list[dict[str, Tensor]]]:
         yield parts
 
 
+def names(run: Run, step: int, chosen: Tensor) -> str:
+    """Names of those cases of a step's batch that are chosen, (B,) bool."""
+    first = step * len(chosen)
+    read = samples(run.settings, run.subjects, run.cache)
+    return ", ".join(read.subject(first + int(i)).name for i in chosen.nonzero())
+
+
 def _ignore_interrupts(_: int) -> None:
     """Ctrl-C and a scheduler's signals reach every process of a group; the loop alone decides when to stop."""
     for number in STOPPING:

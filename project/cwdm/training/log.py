@@ -31,46 +31,65 @@ class TrainingLog:
         self.console = Console(stderr=True, highlight=False, quiet=not active)
         self.line = ""
         self.bad_in_a_row = 0
+        self._start_window()
+
+    def _start_window(self) -> None:
+        """Forget the steps that were written."""
         self.waited = 0.0
         self._bands: list[Tensor] = []
         self._t: list[Tensor] = []
+        self._norms: list[float] = []
+        self._bad = self._volumes = 0
         self._since = time.perf_counter()
 
     def say(self, line: str) -> None:
         self.console.print(line, markup=False, soft_wrap=True)
 
-    def add(self, bands: Tensor, t: Tensor, finite: bool) -> None:
-        """Errors (B, 8) at timesteps (B,) of one step."""
+    def add(self, bands: Tensor, t: Tensor, norm: float, finite: bool) -> None:
+        """Errors (B, 8) at timesteps (B,) of one step, and its gradient's norm; what is not finite only counts."""
+        self._volumes += len(bands)
         self.bad_in_a_row = 0 if finite else self.bad_in_a_row + 1
+        if not finite:
+            self._bad += 1
+            return
         self._bands.append(bands)
         self._t.append(t)
+        self._norms.append(norm)
 
     def write(self, step: int, lr: float) -> None:
-        """Means since the last call."""
-        bands, t = torch.cat(self._bands), torch.cat(self._t)
+        """Means since the last call, over the steps that were finite."""
         elapsed = time.perf_counter() - self._since
-        rate, waiting = len(bands) / elapsed, self.waited / elapsed
+        rate, waiting = self._volumes / elapsed, self.waited / elapsed
         memory_gib = (
             torch.cuda.max_memory_allocated() / 2**30 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         )
-        scalars = {"loss": float(bands.mean()), "lr": lr, "volumes a second": rate, "share of time waiting": waiting}
-        scalars["memory GiB"] = memory_gib
-        scalars.update(
+        scalars = {"lr": lr, "volumes a second": rate, "share of time waiting": waiting, "memory GiB": memory_gib}
+        scalars.update({"steps not finite": self._bad}, **self._means())
+        if self._alive():
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
+        self.line = f"loss {scalars['loss']:.4g}" if self._bands else "no finite loss"
+        self.line += f", {self._bad} of {self._bad + len(self._bands)} steps not finite" if self._bad else ""
+        if not self.console.is_terminal:
+            self.say(
+                f"step {step}: {self.line}, {rate:.3g} volumes a second, waiting {waiting:.0%}, {memory_gib:.1f} GiB"
+            )
+        self._start_window()
+
+    def _means(self) -> dict[str, float]:
+        """Losses and the gradient's norm; nothing where no step was finite."""
+        if not self._bands:
+            return {}
+        bands, t = torch.cat(self._bands), torch.cat(self._t)
+        means = {"loss": float(bands.mean()), "gradient norm": float(np.mean(self._norms))}
+        means.update(
             {f"loss by subband/{name}": float(value) for name, value in zip(BANDS, bands.mean(0), strict=True)}
         )
         for start in range(0, 1000, 250):
             inside = (t >= start) & (t < start + 250)
             if inside.any():
-                scalars[f"loss by timestep/{start} to {start + 249}"] = float(bands[inside].mean())
-        if self._alive():
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step)
-        self.line = f"loss {scalars['loss']:.4g}"
-        if not self.console.is_terminal:
-            self.say(
-                f"step {step}: {self.line}, {rate:.3g} volumes a second, waiting {waiting:.0%}, {memory_gib:.1f} GiB"
-            )
-        self._bands, self._t, self.waited, self._since = [], [], 0.0, time.perf_counter()
+                means[f"loss by timestep/{start} to {start + 249}"] = float(bands[inside].mean())
+        return means
 
     def scores(self, step: int, mean_psnr: float, mean_ssim: float) -> None:
         if self._alive():

@@ -148,6 +148,7 @@ def _settle(run: Run) -> None:
 
 
 def _step(run: Run, parts: list[dict[str, Tensor]]) -> None:
+    """One step: losses and gradients of all parts, and, where they are finite, new weights."""
     optimiser = run.settings.optimiser
     lr = optimiser.lr * _schedule(run.step, run.settings)
     for group in run.optimiser.param_groups:
@@ -159,25 +160,39 @@ def _step(run: Run, parts: list[dict[str, Tensor]]) -> None:
             run.fabric.backward(_total(run.settings, bands) / len(parts))
         losses.append(bands.detach())
         timesteps.append(batch["t"])
-    norm = nn.utils.clip_grad_norm_(run.model.parameters(), optimiser.clip_norm or math.inf)
-    finite = bool(torch.isfinite(norm))
+    norm = float(nn.utils.clip_grad_norm_(run.model.parameters(), optimiser.clip_norm or math.inf))
+    bands, t = _gathered(run.fabric, torch.cat(losses).float()), _gathered(run.fabric, torch.cat(timesteps))
+    finite = math.isfinite(norm) and bool(bands.isfinite().all())
     if finite:
         run.optimiser.step()
         _average(run)
     run.optimiser.zero_grad(set_to_none=True)
     run.step += 1
-    bands, t = torch.cat(losses).float(), torch.cat(timesteps)
-    if run.fabric.world_size > 1:
-        bands = cast(Tensor, run.fabric.all_gather(bands)).flatten(0, 1)
-        t = cast(Tensor, run.fabric.all_gather(t.to(run.fabric.device))).flatten(0, 1)
-    run.log.add(bands.cpu(), t.cpu(), finite)
-    if run.log.bad_in_a_row >= MOST_BAD_STEPS:
-        raise TrainingError(
-            f"loss or gradient not finite for {MOST_BAD_STEPS} steps before step {run.step}; the states in "
-            f"{run.settings.out / 'states'}, if any, are from before; a lower optimiser.lr may help"
-        )
+    run.log.add(bands, t, norm, finite)
+    if not finite:
+        _tell_of_bad_step(run, bands)
     if run.step % run.settings.log_every == 0:
         run.log.write(run.step, lr)
+
+
+def _gathered(fabric: Fabric, tensor: Tensor) -> Tensor:
+    """What the processes have of a batch, put together in the order of the samples; on the CPU."""
+    if fabric.world_size > 1:
+        tensor = cast(Tensor, fabric.all_gather(tensor.to(fabric.device))).flatten(0, 1)
+    return tensor.cpu()
+
+
+def _tell_of_bad_step(run: Run, bands: Tensor) -> None:
+    """Name the cases of a step that changed nothing; raises TrainingError when there have been too many in a row."""
+    bad = ~bands.isfinite().all(1)  # none where only the gradient overflowed: then it may be any
+    names = data.names(run, run.step - 1, bad if bad.any() else ~bad)
+    if run.log.bad_in_a_row < MOST_BAD_STEPS:
+        run.log.say(f"warning: step {run.step} passed over, loss or gradient not finite; its cases: {names}")
+        return
+    raise TrainingError(
+        f"loss or gradient not finite for {MOST_BAD_STEPS} steps before step {run.step}, the last with {names}; the "
+        f"states in {run.settings.out / 'states'}, if any, are from before; a lower optimiser.lr may help"
+    )
 
 
 def _losses(run: Run, batch: dict[str, Tensor]) -> Tensor:
