@@ -22,7 +22,7 @@ from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import CaseError, OutputError, SettingsError
 from cwdm.generation import Generator
 from cwdm.train_config import TrainingSettings, load_training_settings, ready_configurations
-from cwdm.training import TrainingError, data, loop, train
+from cwdm.training import TrainingError, data, loop, state, train
 from cwdm.training.launch import launch
 from cwdm.training.state import Run
 
@@ -259,6 +259,34 @@ def test_states_later_than_the_one_resumed_from_are_damaged_and_go(small: Path, 
     copy.unlink()
     assert sorted(path.stem for path in (out / "states").iterdir()) == ["000000004", "000000006"]
     weights_of(out)
+
+
+def test_resumed_moments_lie_in_memory_like_their_weights(small: Path, tmp_path: Path) -> None:
+    """As on a GPU, where the weights are channels_last."""
+    train(settings(small, tmp_path / "run"))
+    run = start(settings(small, tmp_path / "other"))
+    run.model.to(memory_format=torch.channels_last_3d)
+    found = state.newest_whole_state(tmp_path / "run", print)
+    assert found is not None
+    state.resume(run, found)
+    last = 0
+    for name, parameter in run.model.named_parameters():
+        moments = run.optimiser.state[parameter]
+        for key in ("exp_avg", "exp_avg_sq"):
+            assert moments[key].stride() == parameter.stride()
+            assert torch.equal(moments[key], found.tensors[f"optimiser.{key}.{name}"])
+        last += parameter.is_contiguous(memory_format=torch.channels_last_3d) if parameter.ndim == 5 else 0
+    assert last > 10
+
+
+def test_the_running_mean_is_the_exponential_one(small: Path, tmp_path: Path) -> None:
+    run = start(settings(small, tmp_path / "run", "optimiser.ema_decay=0.25"))
+    expected = [parameter.clone() for parameter in run.ema.parameters()]
+    for parts, decay in zip(data.batches(run), (1 / 10, 2 / 11, 0.25, 0.25), strict=False):
+        loop._step(run, parts)
+        for mean, value in zip(expected, run.model.parameters(), strict=True):
+            mean.lerp_(value.detach(), 1 - decay)
+        assert all(torch.equal(a, b) for a, b in zip(expected, run.ema.parameters(), strict=True))
 
 
 def test_accumulated_parts_are_the_same_batch(small: Path, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from cwdm.datasets import Cache
@@ -77,10 +78,10 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> Run:
     model = UNet(settings.unet())
     if model.config.regression and found is None:
         model.regression.fit(data.examples(data.samples(settings, subjects, cache), settings))
-    ema = copy.deepcopy(model).requires_grad_(False).eval().to(fabric.device)
     layout = torch.channels_last_3d if fabric.device.type == "cuda" else torch.contiguous_format
     # Before the optimiser: a sharded one takes the device of its processes' messages from its parameters.
     model.to(fabric.device, memory_format=layout)  # type: ignore[call-overload]
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
     if settings.recompute:
         for block in model.modules():
             if isinstance(block, ResBlock):
@@ -97,6 +98,8 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> Run:
 def _optimiser(settings: TrainingSettings, model: UNet, processes: int) -> torch.optim.Optimizer:
     """AdamW, whose moments each process keeps whole or, `sharded`, its part of."""
     options: dict[str, Any] = {"lr": settings.optimiser.lr, "weight_decay": settings.optimiser.weight_decay}
+    if next(model.parameters()).device.type == "cuda":
+        options["fused"] = True  # one pass over the memory; not on the CPU, where runs keep their bits
     if settings.optimiser.sharded and processes > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # compiles optimisers when imported
 
@@ -108,7 +111,7 @@ def _loop(run: Run) -> None:
     """Train to the last step; when stopped, save and leave."""
     settings = run.settings
     try:
-        with _heeding_signals(run), bars(shown=run.fabric.is_global_zero) as bar:
+        with _tuned_convolutions(settings), _heeding_signals(run), bars(shown=run.fabric.is_global_zero) as bar:
             task = bar.add_task("training", total=settings.steps, completed=run.step)
             if validate.is_due(run):  # the one that the run was stopped in
                 _settle(run)
@@ -118,6 +121,17 @@ def _loop(run: Run) -> None:
                 _settle(run)
     finally:
         run.log.close()
+
+
+@contextmanager
+def _tuned_convolutions(settings: TrainingSettings) -> Iterator[None]:
+    """cuDNN times its algorithms once a shape; not where every whole brain has a shape of its own."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or settings.data.crop is not None or settings.data.window != "brain"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 @contextmanager
@@ -212,12 +226,10 @@ def _total(settings: TrainingSettings, bands: Tensor) -> Tensor:
     return bands[:, 0].mean() * LLL_DIVISOR**2 / 8 + bands[:, 1:].mean() * 7 / 8
 
 
-@torch.no_grad()
 def _average(run: Run) -> None:
     """Running mean of the weights; at first over fewer steps, so that the start is soon forgotten."""
     decay = min(run.settings.optimiser.ema_decay, (1 + run.step) / (10 + run.step))
-    for mean, value in zip(run.ema.parameters(), run.model.parameters(), strict=True):
-        mean.lerp_(value, 1 - decay)
+    get_ema_multi_avg_fn(decay)(tuple(run.ema.parameters()), tuple(run.model.parameters()), None)
 
 
 def _schedule(step: int, settings: TrainingSettings) -> float:

@@ -151,11 +151,15 @@ def _check_identity(run: Run, path: Path, header: Mapping[str, Any]) -> None:
 def _take(run: Run, tensors: Mapping[str, Tensor]) -> None:
     for name, mean in run.ema.named_parameters():
         mean.copy_(tensors[f"ema.{name}"])
-    moments = {}
+    moments: dict[int, dict[str, Tensor]] = {}
     for number, (name, parameter) in enumerate(run.model.named_parameters()):
         parameter.copy_(tensors[f"model.{name}"])
-        found = {key: tensors.get(f"optimiser.{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-        moments[number] = {key: tensor for key, tensor in found.items() if tensor is not None}
+        moments[number] = {}
+        for key in ("step", "exp_avg", "exp_avg_sq"):
+            if (tensor := tensors.get(f"optimiser.{key}.{name}")) is not None:
+                # In the layout of the parameter, as AdamW makes them: it is slow where the two differ.
+                alike = tensor.shape == parameter.shape
+                moments[number][key] = torch.empty_like(parameter).copy_(tensor) if alike else tensor
     groups = [{**group, "params": list(moments)} for group in run.optimiser.param_groups]
     run.optimiser.load_state_dict({"state": moments, "param_groups": groups})
 
