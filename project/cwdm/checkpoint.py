@@ -12,11 +12,10 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, BinaryIO, Literal
 
 import pywt
 import safetensors
-import safetensors.torch
 import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
 from torch import Tensor
@@ -30,7 +29,8 @@ from cwdm.unet import UNet, UNetConfig
 
 HEADER_KEY = "cwdm"
 ANY = "any"
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SAFETENSORS_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
+_FLOATS = tuple(_SAFETENSORS_NAMES)
 
 
 def orthogonal_wavelet(name: str) -> str:
@@ -192,10 +192,36 @@ def load(path: Path) -> Checkpoint:
 
 def save(path: Path, model: UNet, record: Record, dtype: torch.dtype = torch.float32) -> None:
     """Write our safetensors, whole or not at all; `dtype` may be float16 or bfloat16 to halve the size."""
-    tensors = {name: tensor.to(dtype).contiguous() for name, tensor in model.state_dict().items()}
-    header = {"config": asdict(model.config), "record": record.model_dump(mode="json")}
-    data = safetensors.torch.save(tensors, metadata={"format": "pt", HEADER_KEY: json.dumps(header)})
-    write_atomically(path, lambda file: file.write(data))
+    save_tensors(path, {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}, model.config, record)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], config: UNetConfig, record: Record) -> None:
+    """Write our safetensors like `save`, of a network's tensors by name."""
+    header = {"config": asdict(config), "record": record.model_dump(mode="json")}
+    write_tensors(path, tensors, {"format": "pt", HEADER_KEY: json.dumps(header)})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, whole or not at all, one tensor after the other.
+
+    The library makes one string of bytes of all of them, or takes a path and leaves half a file there when killed.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned, as the library does
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name in names:
+        start, end = end, end + tensors[name].nbytes
+        shape, dtype = list(tensors[name].shape), _SAFETENSORS_NAMES[tensors[name].dtype]
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+
+    def write(file: BinaryIO) -> None:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            file.write(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+
+    write_atomically(path, write)
 
 
 def sha256(path: Path) -> str:

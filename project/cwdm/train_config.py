@@ -187,7 +187,10 @@ class TrainingSettings(StrictSettings):
         precision: bf16 keeps weights in float32 and multiplies in bfloat16.
         recompute: activations of residual blocks are computed a second time instead of kept.
         devices, nodes: of each machine, and machines; what `torchrun` or Slurm started wins.
-        log_every, validate_every, save_every: steps.
+        log_every, validate_every: steps.
+        save_minutes: between states from which the run can go on; they are written while it trains, one is written
+            when it ends or is stopped, too.
+        save_every: steps after which there is a state as well.
         validation_cases: at most so many are synthesised.
     """
 
@@ -207,7 +210,8 @@ class TrainingSettings(StrictSettings):
     recompute: bool = False
     log_every: Positive = 50
     validate_every: Positive = 10_000
-    save_every: Positive = 1_000
+    save_minutes: Number = Field(default=10.0, gt=0)
+    save_every: Positive | None = None
     validation_cases: Positive = 4
 
     @model_validator(mode="after")

@@ -273,3 +273,20 @@ def test_the_record_states_the_noise_schedule_which_a_regression_reckons_with(tm
     with pytest.raises(ValueError, match="must be one of linear, cosine"):
         Record(schedule="sigmoid")
     assert checkpoint.read_record(folder_of(BUNDLED) / "any.safetensors").schedule == "linear"  # it does not say
+
+
+def test_our_safetensors_are_those_of_the_library(tmp_path: Path) -> None:
+    """Byte for byte, for tensors of every layout and length of header."""
+    whole = torch.randn(2, 3, 4, 5, 6)
+    tensors = {
+        "turned": whole.to(memory_format=torch.channels_last_3d),
+        "one": torch.tensor(3.0),
+        "none": torch.empty(0, 2),
+        "über": whole[:, ::2],
+        "half": torch.randn(3).half(),
+        "double": torch.randn(3, dtype=torch.float64),
+    }
+    for length in range(8):
+        checkpoint.write_tensors(tmp_path / "ours", tensors, {"note": "ö" * length})
+        theirs = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        assert (tmp_path / "ours").read_bytes() == safetensors.torch.save(theirs, {"note": "ö" * length})

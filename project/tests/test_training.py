@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from cwdm import Synthesizer, checkpoint
 from cwdm.checkpoint import ANY
 from cwdm.config import load_settings
 from cwdm.diffusion import SCHEDULES, subband_losses
-from cwdm.errors import CaseError, OutputError, SettingsError
+from cwdm.errors import CaseError, CwdmError, OutputError, SettingsError
 from cwdm.generation import Generator
 from cwdm.train_config import TrainingSettings, load_training_settings, ready_configurations
 from cwdm.training import TrainingError, data, loop, state, train
@@ -27,6 +28,7 @@ from cwdm.training.launch import launch
 from cwdm.training.state import Run
 
 COMMAND = [sys.executable, "-m", "cwdm", "train"]
+TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cwdm"]
 
 SMALL = """
 data: {condition_on: any, window: brain, crop: [16, 16, 16], mirror: true, jitter: 0.1, workers: 0}
@@ -238,6 +240,104 @@ def test_a_batch_script_of_slurm_waits_for_no_tasks(
     train(settings(small, tmp_path / "run", "steps=2"))
 
 
+def lose(data_folder: Path, cache: Path) -> Path:
+    """Take the originals away, and what was decoded of them."""
+    shutil.rmtree(cache)
+    return data_folder.rename(data_folder.with_name("lost"))
+
+
+def test_steps_are_saved_when_the_data_are_lost(small: Path, phantoms: Path, tmp_path: Path) -> None:
+    train(settings(small, tmp_path / "whole"))
+    folder = Path(shutil.copytree(phantoms, tmp_path / "data"))
+    config = settings(
+        small, tmp_path / "run", f"data.path={folder}", f"data.cache={tmp_path / 'copies'}", "save_every=9"
+    )
+    run = start(config)
+    for _, parts in zip(range(3), data.batches(run), strict=False):
+        loop._step(run, parts)
+    lost = lose(folder, tmp_path / "copies")
+    with pytest.raises((OSError, CwdmError)):
+        loop._loop(run)
+    assert newest_state(tmp_path / "run") == "000000003.safetensors"
+    lost.rename(folder)
+    train(config, resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+
+
+def test_steps_are_saved_when_a_step_fails_before_it_changes_the_weights(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        if run.step == 2:
+            raise MemoryError("no memory left")
+
+    train(settings(small, tmp_path / "whole"))
+    config = settings(small, tmp_path / "run", "save_every=9")
+    run = start(config)
+    handle = run.model.register_forward_hook(fail)
+    with pytest.raises(MemoryError):
+        loop._loop(run)
+    handle.remove()
+    assert newest_state(tmp_path / "run") == "000000002.safetensors"
+    train(config, resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "run")
+
+    run = start(settings(small, tmp_path / "half", "save_every=9"))
+    run.optimiser.optimizer.register_step_post_hook(fail)
+    with pytest.raises(MemoryError):
+        loop._loop(run)
+    assert newest_state(tmp_path / "half") == ""
+    assert "step 2 could not be saved: the weights were being changed" in capsys.readouterr().err
+
+
+def test_a_run_that_fails_at_its_first_step_leaves_no_state(small: Path, tmp_path: Path) -> None:
+    run = start(settings(small, tmp_path / "run"))
+    run.model.register_forward_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        loop._loop(run)
+    assert newest_state(tmp_path / "run") == ""
+
+
+def test_several_processes_save_together_when_the_data_of_one_are_lost(
+    small: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    folder, out = Path(shutil.copytree(phantoms, tmp_path / "data")), tmp_path / "run"
+    changes = [f"data.path={folder}", f"data.cache={tmp_path / 'copies'}", "optimiser.sharded=true", "log_every=1"]
+    command = [*TWO_PROCESSES, "train", str(small), f"out={out}", *changes, "steps=100000", "save_every=100000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    for line in process.stderr or ():
+        if "step 3:" in line:
+            break
+    lose(folder, tmp_path / "copies")
+    process.communicate(timeout=100)
+    assert process.returncode != 0
+    assert newest_state(out) >= "000000003"
+    weights_of(out)
+
+
+def test_states_are_kept_by_time_without_being_asked_for(small: Path, tmp_path: Path) -> None:
+    text = small.read_text().replace("save_every: 2\n", "")
+    small.write_text(text)
+    train(settings(small, tmp_path / "usual"))
+    assert [path.stem for path in sorted((tmp_path / "usual" / "states").iterdir())] == ["000000006"]
+    train(settings(small, tmp_path / "often", "save_minutes=1e-9"))
+    assert [path.stem for path in sorted((tmp_path / "often" / "states").iterdir())] == ["000000005", "000000006"]
+    assert_same_weights(tmp_path / "usual", tmp_path / "often")
+
+
+def test_a_state_is_that_of_its_step_though_training_goes_on_meanwhile(small: Path, tmp_path: Path) -> None:
+    run = start(settings(small, tmp_path / "run"))
+    batches = data.batches(run)
+    loop._step(run, next(batches))
+    expected = {f"model.{name}": parameter.detach().clone() for name, parameter in run.model.named_parameters()}
+    expected |= {f"ema.{name}": parameter.clone() for name, parameter in run.ema.named_parameters()}
+    write = state._writing(run, run.optimiser.state_dict()["state"])
+    loop._step(run, next(batches))
+    write()
+    saved = weights_of(tmp_path / "run")
+    assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_damaged_state_is_passed_over(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(settings(small, out))
@@ -321,10 +421,9 @@ def test_unconditional_training_makes_weights_that_sample(small: Path, phantoms:
 
 
 def train_in_two_processes(config: Path, *arguments: str) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cwdm"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(
-        [*command, "train", str(config), *arguments], capture_output=True, text=True, env=environment, check=False
+        [*TWO_PROCESSES, "train", str(config), *arguments], capture_output=True, text=True, env=environment, check=False
     )
     assert result.returncode == 0, result.stderr
 

@@ -97,7 +97,7 @@ def together(fabric: Fabric, work: Callable[[], T]) -> T:
         done = work()
     except Exception as error:
         fault = error
-    failed = largest(fabric, int(fault is not None))
+    (failed,) = largest(fabric, fault is not None)
     if fault:
         raise fault
     if failed:
@@ -105,8 +105,9 @@ def together(fabric: Fabric, work: Callable[[], T]) -> T:
     return done
 
 
-def largest(fabric: Fabric, number: int) -> int:
-    """The largest of the numbers that the processes give, the same answer in all of them."""
+def largest(fabric: Fabric, *numbers: int) -> tuple[int, ...]:
+    """The largest of each of the numbers that the processes give, the same answer in all of them."""
     if fabric.world_size == 1:
-        return number
-    return int(cast(Tensor, fabric.all_reduce(torch.tensor(number, device=fabric.device), reduce_op="max")))
+        return numbers
+    given = torch.tensor([int(number) for number in numbers], device=fabric.device)
+    return tuple(cast(Tensor, fabric.all_reduce(given, reduce_op="max")).tolist())

@@ -115,10 +115,14 @@ def _loop(run: Run) -> None:
             task = bar.add_task("training", total=settings.steps, completed=run.step)
             if validate.is_due(run):  # the one that the run was stopped in
                 _settle(run)
-            for parts in data.batches(run):
-                _step(run, parts)
+            batches = data.batches(run)
+            while run.step < settings.steps:
+                _step(run, together(run.fabric, lambda: _next(run, batches)))
                 bar.update(task, completed=run.step, description=run.log.line or "training")
                 _settle(run)
+    except Exception:
+        state.rescue(run)
+        raise
     finally:
         run.log.close()
 
@@ -154,16 +158,26 @@ def _settle(run: Run) -> None:
     """What a step ends with, where it is due: a validation, a state on the disk, the end of a stopped run."""
     if validate.is_due(run):
         validate.validate(run)
-    stopped = largest(run.fabric, run.stopped_by)
-    if stopped or run.step == run.settings.steps or run.step % run.settings.save_every == 0:
+    settings = run.settings
+    stopped, late = largest(run.fabric, run.stopped_by, state.is_late(run))
+    ends = stopped > 0 or run.step == settings.steps
+    if ends or late or (settings.save_every is not None and run.step % settings.save_every == 0):
         together(run.fabric, lambda: state.save(run))
+    if ends:
+        together(run.fabric, run.writer.wait)
     if stopped:
         raise SystemExit(128 + stopped)
+
+
+def _next(run: Run, batches: Iterator[list[dict[str, Tensor]]]) -> list[dict[str, Tensor]]:
+    run.writer.check()
+    return next(batches)
 
 
 def _step(run: Run, parts: list[dict[str, Tensor]]) -> None:
     """One step: losses and gradients of all parts, and, where they are finite, new weights."""
     optimiser = run.settings.optimiser
+    run.stage = "computing"
     lr = optimiser.lr * _schedule(run.step, run.settings)
     for group in run.optimiser.param_groups:
         group["lr"] = lr
@@ -178,15 +192,18 @@ def _step(run: Run, parts: list[dict[str, Tensor]]) -> None:
     bands, t = _gathered(run.fabric, torch.cat(losses).float()), _gathered(run.fabric, torch.cat(timesteps))
     finite = math.isfinite(norm) and bool(bands.isfinite().all())
     if finite:
+        run.stage = "updating"
         run.optimiser.step()
         _average(run)
     run.optimiser.zero_grad(set_to_none=True)
     run.step += 1
+    run.stage = "computing"  # of the log's means
     run.log.add(bands, t, norm, finite)
     if not finite:
         _tell_of_bad_step(run, bands)
     if run.step % run.settings.log_every == 0:
         run.log.write(run.step, lr)
+    run.stage = "between"
 
 
 def _gathered(fabric: Fabric, tensor: Tensor) -> Tensor:

@@ -3,28 +3,53 @@
 import json
 import math
 import re
+import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import safetensors
-import safetensors.torch
 import torch
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from cwdm import __version__, checkpoint
-from cwdm.checkpoint import ANY, Record
+from cwdm.checkpoint import ANY, Record, write_tensors
 from cwdm.datasets import Cache, Subject
 from cwdm.errors import SettingsError
-from cwdm.files import write_atomically
 from cwdm.preprocess import PUBLISHED_WINDOW
 from cwdm.train_config import DataSettings, TrainingSettings
 from cwdm.training.log import TrainingLog
 from cwdm.unet import UNet
 
 KEPT_STATES = 2
+
+
+class Writer:
+    """A thread that writes one thing after the other; what went wrong is heard at the next call."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "writer")
+        self._job: Future[None] | None = None
+
+    def write(self, job: Callable[[], None]) -> None:
+        """Begin with a job, once the one before is done."""
+        self.wait()
+        self._job = self._thread.submit(job)
+
+    def check(self) -> None:
+        """Raise what went wrong, if the job has come to its end."""
+        if self._job and self._job.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait for the job's end; raise what went wrong."""
+        job, self._job = self._job, None
+        if job:
+            job.result()
 
 
 @dataclass
@@ -37,6 +62,11 @@ class Run:
         step: steps done.
         best: PSNR of the best validation.
         validated: the step of the last one that came to its end.
+        stage: `computing` losses and gradients, `updating` the weights with them, or `between` two steps, where
+            all processes hear of it when one fails.
+        begun: the step that the run started or was resumed at.
+        copied_at: when the newest state was copied, in seconds of `time.monotonic`.
+        passed_over: states that could not be read, and go when there is a new one.
     """
 
     settings: TrainingSettings
@@ -53,6 +83,11 @@ class Run:
     best: float = -math.inf
     validated: int = 0
     stopped_by: int = 0
+    stage: Literal["between", "computing", "updating"] = "between"
+    begun: int = 0
+    passed_over: tuple[Path, ...] = ()
+    writer: Writer = field(default_factory=Writer)
+    copied_at: float = field(default_factory=time.monotonic)
 
     @property
     def newest(self) -> Path:
@@ -87,15 +122,27 @@ def describe(run: Run) -> Record:
 
 
 def save_weights(run: Run, folder: Path) -> None:
+    """Have the running mean of the weights written, as it is now, while training goes on."""
     if run.fabric.is_global_zero:
-        checkpoint.save(folder / weights_name(run.settings), run.ema, describe(run))
+        means = _copied(dict(run.ema.named_parameters()))
+        path, config, record = folder / weights_name(run.settings), run.model.config, describe(run)
+        run.writer.write(lambda: checkpoint.save_tensors(path, means, config, record))
 
 
-def save(run: Run) -> None:
-    """Write the newest weights and the state, whole or not at all; older states go once it is there.
+def is_late(run: Run) -> bool:
+    """Whether so much time has gone by since the last state that the next is due."""
+    return time.monotonic() - run.copied_at > 60 * run.settings.save_minutes
+
+
+def save(run: Run, alone: bool = False) -> None:
+    """Have the newest weights and the state written, as they are now, while training goes on.
 
     Weights that are not finite are not worth keeping, and would push out those that are.
+
+    Args:
+        alone: the other processes know nothing of it.
     """
+    run.copied_at = time.monotonic()
     finite = all(bool(torch.isfinite(parameter).all()) for parameter in run.model.parameters())
     last = run.step == run.settings.steps
     if not finite or (run.log.bad_in_a_row and not last):
@@ -103,19 +150,58 @@ def save(run: Run) -> None:
         return
     # Sharded moments are brought together from all processes, so nothing may fail in one of them before.
     moments = run.optimiser.state_dict().get("state", {})
-    save_weights(run, run.settings.out / "newest")
-    if not run.fabric.is_global_zero:
+    if run.fabric.is_global_zero or alone:
+        run.writer.write(_writing(run, moments))
+
+
+def rescue(run: Run) -> None:
+    """Save the steps that the run would lose by an exception; where that fails too, say so and no more."""
+    alone = run.stage != "between"
+    if run.step == run.begun:
         return
-    folder = run.settings.out / "states"
+    if run.stage == "updating":
+        reason = "the weights were being changed"
+    elif alone and run.settings.optimiser.sharded and run.fabric.world_size > 1:
+        reason = "the other processes hold a part of it"
+    else:
+        try:
+            with suppress(Exception):  # an older state that could not be written
+                run.writer.wait()
+            run.optimiser.zero_grad(set_to_none=True)  # makes room, if it was that
+            save(run, alone)
+            run.writer.wait()
+            return
+        except Exception as error:
+            reason = str(error)
+    run.log.say(f"warning: step {run.step} could not be saved: {reason}; --resume goes on from the state before")
+
+
+def _writing(run: Run, moments: Mapping[int, Mapping[str, Tensor]]) -> Callable[[], None]:
+    """What writes the newest weights and the state, each whole or not at all; older states go once it is there."""
+    tensors, step, record, out = _copied(_tensors(run, moments)), run.step, describe(run), run.settings.out
     best = run.best if math.isfinite(run.best) else None
-    header = {"step": run.step, "best": best, "validated": run.validated, **_identity(run)}
-    data = safetensors.torch.save(_tensors(run, moments), {"cwdm": json.dumps(header)})
-    write_atomically(folder / f"{run.step:09d}.safetensors", lambda file: file.write(data))
-    kept = states(run.settings.out)
-    # Later ones than this can only be damaged, or `resume` would have taken them.
-    later = [path for path in kept if int(path.stem) > run.step]
-    for old in [*later, *[path for path in kept if path not in later][:-KEPT_STATES]]:
-        old.unlink()
+    header = json.dumps({"step": step, "best": best, "validated": run.validated, **_identity(run)})
+    newest, config = run.newest, run.model.config
+    passed_over, run.passed_over = [path for path in run.passed_over if path != _state_path(out, step)], ()
+
+    def write() -> None:
+        write_tensors(_state_path(out, step), tensors, {"cwdm": header})
+        checkpoint.save_tensors(newest, _part(tensors, "ema."), config, record)
+        kept = [path for path in states(out) if path not in passed_over]
+        for old in [*passed_over, *kept[:-KEPT_STATES]]:
+            old.unlink(missing_ok=True)
+
+    return write
+
+
+def _copied(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies on the CPU, which training does not change."""
+    options: Any = {"copy": True, "memory_format": torch.contiguous_format}
+    return {name: tensor.detach().to("cpu", **options) for name, tensor in tensors.items()}
+
+
+def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def resume(run: Run, state: "State | None") -> None:
@@ -126,11 +212,14 @@ def resume(run: Run, state: "State | None") -> None:
     """
     if state is None:
         run.log.say("no state to go on from; starting at the first step")
+        run.passed_over = tuple(states(run.settings.out))
     else:
         header = state.header
         _check_identity(run, state.path, header)
         _take(run, state.tensors)
         run.step, run.best = int(header["step"]), header["best"] or -math.inf
+        run.begun = run.step
+        run.passed_over = tuple(path for path in states(run.settings.out) if int(path.stem) > run.step)
         run.validated = int(header.get("validated", run.step))
         run.log.say(f"going on after step {run.step} from {state.path}")
     steps = cast(Tensor, run.fabric.all_gather(torch.tensor(run.step, device=run.fabric.device)))
@@ -171,7 +260,7 @@ def _tensors(run: Run, moments: Mapping[int, Mapping[str, Tensor]]) -> dict[str,
         for key, value in moments.get(number, {}).items():
             tensors[f"optimiser.{key}.{name}"] = value
     tensors.update({f"ema.{name}": value for name, value in run.ema.named_parameters()})
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    return tensors
 
 
 def _identity(run: Run) -> dict[str, Any]:
@@ -189,6 +278,10 @@ def weights_name(settings: TrainingSettings) -> str:
     data = settings.data
     kind = ANY if data.condition_on == "any" else data.target or "weights"
     return f"{kind}.safetensors" if data.condition_on != "nothing" else "unconditional.safetensors"
+
+
+def _state_path(out: Path, step: int) -> Path:
+    return out / "states" / f"{step:09d}.safetensors"
 
 
 def states(out: Path) -> list[Path]:

@@ -37,13 +37,13 @@ def validate(run: Run) -> None:
     together(run.fabric, lambda: _score_share(run, scores))
     if run.fabric.world_size > 1:
         scores = cast(Tensor, run.fabric.all_reduce(scores, reduce_op="sum"))
-    if largest(run.fabric, run.stopped_by):
+    if any(largest(run.fabric, run.stopped_by)):
         return
     run.validated = run.step
     if not run.settings.channels:
         return
     mean_psnr, mean_ssim = (float(value / scores[2]) for value in scores[:2])
-    run.log.scores(run.step, mean_psnr, mean_ssim)
+    together(run.fabric, lambda: run.log.scores(run.step, mean_psnr, mean_ssim))
     if mean_psnr > run.best:
         run.best = mean_psnr
         together(run.fabric, lambda: save_weights(run, run.settings.out / "best"))
