@@ -26,6 +26,10 @@ Range = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator
 Positive = Annotated[int, Field(ge=1)]
 Number = Annotated[float, Field(strict=False)]  # a quoted '1e-5' too
 Folder = Annotated[Path, Field(strict=False)]
+Sampler = Annotated[str, AfterValidator(known_sampler)]
+
+FEW_STEPS = 10
+"""Of a sampler, that a validation can afford."""
 
 
 def _inside(file: str) -> str:
@@ -168,11 +172,11 @@ class RecordSettings(StrictSettings):
     """What the weights will say about themselves.
 
     Attributes:
-        sampler, steps: recommended, and used for validation.
+        sampler, steps: recommended for inference.
         notice: what every user of their images must know.
     """
 
-    sampler: Annotated[str, AfterValidator(known_sampler)] = "ddpm"
+    sampler: Sampler = "ddpm"
     steps: int = Field(default=1000, ge=1, le=1000)
     notice: str = Field(default="", max_length=500)
 
@@ -191,7 +195,9 @@ class TrainingSettings(StrictSettings):
         save_minutes: between states from which the run can go on; they are written while it trains, one is written
             when it ends or is stopped, too.
         save_every: steps after which there is a state as well.
-        validation_cases: at most so many are synthesised.
+        validation_cases: at most so many are synthesised, shared among the processes, in `precision`.
+        validation_sampler, validation_steps: how; by default as `record` recommends if that takes at most ten steps,
+            else dpmpp in ten.
     """
 
     data: DataSettings
@@ -213,6 +219,8 @@ class TrainingSettings(StrictSettings):
     save_minutes: Number = Field(default=10.0, gt=0)
     save_every: Positive | None = None
     validation_cases: Positive = 4
+    validation_sampler: Sampler | None = None
+    validation_steps: int | None = Field(default=None, ge=1, le=1000)
 
     @model_validator(mode="after")
     def _buildable(self) -> "TrainingSettings":
@@ -223,6 +231,13 @@ class TrainingSettings(StrictSettings):
                 if rest or voxels % multiple:
                     raise ValueError(f"{name} {size}: each must come to a multiple of {multiple} for this network")
         return self
+
+    @property
+    def validation_plan(self) -> tuple[str, int]:
+        """Sampler and steps of validation."""
+        record = self.record
+        sampler, steps = (record.sampler, record.steps) if record.steps <= FEW_STEPS else ("dpmpp", FEW_STEPS)
+        return self.validation_sampler or sampler, self.validation_steps or steps
 
     @property
     def channels(self) -> int:

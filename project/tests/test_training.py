@@ -22,8 +22,8 @@ from cwdm.config import load_settings
 from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import CaseError, CwdmError, OutputError, SettingsError
 from cwdm.generation import Generator
-from cwdm.train_config import TrainingSettings, load_training_settings, ready_configurations
-from cwdm.training import TrainingError, data, loop, state, train
+from cwdm.train_config import RecordSettings, TrainingSettings, load_training_settings, ready_configurations
+from cwdm.training import TrainingError, data, loop, state, train, validate
 from cwdm.training.launch import launch
 from cwdm.training.state import Run
 
@@ -218,7 +218,7 @@ def test_slurms_warning_saves_and_leaves(small: Path, tmp_path: Path) -> None:
 
 def test_a_validation_that_the_run_was_stopped_in_is_made_up(small: Path, phantoms: Path, tmp_path: Path) -> None:
     out, changes = tmp_path / "run", [f"data.validation_path={phantoms}", "steps=2", "data.window=[32, 48, 32]"]
-    command = [*COMMAND, str(small), f"out={out}", *changes, "record.sampler=ddpm", "record.steps=1000"]
+    command = [*COMMAND, str(small), f"out={out}", *changes, "validation_sampler=ddpm", "validation_steps=1000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stderr or ():
         if "step 2:" in line:
@@ -230,6 +230,32 @@ def test_a_validation_that_the_run_was_stopped_in_is_made_up(small: Path, phanto
     train(settings(small, out, *changes), resume=True)
     (best,) = (out / "best").iterdir()
     assert checkpoint.load(best).record.window == (32, 48, 32)
+
+
+def test_validation_takes_few_steps_whatever_the_weights_recommend() -> None:
+    def plan(config: str, *overrides: str) -> tuple[str, int]:
+        return load_training_settings(config, ["data.path=in", "out=out", *overrides]).validation_plan
+
+    assert plan("cwdm-t1n") == ("dpmpp", 10)
+    assert load_training_settings("cwdm-t1n", ["data.path=in", "out=out"]).record == RecordSettings()  # ddpm, 1000
+    assert plan("bundled") == ("ddim", 1)
+    assert plan("cwdm-t1n", "validation_sampler=ddpm", "validation_steps=1000") == ("ddpm", 1000)
+    assert plan("bundled", "validation_steps=5") == ("ddim", 5)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_validation_computes_in_the_precision_of_training(
+    precision: str, small: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    changes = [f"precision={precision}", f"data.validation_path={phantoms}", "steps=1", "validation_cases=1"]
+    run = start(settings(small, tmp_path / "run", *changes))
+    validate.validate(run)
+    network = validate._network(run)
+    assert {parameter.dtype for parameter in run.ema.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in network.model.parameters()} == {
+        {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    }
+    assert math.isfinite(run.best)
 
 
 def test_a_batch_script_of_slurm_waits_for_no_tasks(

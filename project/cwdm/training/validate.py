@@ -1,5 +1,6 @@
 """Validation: held-out cases, synthesised with the running mean of the weights and scored."""
 
+import copy
 from contextlib import suppress
 from typing import Any, cast
 
@@ -34,7 +35,7 @@ def validate(run: Run) -> None:
     Without conditions there is no right answer: then a sample is drawn beside each case, for the eye.
     """
     scores = torch.zeros(3, dtype=torch.float64, device=run.fabric.device)
-    together(run.fabric, lambda: _score_share(run, scores))
+    together(run.fabric, lambda: _score_share(run, _network(run), scores))
     if run.fabric.world_size > 1:
         scores = cast(Tensor, run.fabric.all_reduce(scores, reduce_op="sum"))
     if any(largest(run.fabric, run.stopped_by)):
@@ -49,18 +50,24 @@ def validate(run: Run) -> None:
         together(run.fabric, lambda: save_weights(run, run.settings.out / "best"))
 
 
-def _score_share(run: Run, scores: Tensor) -> None:
+def _network(run: Run) -> Checkpoint:
+    """The running mean of the weights, in the type that training multiplies in."""
+    model = run.ema if run.settings.precision == "fp32" else copy.deepcopy(run.ema).to(torch.bfloat16)
+    return Checkpoint(model, describe(run))
+
+
+def _score_share(run: Run, network: Checkpoint, scores: Tensor) -> None:
     """Add up PSNR, SSIM and number of this process's cases."""
     with suppress(_Stopped):
         for number, subject in list(enumerate(run.held_out))[run.fabric.global_rank :: run.fabric.world_size]:
-            truth, synthesis, mask = _synthesise(run, subject, number)
+            truth, synthesis, mask = _synthesise(run, network, subject, number)
             run.log.picture(run.step, subject.name, truth, synthesis)
             if run.settings.channels:
                 figures = psnr(synthesis, truth, mask), ssim(synthesis, truth, mask)
                 scores += torch.tensor([*figures, 1.0], dtype=torch.float64, device=scores.device)
 
 
-def _synthesise(run: Run, subject: Subject, number: int) -> tuple[Any, Any, Any]:
+def _synthesise(run: Run, network: Checkpoint, subject: Subject, number: int) -> tuple[Any, Any, Any]:
     """Truth, synthesis and mask of a held-out case, (X, Y, Z) in [0, 1]."""
     settings, device = run.settings, run.fabric.device
     wavelet, (low, high) = settings.network.wavelet, settings.value_range
@@ -75,12 +82,11 @@ def _synthesise(run: Run, subject: Subject, number: int) -> tuple[Any, Any, Any]
     condition = None
     if len(conditions):
         condition = dwt(torch.from_numpy(conditions)[None].to(device) * (high - low) + low, wavelet)
-    record = describe(run)
-    shown = Checkpoint(run.ema, record)
-    denoise = clamped_denoiser(shown, condition, torch.float32, lambda: _raise_if_stopped(run), target)
-    size, sampler = [n // 2 for n in unit.shape[1:]], SAMPLERS[record.sampler]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.precision]
+    denoise = clamped_denoiser(network, condition, dtype, lambda: _raise_if_stopped(run), target)
+    size, (sampler, steps) = [n // 2 for n in unit.shape[1:]], settings.validation_plan
     with torch.inference_mode():
-        made = sample_volume(shown, denoise, size, sampler, spaced_timesteps(record.steps), settings.seed, device)
+        made = sample_volume(network, denoise, size, SAMPLERS[sampler], spaced_timesteps(steps), settings.seed, device)
     volume = (made[0, 0] - low) / (high - low)
     return unit[target], np.where(mask, volume.cpu().numpy(), np.float32(0)), mask
 
