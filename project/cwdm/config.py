@@ -114,7 +114,9 @@ def read_settings(model: type[Model], path: Path | None, overrides: Iterable[str
     try:
         return model.model_validate(_without_nulls(values))
     except ValidationError as error:
-        raise SettingsError("\n".join(f"{source}: {_explain(model, fault)}" for fault in error.errors())) from error
+        # A default that follows from a value of which the fault is told already is none of its own.
+        faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]
+        raise SettingsError("\n".join(f"{source}: {_explain(model, fault)}" for fault in faults)) from error
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

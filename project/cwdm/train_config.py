@@ -28,6 +28,9 @@ Number = Annotated[float, Field(strict=False)]  # a quoted '1e-5' too
 Folder = Annotated[Path, Field(strict=False)]
 Sampler = Annotated[str, AfterValidator(known_sampler)]
 
+PUBLISHED_SAMPLES = 1_200_000
+"""What cWDM's networks saw: 1.2 million steps of one volume."""
+
 FEW_STEPS = 10
 """Of a sampler, that a validation can afford."""
 
@@ -134,7 +137,8 @@ class OptimiserSettings(StrictSettings):
         accumulate: parts that a device's share of them is computed in.
         warmup_steps: steps in which the learning rate rises from 0.
         final_lr: share of the learning rate that is left at the last step, by a cosine; 1 keeps it constant.
-        ema_decay: of the running mean of the weights, which is what is saved for inference.
+        ema_decay: of the running mean of the weights, which is what is saved for inference, in `newest/` and `best/`.
+            The published code reads such a rate and never uses it: its checkpoints are raw weights, as in `raw/`.
         clip_norm: longest gradient; None: any.
         sharded: each of several processes keeps a part of AdamW's moments, which take twice the memory of the weights
             (ZeRO stage 1, Rajbhandari et al., 2020); the saved state is whole, for any number of processes.
@@ -186,7 +190,8 @@ class TrainingSettings(StrictSettings):
 
     Attributes:
         out: folder of the run.
-        steps: of the optimiser.
+        samples: volumes that the network sees, over all steps.
+        steps: of the optimiser; by default as many as make up the samples.
         value_range: of the volumes that the network sees and makes.
         precision: bf16 keeps weights in float32 and multiplies in bfloat16.
         recompute: activations of residual blocks are computed a second time instead of kept.
@@ -206,7 +211,8 @@ class TrainingSettings(StrictSettings):
     optimiser: OptimiserSettings = OptimiserSettings()
     loss: LossSettings = LossSettings()
     record: RecordSettings = RecordSettings()
-    steps: Positive = 1_200_000
+    samples: Positive = PUBLISHED_SAMPLES
+    steps: Positive = Field(default_factory=lambda values: -(-values["samples"] // values["optimiser"].batch_size))
     value_range: Range = Field(default=[0.0, 1.0])
     seed: int = Field(default=0, ge=0, lt=2**31)
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -115,6 +115,12 @@ def test_a_network_for_any_contrast_is_trained_and_synthesises_each_of_them(
         "000000006.safetensors",
     ]
     assert len(losses(out)) == 3
+    assert record.training["weights"].startswith("running mean")
+    raw = checkpoint.load(out / "raw" / "any.safetensors")
+    assert raw.record.training["weights"].startswith("raw")
+    saved = weights_of(out)
+    for prefix, model in (("model.", raw.model), ("ema.", checkpoint.load(newest).model)):
+        assert all(torch.equal(saved[prefix + name], tensor) for name, tensor in model.named_parameters())
     synthesizer = Synthesizer(out / "newest", device="cpu")
     volumes = []
     for modality in ("t1n", "t1c", "t2w", "t2f"):
@@ -124,6 +130,22 @@ def test_a_network_for_any_contrast_is_trained_and_synthesises_each_of_them(
         assert result.volume.shape == SHAPE
         volumes.append(result.volume)
     assert len({volume.tobytes() for volume in volumes}) == 4
+
+
+def test_bigger_batches_take_fewer_steps_for_the_published_number_of_samples() -> None:
+    def steps(config: str, *overrides: str) -> int:
+        return load_training_settings(config, ["data.path=in", "out=out", *overrides]).steps
+
+    assert steps("cwdm-t1n") == steps("wdm-unet-256") == 1_200_000
+    assert steps("wdm-unet-128") == 1_200_000  # of ten volumes
+    assert steps("cwdm-any", "optimiser.batch_size=8") == 150_000
+    assert steps("cwdm-any", "optimiser.batch_size=7") == 171_429
+    assert steps("cwdm-any", "optimiser.batch_size=8", "samples=80") == 10
+    assert steps("cwdm-any", "optimiser.batch_size=8", "steps=1200000") == 1_200_000
+    assert steps("bundled") == 10_500
+    with pytest.raises(SettingsError) as error:
+        steps("cwdm-any", "optimiser.batch_size=0")
+    assert "\n" not in str(error.value)  # and not of the steps too
 
 
 def test_training_lowers_the_loss(small: Path, tmp_path: Path) -> None:
@@ -488,6 +510,13 @@ def test_another_run_in_the_folder_is_not_overwritten(small: Path, tmp_path: Pat
         train(settings(small, tmp_path / "run", "steps=2"))
     with pytest.raises(SettingsError, match="other settings"):
         train(settings(small, tmp_path / "run", "optimiser.lr=0.1"), resume=True)
+
+
+def test_a_run_that_is_past_its_last_step_is_not_taken_for_finished(small: Path, tmp_path: Path) -> None:
+    train(settings(small, tmp_path / "run"))
+    with pytest.raises(SettingsError, match=r"000000006.* after the last step, 4, .* give steps=N"):
+        train(settings(small, tmp_path / "run", "steps=4"), resume=True)
+    train(settings(small, tmp_path / "run"), resume=True)  # finished: nothing is left to do
 
 
 def test_a_loss_that_stays_infinite_ends_the_run(small: Path, tmp_path: Path) -> None:

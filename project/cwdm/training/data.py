@@ -26,7 +26,7 @@ def find_data(settings: TrainingSettings) -> tuple[list[Subject], list[Subject]]
     data, out = settings.data, settings.out
     for folder in filter(None, (data.path, data.validation_path)):
         check_apart(out, folder)
-    for folder in (out, out / "states", out / "newest", out / "best"):
+    for folder in (out, out / "states", out / "newest", out / "raw", out / "best"):
         check_writable(folder)
         remove_stale(folder)
     held_out = find_subjects(data.validation_path, data)[: settings.validation_cases] if data.validation_path else []

@@ -41,8 +41,9 @@ def train(settings: TrainingSettings, resume: bool = False) -> Path:
     """Train a network and keep its newest and best weights, ready for `cwdm infer`,
     `cwdm sample` or `cwdm translate`.
 
-    In the run's folder: `newest/` and `best/` (weights), `states/` (what `resume` needs), `settings.json`, and
-    TensorBoard's files in `log/`.
+    In the run's folder: `newest/` and `best/` (running means of the weights, which inference takes), `raw/` (the newest
+    weights themselves, which is what the published checkpoints are), `states/` (what `resume` needs), `settings.json`,
+    and TensorBoard's files in `log/`.
 
     Args:
         resume: go on from the newest whole state; without one, from the start.

@@ -26,6 +26,7 @@ from cwdm.training.log import TrainingLog
 from cwdm.unet import UNet
 
 KEPT_STATES = 2
+RUNNING_MEAN, RAW = "running mean, the default for inference", "raw, as those of the published checkpoints"
 
 
 class Writer:
@@ -113,6 +114,7 @@ def describe(run: Run) -> Record:
             "program": f"cwdm {__version__}",
             "steps": run.step,
             "cases": len(run.subjects),
+            "weights": RUNNING_MEAN,
             **best,
             "settings": settings.model_dump(
                 mode="json", exclude={"data": {"path", "validation_path", "cache"}, "out": True}
@@ -181,12 +183,14 @@ def _writing(run: Run, moments: Mapping[int, Mapping[str, Tensor]]) -> Callable[
     tensors, step, record, out = _copied(_tensors(run, moments)), run.step, describe(run), run.settings.out
     best = run.best if math.isfinite(run.best) else None
     header = json.dumps({"step": step, "best": best, "validated": run.validated, **_identity(run)})
-    newest, config = run.newest, run.model.config
+    newest, raw, config = run.newest, out / "raw" / run.newest.name, run.model.config
+    record_of_raw = record.model_copy(update={"training": {**record.training, "weights": RAW}})
     passed_over, run.passed_over = [path for path in run.passed_over if path != _state_path(out, step)], ()
 
     def write() -> None:
         write_tensors(_state_path(out, step), tensors, {"cwdm": header})
         checkpoint.save_tensors(newest, _part(tensors, "ema."), config, record)
+        checkpoint.save_tensors(raw, _part(tensors, "model."), config, record_of_raw)
         kept = [path for path in states(out) if path not in passed_over]
         for old in [*passed_over, *kept[:-KEPT_STATES]]:
             old.unlink(missing_ok=True)
@@ -219,9 +223,14 @@ def resume(run: Run, state: "State | None") -> None:
         _take(run, state.tensors)
         run.step, run.best = int(header["step"]), header["best"] or -math.inf
         run.begun = run.step
+        if run.step > run.settings.steps:
+            raise SettingsError(
+                f"{state.path} is from after the last step, {run.settings.steps}, that samples={run.settings.samples} "
+                f"and the batch size come to; give steps=N to train up to step N"
+            )
         run.passed_over = tuple(path for path in states(run.settings.out) if int(path.stem) > run.step)
         run.validated = int(header.get("validated", run.step))
-        run.log.say(f"going on after step {run.step} from {state.path}")
+        run.log.say(f"going on after step {run.step} of {run.settings.steps} from {state.path}")
     steps = cast(Tensor, run.fabric.all_gather(torch.tensor(run.step, device=run.fabric.device)))
     if int(steps.min()) != int(steps.max()):
         raise SettingsError(f"the processes see different states in {run.settings.out}; it must be one shared folder")
