@@ -290,8 +290,9 @@ def test_a_batch_script_of_slurm_waits_for_no_tasks(
 
 def lose(data_folder: Path, cache: Path) -> Path:
     """Take the originals away, and what was decoded of them."""
+    lost = data_folder.rename(data_folder.with_name("lost"))
     shutil.rmtree(cache)
-    return data_folder.rename(data_folder.with_name("lost"))
+    return lost
 
 
 def test_steps_are_saved_when_the_data_are_lost(small: Path, phantoms: Path, tmp_path: Path) -> None:
