@@ -9,7 +9,7 @@ import copy
 import math
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -109,23 +109,25 @@ def _optimiser(settings: TrainingSettings, model: UNet, processes: int) -> torch
 
 
 def _loop(run: Run) -> None:
-    """Train to the last step; when stopped, save and leave."""
-    settings = run.settings
-    try:
-        with _tuned_convolutions(settings), _heeding_signals(run), bars(shown=run.fabric.is_global_zero) as bar:
-            task = bar.add_task("training", total=settings.steps, completed=run.step)
-            if validate.is_due(run):  # the one that the run was stopped in
-                _settle(run)
-            batches = data.batches(run)
-            while run.step < settings.steps:
-                _step(run, together(run.fabric, lambda: _next(run, batches)))
-                bar.update(task, completed=run.step, description=run.log.line or "training")
-                _settle(run)
-    except Exception:
-        state.rescue(run)
-        raise
-    finally:
-        run.log.close()
+    """Train to the last step; when stopped or failing, save and leave."""
+    with _tuned_convolutions(run.settings), _heeding_signals(run), closing(run.log):
+        try:
+            _take_steps(run)
+        except Exception:
+            state.rescue(run)
+            raise
+
+
+def _take_steps(run: Run) -> None:
+    with bars(shown=run.fabric.is_global_zero) as bar:
+        task = bar.add_task("training", total=run.settings.steps, completed=run.step)
+        if validate.is_due(run):  # the one that the run was stopped in
+            _settle(run)
+        batches = data.batches(run)
+        while run.step < run.settings.steps:
+            _step(run, together(run.fabric, lambda: _next(run, batches)))
+            bar.update(task, completed=run.step, description=run.log.line or "training")
+            _settle(run)
 
 
 @contextmanager

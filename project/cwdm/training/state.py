@@ -22,6 +22,7 @@ from cwdm.datasets import Cache, Subject
 from cwdm.errors import SettingsError
 from cwdm.preprocess import PUBLISHED_WINDOW
 from cwdm.train_config import DataSettings, TrainingSettings
+from cwdm.training.launch import together
 from cwdm.training.log import TrainingLog
 from cwdm.unet import UNet
 
@@ -170,8 +171,9 @@ def rescue(run: Run) -> None:
             with suppress(Exception):  # an older state that could not be written
                 run.writer.wait()
             run.optimiser.zero_grad(set_to_none=True)  # makes room, if it was that
-            save(run, alone)
-            run.writer.wait()
+            for work in (lambda: save(run, alone), run.writer.wait):
+                # Processes that leave early would have the one that writes killed.
+                work() if alone else together(run.fabric, work)
             return
         except Exception as error:
             reason = str(error)
