@@ -21,7 +21,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from cwdm.datasets import Cache
-from cwdm.diffusion import subband_losses
+from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import SettingsError
 from cwdm.files import write_json
 from cwdm.progress import bars
@@ -76,7 +76,7 @@ def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> Run:
     log = TrainingLog(out / "log", fabric.is_global_zero)
     found = state.newest_whole_state(out, log.say) if resume else None
     torch.manual_seed(settings.seed)
-    model = UNet(settings.unet())
+    model = UNet(settings.unet(), SCHEDULES[settings.loss.schedule])
     if model.config.regression and found is None:
         model.regression.fit(data.examples(data.samples(settings, subjects, cache), settings))
     layout = torch.channels_last_3d if fabric.device.type == "cuda" else torch.contiguous_format
@@ -235,7 +235,13 @@ def _losses(run: Run, batch: dict[str, Tensor]) -> Tensor:
     conditions = batch["conditions"] if batch["conditions"].shape[1] else None
     wavelet = run.settings.network.wavelet
     return subband_losses(
-        lambda x, t: run.wrapped(x, t, *targets), batch["volume"], conditions, batch["t"], batch["noise"], wavelet
+        lambda x, t: run.wrapped(x, t, *targets),
+        batch["volume"],
+        conditions,
+        batch["t"],
+        batch["noise"],
+        wavelet,
+        SCHEDULES[run.settings.loss.schedule],
     )
 
 

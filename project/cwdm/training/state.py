@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from cwdm import __version__, checkpoint
 from cwdm.checkpoint import ANY, Record, write_tensors
 from cwdm.datasets import Cache, Subject
+from cwdm.diffusion import PUBLISHED
 from cwdm.errors import SettingsError
 from cwdm.preprocess import PUBLISHED_WINDOW
 from cwdm.train_config import DataSettings, TrainingSettings
@@ -107,6 +108,7 @@ def describe(run: Run) -> Record:
         window=_window(data),
         wavelet=settings.network.wavelet,
         value_range=(low, high),
+        schedule=settings.loss.schedule,
         sampler=settings.record.sampler,
         steps=settings.record.steps,
         notice=settings.record.notice,
@@ -279,6 +281,8 @@ def _identity(run: Run) -> dict[str, Any]:
     keep = run.settings.model_dump(
         mode="json", include={"network", "optimiser", "loss", "seed", "value_range", "precision"}
     )
+    if run.settings.loss.schedule == PUBLISHED.name:
+        del keep["loss"]["schedule"]  # states from before there was a choice do not say
     del keep["optimiser"]["sharded"]  # states are whole, and whoever runs out of memory may switch it on
     data = run.settings.data.model_dump(mode="json", exclude={"path", "validation_path", "cache", "workers"})
     return {"settings": {**keep, "data": data}, "cases": [subject.name for subject in run.subjects]}

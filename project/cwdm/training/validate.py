@@ -11,11 +11,10 @@ from torch import Tensor
 from cwdm.checkpoint import Checkpoint
 from cwdm.datasets import Subject
 from cwdm.metrics import psnr, ssim
+from cwdm.pipeline import Pipeline
 from cwdm.samplers import SAMPLERS, spaced_timesteps
-from cwdm.synthesis import clamped_denoiser, sample_volume
 from cwdm.training.launch import largest, together
 from cwdm.training.state import Run, describe, save_weights
-from cwdm.wavelet import dwt
 
 
 class _Stopped(Exception):
@@ -69,8 +68,7 @@ def _score_share(run: Run, network: Checkpoint, scores: Tensor) -> None:
 
 def _synthesise(run: Run, network: Checkpoint, subject: Subject, number: int) -> tuple[Any, Any, Any]:
     """Truth, synthesis and mask of a held-out case, (X, Y, Z) in [0, 1]."""
-    settings, device = run.settings, run.fabric.device
-    wavelet, (low, high) = settings.network.wavelet, settings.value_range
+    settings, (sampler, steps) = run.settings, run.settings.validation_plan
     unit = run.cache.load(subject).unit()
     target = number % len(unit) if settings.data.condition_on == "any" else 0
     conditions = unit.copy() if settings.data.condition_on == "any" else unit[1:]
@@ -79,16 +77,18 @@ def _synthesise(run: Run, network: Checkpoint, subject: Subject, number: int) ->
     # Contrasts of a head without its skull show where the brain is; other images count everywhere.
     brains = settings.data.layout == "brats" and len(conditions) > 0
     mask = conditions.any(axis=0) if brains else np.ones(unit.shape[1:], np.bool_)
-    condition = None
-    if len(conditions):
-        condition = dwt(torch.from_numpy(conditions)[None].to(device) * (high - low) + low, wavelet)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[settings.precision]
-    denoise = clamped_denoiser(network, condition, dtype, lambda: _raise_if_stopped(run), target)
-    size, (sampler, steps) = [n // 2 for n in unit.shape[1:]], settings.validation_plan
-    with torch.inference_mode():
-        made = sample_volume(network, denoise, size, SAMPLERS[sampler], spaced_timesteps(steps), settings.seed, device)
-    volume = (made[0, 0] - low) / (high - low)
-    return unit[target], np.where(mask, volume.cpu().numpy(), np.float32(0)), mask
+    pipeline = Pipeline(
+        checkpoint=network,
+        device=run.fabric.device,
+        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[settings.precision],
+        sampler=SAMPLERS[sampler],
+        timesteps=tuple(spaced_timesteps(steps)),
+        target=target,
+    )
+    condition = pipeline.encode(torch.from_numpy(conditions)[None]) if len(conditions) else None
+    made = pipeline.sample(condition, unit.shape[1:], [settings.seed], lambda *_: _raise_if_stopped(run))
+    volume = pipeline.decode(made)[0, 0].cpu().numpy()
+    return unit[target], np.where(mask, volume, np.float32(0)), mask
 
 
 def _raise_if_stopped(run: Run) -> None:
