@@ -29,7 +29,10 @@ _PAPER = (
     "the paper (arXiv:2411.17203) gives the figure; which scaling, SSIM window and background it used "
     "could not be confirmed"
 )
-_BRASYN_2023 = "the scorer of 2023 could not be confirmed; this is torchmetrics' SSIM with its defaults"
+_BRASYN_2023 = (
+    "the scorer of 2023 could not be confirmed; this is torchmetrics' SSIM with its defaults as it was then: "
+    "since version 1.4.2 the rim counts as well"
+)
 _BRASYN_2024 = (
     "the published script (hongweilibran/BraSyn, ssim.py) does not run with today's torchmetrics; this is what "
     "its comments say, while some take the mean over the whole volume"
@@ -49,7 +52,7 @@ FIGURES = {
     "brasyn_2023_ssim": Figure(
         "BraSyn 2023 SSIM",
         True,
-        "raw intensities, range the larger span of the two images, mean over the whole volume",
+        "raw intensities, range the larger span of the two images, mean over the volume but for a rim of 5 voxels",
         _BRASYN_2023,
     ),
     "brasyn_2024_ssim_tumour": Figure(

@@ -1,8 +1,9 @@
 """Figures of merit of a synthesised volume against the true one; arrays and numbers only.
 
 SSIM is that of Wang et al. (2004), equation 13, with a Gaussian window of 1.5 voxels (11×11×11), population
-covariances, k1 = 0.01 and k2 = 0.03: what torchmetrics computes, and scikit-image (`gaussian_weights=True`) and MONAI
-but for windows that reach beyond the volume, which torchmetrics mirrors and the others leave out of the mean.
+covariances, k1 = 0.01 and k2 = 0.03: what scikit-image (`gaussian_weights=True`), MONAI and torchmetrics compute.
+Windows that reach beyond the volume see it mirrored there; all three leave them out of the mean (`interior`), but for
+torchmetrics since version 1.4.2.
 It is computed in float64, and only in the box that needs it: where both volumes are 0 throughout a window, it is 1.
 """
 
@@ -79,7 +80,7 @@ def ssim(prediction: Volume, truth: Volume, mask: Mask, data_range: float = 1.0)
 
 
 def interior(shape: tuple[int, ...]) -> Mask:
-    """All voxels whose SSIM window lies inside the volume: what scikit-image and MONAI take the mean over.
+    """All voxels whose SSIM window lies inside the volume, which those programs take the mean over (see the module).
 
     Raises:
         ValueError: there is none.

@@ -277,9 +277,8 @@ def _paper_figures(images: _Images) -> dict[str, float]:
 def _brasyn_figures(images: _Images) -> dict[str, float]:
     try:
         prediction, truth = images.prediction, images.truth
-        everywhere = np.ones(truth.shape, np.bool_)
         span = metrics.value_range((prediction, truth))
-        figures = {"brasyn_2023_ssim": metrics.ssim(prediction, truth, everywhere, span)}
+        figures = {"brasyn_2023_ssim": metrics.ssim(prediction, truth, metrics.interior(truth.shape), span)}
         if images.tumour is None:
             return figures
         return figures | _region_figures(images, images.tumour)
