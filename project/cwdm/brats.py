@@ -18,12 +18,13 @@ import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, cast
+from typing import IO, NamedTuple, cast
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 from isal import igzip, isal_zlib
+from nibabel import orientations
 from nibabel.spatialimages import HeaderDataError
 
 from cwdm import __version__
@@ -237,10 +238,23 @@ def read_volume(path: Path) -> Volume:
         raise InputError(f"{path}: {error}") from error
 
 
-def read_grid(path: Path) -> tuple[Volume, Affine, bool]:
-    """Read one file of finite numbers with its affine (4, 4), voxel indices to mm, and whether the header gives it.
+class Image(NamedTuple):
+    """A volume and where its voxels lie.
 
-    Without qform and sform the affine is a guess of nibabel's, and the volume is taken as stored like BraTS.
+    Attributes:
+        volume: (X, Y, Z) float32 in the units and the voxel order of the file.
+        affine: (4, 4), voxel indices to mm.
+        oriented: whether the header gives the affine. Without qform and sform it is a guess of nibabel's, and the
+            volume is taken as stored like BraTS.
+    """
+
+    volume: Volume
+    affine: Affine
+    oriented: bool
+
+
+def read_grid(path: Path) -> Image:
+    """Read one file of finite numbers.
 
     Raises:
         InputError: it is damaged, is not one 3D volume of finite real numbers, or its affine is not invertible.
@@ -249,7 +263,7 @@ def read_grid(path: Path) -> tuple[Volume, Affine, bool]:
         volume, header = _read_volume(path)
         if not np.isfinite(volume).all():
             raise _FileError("holds NaN or infinity; replace them, with 0 outside the brain")
-        return volume, _affine(header), bool(header["qform_code"] or header["sform_code"])
+        return Image(volume, _affine(header), bool(header["qform_code"] or header["sform_code"]))
     except _FileError as error:
         raise InputError(f"{path}: {error}") from error
 
@@ -262,6 +276,41 @@ def read_description(path: Path) -> str:
     except (_FileError, EOFError, OSError, isal_zlib.IsalError):  # type: ignore[misc]  # its stubs name an instance
         return ""
     return text.rstrip(b"\0").decode("ascii", "replace")
+
+
+def read_like(case: str, path: Path, name: str, like: Image) -> Volume:
+    """Read one file in the voxel order of another image, for whose voxels it must have values.
+
+    Where one of both does not say how its voxels lie, they are taken as stored alike.
+
+    Args:
+        name: what the other image is called, for messages.
+
+    Raises:
+        InputError: the file cannot be read.
+        CaseError: its voxels lie at other places.
+    """
+    return in_order_of(like, read_grid(path), case, (name, path.name))
+
+
+def in_order_of(like: Image, image: Image, case: str, names: tuple[str, str]) -> Volume:
+    """The volume of `image` with its axes permuted and reversed to the voxel order of `like`; a view.
+
+    Args:
+        names: of `like` and `image`, for messages.
+
+    Raises:
+        CaseError: the voxels of the two do not lie at the same places.
+    """
+    volume, affine = image.volume, like.affine
+    if like.oriented and image.oriented:  # else one of the affines is a guess
+        # Between voxel indices, so that equal grids stay as they are however obliquely they lie.
+        change = orientations.io_orientation(np.linalg.inv(like.affine) @ image.affine)
+        affine = image.affine @ orientations.inv_ornt_aff(change, volume.shape)
+        volume = orientations.apply_orientation(volume, change)
+    first, second = names
+    check_same_grid(case, first, {first: like.volume, second: volume}, {first: like.affine, second: affine})
+    return volume
 
 
 def output_name(case: str, modality: str) -> str:

@@ -12,14 +12,14 @@ import numpy as np
 from cwdm import metrics
 from cwdm.brats import (
     MODALITIES,
-    Affine,
     CaseFolder,
+    Image,
     Volume,
-    check_same_grid,
     find_cases,
     list_folder,
     output_name,
     read_grid,
+    read_like,
 )
 from cwdm.errors import CaseError, CwdmError, InputError, OutputError, SettingsError
 from cwdm.preprocess import brain_mask, normalise
@@ -220,16 +220,16 @@ class _Images:
     @classmethod
     def read(cls, pair: Pair) -> "_Images":
         assert pair.truth is not None
-        truth, affine, oriented = read_grid(pair.truth)
-        prediction = _read_like(pair, pair.prediction, truth, affine, oriented)
+        like = read_grid(pair.truth)
+        truth, prediction = like.volume, _read_like(pair, pair.prediction, like)
         for path, volume in ((pair.prediction, prediction), (pair.truth, truth)):
             if volume.min() == volume.max():
                 raise CaseError(pair.case, f"{path}: every voxel is {volume.flat[0]:g}; there is nothing to compare")
-        contrasts = (_read_like(pair, path, truth, affine, oriented) for path in pair.contrasts.values())
+        contrasts = (_read_like(pair, path, like) for path in pair.contrasts.values())
         brain = brain_mask(contrasts) if pair.contrasts else truth != 0
         tumour = None
         if pair.seg:
-            tumour = labels_of(_read_like(pair, pair.seg, truth, affine, oriented), str(pair.seg)) > 0
+            tumour = labels_of(_read_like(pair, pair.seg, like), str(pair.seg)) > 0
         return cls(pair.case, prediction, truth, brain, tumour)
 
     @cached_property
@@ -247,13 +247,8 @@ class _Images:
             raise CaseError(self.case, f"the {which} image cannot be scaled: {error}") from error
 
 
-def _read_like(pair: Pair, path: Path, truth: Volume, affine: Affine, oriented: bool) -> Volume:
-    volume, own, has_orientation = read_grid(path)
-    if not (oriented and has_orientation):
-        own = affine  # one of them is a guess: only the shapes can be compared
-    true = "the true image"
-    check_same_grid(pair.case, true, {true: truth, path.name: volume}, {true: affine, path.name: own})
-    return volume
+def _read_like(pair: Pair, path: Path, truth: Image) -> Volume:
+    return read_like(pair.case, path, "the true image", truth)
 
 
 def _paper_figures(images: _Images) -> dict[str, float]:

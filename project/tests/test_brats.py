@@ -26,9 +26,11 @@ from cwdm.brats import (
     NEAREST,
     Case,
     CaseFolder,
+    Image,
     case_files,
     case_folder,
     find_cases,
+    in_order_of,
     output_name,
     read_case,
     write_volume,
@@ -697,6 +699,34 @@ def test_a_result_that_is_not_finite_is_refused(tmp_path: Path, value: float, na
     with pytest.raises(CaseError, match=f"{NAME}: the synthesised t1n has 1 voxels that are not finite"):
         write_volume(tmp_path / "out.nii.gz", volume, case, native)
     assert not (tmp_path / "out.nii.gz").exists()
+
+
+# Voxel orders
+
+
+@given(st.permutations([0, 1, 2]), st.tuples(*[st.sampled_from([-1, 1])] * 3), st.integers(0, 2**31), st.booleans())
+def test_the_order_of_another_image_however_it_lies(
+    axes: list[int], flips: tuple[int, int, int], seed: int, diagonal: bool
+) -> None:
+    turned = Rotation.from_euler("z", 45, degrees=True) if diagonal else Rotation.random(random_state=seed)
+    affine = np.eye(4)
+    affine[:3, :3] = turned.as_matrix() @ np.diag([0.9, 1.0, 1.3])
+    affine[:3, 3] = 4, -2, 7
+    volume = np.random.RandomState(seed).random_sample(SHAPE).astype(np.float32)
+    steps = tuple(slice(None, None, flip) for flip in flips)
+    other, places = np.eye(4)[:, [*axes, 3]], np.eye(4)
+    for axis, flip in enumerate(flips):
+        if flip < 0:
+            places[axis, axis], places[axis, 3] = -1, SHAPE[axes[axis]] - 1
+    stored = Image(volume.transpose(axes)[steps], affine @ other @ places, True)
+    like = Image(volume, affine + 1e-7, True)
+    assert np.array_equal(in_order_of(like, stored, "case", ("one", "other")), volume)
+    guessed = stored._replace(oriented=False)
+    if stored.volume.shape == SHAPE:  # without an orientation it is taken as stored alike
+        assert np.array_equal(in_order_of(like, guessed, "case", ("one", "other")), stored.volume)
+    else:
+        with pytest.raises(CaseError, match="expected volumes of one shape"):
+            in_order_of(like, guessed, "case", ("one", "other"))
 
 
 # Real cases

@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from typer.testing import CliRunner
@@ -178,6 +179,30 @@ def test_one_bad_image_stops_no_other(folders: tuple[Path, Path], wrong, said: s
     assert bad.figures == {}
     assert good.reason == ""
     assert summarise([bad, good])["psnr"]["images"] == 1
+
+
+def reorder(path: Path, code: str) -> None:
+    """Store an image in another voxel order; every voxel stays at its place in space."""
+    image = nib.load(path)
+    change = ornt_transform(io_orientation(image.affine), axcodes2ornt(code))
+    turned = image.as_reoriented(change)
+    write_nifti(path, np.asarray(turned.dataobj), turned.affine)
+
+
+@pytest.mark.parametrize("code", ["RAS", "SPL", "AIR"])
+def test_another_voxel_order_is_no_other_grid(folders: tuple[Path, Path], code: str) -> None:
+    pred, truth = folders
+    expected = score_pairs(find_pairs(pred, truth, truth))
+    reorder(pred / f"{NAMES[0]}-t1n.nii.gz", code)
+    reorder(truth / NAMES[0] / f"{NAMES[0]}-t2w.nii.gz", code)
+    reorder(truth / NAMES[1] / f"{NAMES[1]}-seg.nii.gz", code)
+    found = score_pairs(find_pairs(pred, truth, truth))
+    assert [score.reason for score in found] == ["", ""]
+    assert [score.figures for score in found] == [pytest.approx(score.figures, rel=1e-9) for score in expected]
+    shifted = nib.load(pred / f"{NAMES[0]}-t1n.nii.gz")
+    moved = shifted.affine + np.eye(4, k=3) * 5
+    write_nifti(pred / f"{NAMES[0]}-t1n.nii.gz", np.asarray(shifted.dataobj), moved)
+    assert "register or resample" in score_pairs(find_pairs(pred, truth))[0].reason
 
 
 def test_what_has_no_partner_is_a_failure(folders: tuple[Path, Path], tmp_path: Path) -> None:
