@@ -66,6 +66,11 @@ class Modality(StrEnum):
     t2f = "t2f"
 
 
+class LabelScheme(StrEnum):
+    today = "2023"
+    older = "2020"
+
+
 def main() -> None:
     """Entry point of the `cwdm` command."""
     for stream in (sys.stdout, sys.stderr):
@@ -333,18 +338,23 @@ def evaluate(
         int | None,
         typer.Option(min=1, help="Images at a time, half a gigabyte each. Default: one a processor, at most 8."),
     ] = None,
+    labels: Annotated[
+        LabelScheme, typer.Option(help="What 4 means in segmentations: since 2023 resection cavity, before ET.")
+    ] = LabelScheme.today,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Score again what --out holds scores of.")] = False,
 ) -> None:
     """Score synthesised images against the true ones: each image, and mean, deviation, median and worst.
 
     With --out, a stopped evaluation goes on where it was.
     """
+    from functools import partial
+
     from cwdm.evaluate import tables, write_evaluation
     from cwdm.files import check_apart, check_writable, remove_stale
     from cwdm.progress import CohortProgress
     from cwdm.score_cache import ScoreCache
     from cwdm.scoring import find_pairs, score_pair, score_pairs
-    from cwdm.segment import bundle_segmenter, command_segmenter, program_files
+    from cwdm.segment import SCHEMES, bundle_segmenter, command_segmenter, one_at_a_time, program_files
 
     if segmenter and segmenter_bundle:
         raise SettingsError("--segmenter and --segmenter-bundle exclude each other; give one")
@@ -352,18 +362,20 @@ def evaluate(
     for kept in filter(None, (predictions, truth, seg)):
         for written in (out, out / "images") if out else ():
             check_apart(written, kept)
+    scheme = SCHEMES[labels]
     segment = command_segmenter(segmenter) if segmenter else None
-    segment = bundle_segmenter(segmenter_bundle) if segmenter_bundle else segment
+    segment = bundle_segmenter(segmenter_bundle, scheme) if segmenter_bundle else segment
     segmented_by = segmenter or (str(segmenter_bundle) if segmenter_bundle else None)
+    make = partial(score_pair, segmenter=one_at_a_time(segment) if segment else None, scheme=scheme)
     cache = None
     if out:
         check_writable(out / "images")
         remove_stale(out / "images")
         programs = program_files(segmenter, segmenter_bundle)
-        cache = ScoreCache(out / "images", segmented_by or "", programs, overwrite)
+        cache = ScoreCache(out / "images", make, (segmented_by or "", labels), programs, overwrite)
     with CohortProgress(len(pairs)) as progress:
-        scorer = cache.score if cache else score_pair
-        scores = score_pairs(pairs, segment, workers, lambda score: progress.end_case(score.line), scorer)
+        scorer = cache.score if cache else make
+        scores = score_pairs(pairs, scorer, workers, lambda score: progress.end_case(score.line))
     if cache and cache.used:
         progress.log(f"{len(cache.used)} of {len(scores)} scores are from before (--overwrite makes them again)")
     failed = [score for score in scores if score.reason]
@@ -371,7 +383,7 @@ def evaluate(
         Console().print(table)
     if out:
         record = {"predictions": str(predictions), "truth": str(truth), "segmentations": str(seg) if seg else None}
-        record["segmenter"] = segmented_by
+        record |= {"segmenter": segmented_by, "labels": labels}
         for path in write_evaluation(out, scores, record):
             _say(path)
     if failed:

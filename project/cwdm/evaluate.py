@@ -17,6 +17,7 @@ from cwdm.figures import FIGURES, Figure
 from cwdm.files import check_writable, write_atomically, write_json
 from cwdm.progress import printable
 from cwdm.scoring import Score
+from cwdm.segment import REGIONS
 
 Summary = dict[str, dict[str, Any]]
 
@@ -56,13 +57,22 @@ def summaries(scores: Sequence[Score]) -> dict[str, Summary]:
 
 
 def tables(scores: Sequence[Score]) -> list[Table]:
-    """The summaries as tables for the terminal; below the last what the brain mask is and which rules are open."""
+    """The summaries as tables for the terminal; below the last what the brain mask is and which rules are open.
+
+    A region that no segmentation holds, such as the resection cavity before treatment, has no rows.
+    """
     groups = summaries(scores)
+    absent = _absent_regions(groups["all"])
+    groups = {
+        name: {figure: row for figure, row in summary.items() if FIGURES[figure].region not in absent}
+        for name, summary in groups.items()
+    }
     doubts = dict.fromkeys(FIGURES[name].doubt for name in groups["all"] if FIGURES[name].doubt)
     marks = dict(zip(doubts, string.ascii_lowercase, strict=False))
     drawn = [_table(name, summary, marks) for name, summary in groups.items()]
     brains = sorted({score.brain for score in scores if score.brain})
     legend = [f"Brain: nonzero voxels of the {' or '.join(brains)}."] if brains else []
+    legend += [f"No {REGIONS[region]} in any segmentation, so it has no rows." for region in absent]
     legend += [f"({marks[doubt]}) {doubt}." for doubt in doubts]
     drawn[-1].caption = "\n".join(legend)
     return drawn
@@ -99,6 +109,16 @@ def write_evaluation(out: Path, scores: Sequence[Score], record: Mapping[str, An
 
 
 # Showing
+
+
+def _absent_regions(summary: Summary) -> list[str]:
+    """Regions of which there are counts of lesions, and all are 0."""
+    counts: dict[str, float] = {}
+    for name, row in summary.items():
+        if name.startswith("lesions_") or name.startswith("reference_lesions_"):
+            region = FIGURES[name].region
+            counts[region] = counts.get(region, 0.0) + row["mean"]
+    return [region for region, count in counts.items() if not count]
 
 
 def _table(name: str, summary: Summary, marks: Mapping[str, str]) -> Table:

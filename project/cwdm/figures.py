@@ -14,12 +14,14 @@ class Figure:
         higher_is_better: decides which case is the worst.
         rule: how it is computed.
         doubt: what could not be confirmed about the rule it follows; empty where nothing is open.
+        region: of the segmentation, one of REGIONS; empty for figures of images.
     """
 
     title: str
     higher_is_better: bool
     rule: str
     doubt: str = ""
+    region: str = ""
 
 
 _UNIT = (
@@ -56,7 +58,10 @@ FIGURES = {
         _BRASYN_2023,
     ),
     "brasyn_2024_ssim_tumour": Figure(
-        "BraSyn 2024 SSIM, tumour", True, _BRASYN_UNIT + "0 outside the tumour, mean over it", _BRASYN_2024
+        "BraSyn 2024 SSIM, tumour",
+        True,
+        _BRASYN_UNIT + "0 outside the tumour (any label but 0), mean over it",
+        _BRASYN_2024,
     ),
     "brasyn_2024_ssim_healthy": Figure(
         "BraSyn 2024 SSIM, healthy",
@@ -78,6 +83,7 @@ for _region, _name in REGIONS.items():
             True,
             "of the segmentations of the true case with this image in place of its own, and as it is; 1 if both are "
             "empty",
+            region=_region,
         ),
         f"hd95_{_region}": Figure(
             f"HD95, {_name} (mm)",
@@ -85,14 +91,21 @@ for _region, _name in REGIONS.items():
             "the larger of the two directed 95th percentiles of surface distances; 0 if both are empty, the volume's "
             "diagonal if one is",
             "the challenge's lesion-wise scorer has a fixed penalty of 374 mm and another way of counting surfaces",
+            _region,
         ),
         f"lesions_true_{_region}": Figure(
-            f"lesions, {_name}, true case", True, "26-connected components found in the true case"
+            f"lesions, {_name}, true case", True, "26-connected components found in the true case", region=_region
         ),
         f"lesions_missed_{_region}": Figure(
-            f"lesions, {_name}, missed", False, "of those, how many do not touch one in the completed case"
+            f"lesions, {_name}, missed",
+            False,
+            "of those, how many do not touch one in the completed case",
+            region=_region,
         ),
         f"lesions_added_{_region}": Figure(
-            f"lesions, {_name}, added", False, "components in the completed case that touch none in the true case"
+            f"lesions, {_name}, added",
+            False,
+            "components in the completed case that touch none in the true case",
+            region=_region,
         ),
     }

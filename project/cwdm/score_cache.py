@@ -10,8 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from cwdm import __version__
 from cwdm.files import write_json
-from cwdm.scoring import Pair, Score, score_pair
-from cwdm.segment import Segmenter
+from cwdm.scoring import Pair, Score, Scorer, score_pair
 
 _SCORE = TypeAdapter(Score)
 
@@ -22,24 +21,26 @@ class ScoreCache:
 
     Attributes:
         folder: must exist.
-        segmenter: what segments, in words.
-        programs: its files; what else it depends on is not noticed.
+        make: makes a score that is not there yet.
+        means: what it depends on beside the pair's files, in words, such as the segmenter's command.
+        programs: files that it depends on; what else there is is not noticed.
         renew: nothing that is there counts.
         used: scores that were found.
     """
 
     folder: Path
-    segmenter: str = ""
+    make: Scorer = score_pair
+    means: Sequence[str] = ()
     programs: Sequence[Path] = ()
     renew: bool = False
     used: list[Score] = field(default_factory=list)
 
-    def score(self, pair: Pair, segmenter: Segmenter | None = None) -> Score:
-        """Like `score_pair`, but for what is there already; raises OutputError too, if the folder cannot be written."""
+    def score(self, pair: Pair) -> Score:
+        """Like `make`, but for what is there already; raises OutputError too, if the folder cannot be written."""
         key = self._key(pair)
         known = self._get(pair, key)
         if known is None:
-            known = score_pair(pair, segmenter)
+            known = self.make(pair)
             if key and key == self._key(pair):  # else the files have changed since
                 write_json(self._path(pair), {"key": key, "score": asdict(known)})
         return known
@@ -65,5 +66,5 @@ class ScoreCache:
             stats = [(str(file.resolve()), (s := file.stat()).st_size, s.st_mtime_ns) for file in files if file]
         except (OSError, RuntimeError):
             return ""
-        text = json.dumps([__version__, self.segmenter, list(pair.contrasts), stats])
+        text = json.dumps([__version__, list(self.means), list(pair.contrasts), stats])
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

@@ -23,7 +23,17 @@ from cwdm.brats import (
 )
 from cwdm.errors import CaseError, CwdmError, InputError, OutputError, SettingsError
 from cwdm.preprocess import brain_mask, normalise
-from cwdm.segment import Segmenter, labels_of, one_at_a_time, segment_pair
+from cwdm.segment import (
+    SCHEMES,
+    TODAY,
+    Labels,
+    Scheme,
+    Segmenter,
+    compare_with_true_case,
+    label_doubt,
+    labels_of,
+    segment_pair,
+)
 
 MOST_WORKERS = 8
 """A pair of full-size volumes takes half a gigabyte; more workers than this hardly help, since the disk is shared."""
@@ -77,6 +87,10 @@ class Score:
         return f"{name} PSNR {self.figures['psnr']:.2f} dB, SSIM {self.figures['ssim']:.4f}{notes}"
 
 
+Scorer = Callable[[Pair], Score]
+"""Makes a score of a pair; raises CaseError where it cannot."""
+
+
 def find_pairs(predictions: Path, truth: Path, seg: Path | None = None) -> list[Pair]:
     """Pair the images of a flat folder with the true ones by their names, sorted; no image is opened.
 
@@ -110,8 +124,12 @@ def find_pairs(predictions: Path, truth: Path, seg: Path | None = None) -> list[
     return sorted(pairs, key=lambda pair: (pair.case, pair.modality))
 
 
-def score_pair(pair: Pair, segmenter: Segmenter | None = None) -> Score:
+def score_pair(pair: Pair, segmenter: Segmenter | None = None, scheme: Scheme = SCHEMES[TODAY]) -> Score:
     """All figures of one synthesised image.
+
+    Args:
+        segmenter: must bear to be called in several threads; see `one_at_a_time`.
+        scheme: what the labels of the reference segmentation and of the segmenter's mean.
 
     Raises:
         CaseError: a file is missing or damaged, sizes or grids differ, or an image has nothing to compare.
@@ -120,41 +138,37 @@ def score_pair(pair: Pair, segmenter: Segmenter | None = None) -> Score:
     if pair.truth is None:
         raise CaseError(pair.case, pair.problem)
     try:
-        images = _Images.read(pair)
+        images = _Images.read(pair, scheme)
         figures = {**_paper_figures(images), **_brasyn_figures(images)}
-        notes = tuple(images.notes)
         if segmenter:
-            files = {**pair.contrasts, pair.modality: pair.truth}
-            segmented = segment_pair(segmenter, pair.case, files, pair.modality, pair.prediction)
-            figures |= {name: float(value) for name, value in segmented.items()}
+            figures |= _segmented_figures(images, pair, segmenter, scheme)
     except InputError as error:
         raise CaseError(pair.case, str(error)) from error
-    return Score(pair.case, pair.modality, figures, "other contrasts" if pair.contrasts else "true image", notes)
+    brain = "other contrasts" if pair.contrasts else "true image"
+    return Score(pair.case, pair.modality, figures, brain, tuple(dict.fromkeys(images.notes)))
 
 
 def score_pairs(
     pairs: Sequence[Pair],
-    segmenter: Segmenter | None = None,
+    score: Scorer = score_pair,
     workers: int | None = None,
     on_score: Callable[[Score], None] = lambda score: None,
-    score: Callable[[Pair, Segmenter | None], Score] = score_pair,
 ) -> list[Score]:
     """The scores of all pairs, in their order; one that cannot be scored carries its reason.
 
     Args:
+        score: makes a score, in several threads; see `score_cache` for one that keeps them.
         workers: pairs at a time; None for one a processor, MOST_WORKERS at most. Memory grows with it.
         on_score: called after each pair, as they finish.
-        score: makes a score; see `score_cache` for one that keeps them.
 
     Raises:
         SettingsError: the segmenter cannot be run at all.
     """
     workers = workers or min(_processors(), MOST_WORKERS)
-    segmenter = one_at_a_time(segmenter) if segmenter else None
     scores: dict[int, Score] = {}
     # Threads: reading, filtering and most arithmetic let go of the interpreter, and nothing need be sent to them.
     with ThreadPoolExecutor(workers, "score") as pool:
-        running = {pool.submit(_score_or_reason, pair, segmenter, score): index for index, pair in enumerate(pairs)}
+        running = {pool.submit(_score_or_reason, pair, score): index for index, pair in enumerate(pairs)}
         try:
             for done in as_completed(running):
                 scored = scores[running[done]] = done.result()
@@ -214,11 +228,11 @@ class _Images:
     prediction: Volume
     truth: Volume
     brain: metrics.Mask
-    tumour: metrics.Mask | None
+    labels: Labels | None
     notes: list[str] = field(default_factory=list)
 
     @classmethod
-    def read(cls, pair: Pair) -> "_Images":
+    def read(cls, pair: Pair, scheme: Scheme) -> "_Images":
         assert pair.truth is not None
         like = read_grid(pair.truth)
         truth, prediction = like.volume, _read_like(pair, pair.prediction, like)
@@ -227,10 +241,11 @@ class _Images:
                 raise CaseError(pair.case, f"{path}: every voxel is {volume.flat[0]:g}; there is nothing to compare")
         contrasts = (_read_like(pair, path, like) for path in pair.contrasts.values())
         brain = brain_mask(contrasts) if pair.contrasts else truth != 0
-        tumour = None
-        if pair.seg:
-            tumour = labels_of(_read_like(pair, pair.seg, like), str(pair.seg)) > 0
-        return cls(pair.case, prediction, truth, brain, tumour)
+        if pair.seg is None:
+            return cls(pair.case, prediction, truth, brain, None)
+        labels = labels_of(_read_like(pair, pair.seg, like), str(pair.seg), scheme)
+        doubt = label_doubt(labels, pair.seg.name, scheme)
+        return cls(pair.case, prediction, truth, brain, labels, [doubt] if doubt else [])
 
     @cached_property
     def brasyn_units(self) -> tuple[Volume, Volume]:
@@ -274,9 +289,9 @@ def _brasyn_figures(images: _Images) -> dict[str, float]:
         prediction, truth = images.prediction, images.truth
         span = metrics.value_range((prediction, truth))
         figures = {"brasyn_2023_ssim": metrics.ssim(prediction, truth, metrics.interior(truth.shape), span)}
-        if images.tumour is None:
+        if images.labels is None:
             return figures
-        return figures | _region_figures(images, images.tumour)
+        return figures | _region_figures(images, images.labels > 0)
     except ValueError as error:
         raise CaseError(images.case, f"cannot be scored by the challenge's rules: {error}") from error
 
@@ -301,11 +316,18 @@ def _region_figures(images: _Images, tumour: metrics.Mask) -> dict[str, float]:
     return figures
 
 
-def _score_or_reason(
-    pair: Pair, segmenter: Segmenter | None, score: Callable[[Pair, Segmenter | None], Score]
-) -> Score:
+def _segmented_figures(images: _Images, pair: Pair, segmenter: Segmenter, scheme: Scheme) -> dict[str, float]:
+    assert pair.truth is not None
+    files = {**pair.contrasts, pair.modality: pair.truth}
+    segmented = segment_pair(segmenter, pair.case, files, pair.modality, pair.prediction, scheme)
+    doubt = label_doubt(segmented.true.volume, "the segmenter", scheme)
+    images.notes.extend([doubt] if doubt else [])
+    return compare_with_true_case(segmented, scheme)
+
+
+def _score_or_reason(pair: Pair, score: Scorer) -> Score:
     try:
-        return score(pair, segmenter)
+        return score(pair)
     except (OutputError, SettingsError):
         raise
     except CaseError as error:

@@ -1,4 +1,4 @@
-"""What a segmenter makes of a completed case, against what it makes of the true one: the measure of downstream use."""
+"""What a segmenter makes of a completed case: against what it makes of the true one, and against the reference."""
 
 import os
 import re
@@ -9,23 +9,35 @@ import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from cwdm.brats import MODALITIES, Affine, Volume, case_folder, output_name, read_grid
+from cwdm.brats import MODALITIES, Image, Volume, case_folder, output_name, read_grid
 from cwdm.errors import CaseError, InputError, SettingsError
 
 Labels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]
-Segmenter = Callable[[str, Path], tuple[Volume, Affine]]
-"""(case, folder with its four modalities) -> label of each voxel, affine. Called once at a time for one case."""
+Segmenter = Callable[[str, Path], Image]
+"""(case, folder with its four modalities) -> label of each voxel. Called once at a time for one case."""
 
-REGIONS = {"wt": "whole tumour", "tc": "tumour core", "et": "enhancing tumour"}
+REGIONS = {"wt": "whole tumour", "tc": "tumour core", "et": "enhancing tumour", "rc": "resection cavity"}
 
-# 1 necrotic core, 2 oedema, 3 enhancing tumour, which data before 2023 call 4.
-_IN_REGION = {"wt": (1, 2, 3, 4), "tc": (1, 3, 4), "et": (3, 4)}
+Scheme = Mapping[str, tuple[int, ...]]
+"""What the labels of a segmentation mean: region -> its labels."""
+
+TODAY = "2023"
+SCHEMES: dict[str, Scheme] = {
+    # 1 necrotic or non-enhancing core, 2 oedema, 3 enhancing tumour, and in treated patients 4 resection cavity,
+    # which is no part of the tumour.
+    TODAY: {"wt": (1, 2, 3), "tc": (1, 3), "et": (3,), "rc": (4,)},
+    # Up to 2022 the enhancing tumour was 4, and there was no 3.
+    "2020": {"wt": (1, 2, 4), "tc": (1, 4), "et": (4,)},
+}
+"""Label schemes of the BraTS challenges by the first year or one that they were used in."""
+
 _BUNDLE_ORDER = ("t1c", "t1n", "t2w", "t2f")  # of MONAI's bundles for BraTS
 _TOUCHING = np.ones((3, 3, 3), np.bool_)  # 26 neighbours
 
@@ -59,7 +71,7 @@ def command_segmenter(template: str) -> Segmenter:
     if not shutil.which(words[0]):
         raise SettingsError(f"the segmenter's program {words[0]!r} was not found; check its path")
 
-    def segment(case: str, folder: Path) -> tuple[Volume, Affine]:
+    def segment(case: str, folder: Path) -> Image:
         with tempfile.TemporaryDirectory(prefix="cwdm-") as made:
             output = Path(made) / output_name(case, "seg")
             paths = {"{input}": str(folder), "{output}": str(output)}
@@ -68,14 +80,14 @@ def command_segmenter(template: str) -> Segmenter:
             if not output.is_file():
                 raise CaseError(case, f"the segmenter ended well and wrote no file; it should write {output.name}")
             try:
-                return read_grid(output)[:2]
+                return read_grid(output)
             except InputError as error:
                 raise CaseError(case, f"what the segmenter wrote cannot be read: {error}") from error
 
     return segment
 
 
-def bundle_segmenter(bundle: Path) -> Segmenter:
+def bundle_segmenter(bundle: Path, scheme: Scheme = SCHEMES[TODAY]) -> Segmenter:
     """A segmenter that is a MONAI bundle in a local folder, such as `brats_mri_segmentation`.
 
     Of configs/inference.json (or .yaml) it takes `preprocessing`, `network_def` (or `network`) and `inferer`; of
@@ -111,17 +123,17 @@ def bundle_segmenter(bundle: Path) -> Segmenter:
     network.to(device).eval()
 
     @torch.inference_mode()
-    def segment(case: str, folder: Path) -> tuple[Volume, Affine]:
+    def segment(case: str, folder: Path) -> Image:
         files = case_folder(folder).files
-        original, affine, _ = read_grid(files["t1c"])
+        original = read_grid(files["t1c"])
         try:
             image = preprocessing({"image": [str(files[name]) for name in _BUNDLE_ORDER]})["image"]
             logits = inferer(image[None].to(device), network)[0].float().cpu().numpy()
         except Exception as error:
             raise CaseError(case, f"the bundle failed ({type(error).__name__}: {error})") from error
-        if logits.shape[1:] != original.shape:
-            raise CaseError(case, f"the bundle made {logits.shape[1:]} voxels of {original.shape}; it should keep them")
-        return _labels_from(logits), affine
+        if logits.shape[1:] != (shape := original.volume.shape):
+            raise CaseError(case, f"the bundle made {logits.shape[1:]} voxels of {shape}; it should keep them")
+        return original._replace(volume=_labels_from(logits, scheme))
 
     return segment
 
@@ -130,50 +142,80 @@ def one_at_a_time(segmenter: Segmenter) -> Segmenter:
     """The same for use in several threads: a network in a graphics processor's memory is there once."""
     lock = threading.Lock()
 
-    def segment(case: str, folder: Path) -> tuple[Volume, Affine]:
+    def segment(case: str, folder: Path) -> Image:
         with lock:
             return segmenter(case, folder)
 
     return segment
 
 
-def labels_of(volume: Volume, source: str) -> Labels:
-    """Check that a volume holds labels 0 to 4.
+def labels_of(volume: Volume, source: str, scheme: Scheme = SCHEMES[TODAY]) -> Labels:
+    """Check that a volume holds labels of a scheme.
 
     Raises:
         InputError: it holds anything else.
     """
-    found = np.unique(volume).tolist()
-    if strange := [value for value in found if value not in (0, 1, 2, 3, 4)]:
-        values = ", ".join(f"{value:g}" for value in strange[:5])
-        raise InputError(f"{source}: expected labels 0 to 4, found {values}; give a segmentation with BraTS labels")
+    known = sorted({0, *(label for labels in scheme.values() for label in labels)})
+    if strange := [value for value in np.unique(volume).tolist() if value not in known]:
+        found = ", ".join(f"{value:g}" for value in strange[:5])
+        raise InputError(
+            f"{source}: expected labels {', '.join(map(str, known))}, found {found}; give a segmentation with BraTS "
+            f"labels, or the scheme that it follows (--labels)"
+        )
     return volume.astype(np.uint8)
 
 
+def label_doubt(volume: npt.NDArray[np.generic], source: str, scheme: Scheme) -> str:
+    """What to know of labels that may follow the older scheme; empty where there is nothing."""
+    present = set(np.unique(volume).tolist())
+    if scheme != SCHEMES[TODAY] or 4 not in present or 3 in present:
+        return ""
+    return f"{source}: label 4 and no 3; 4 counts as resection cavity, if it is enhancing tumour give --labels 2020"
+
+
+class SegmentedPair(NamedTuple):
+    """Labels that a segmenter gave to the true case, and to the one with a synthesised image in its place."""
+
+    true: Image
+    completed: Image
+
+
 def segment_pair(
-    segmenter: Segmenter, case: str, files: Mapping[str, Path], modality: str, synthesised: Path
-) -> dict[str, float]:
-    """Segment the true case and the one with a synthesised image in its place, and compare.
+    segmenter: Segmenter,
+    case: str,
+    files: Mapping[str, Path],
+    modality: str,
+    synthesised: Path,
+    scheme: Scheme = SCHEMES[TODAY],
+) -> SegmentedPair:
+    """Segment the true case and the completed one.
 
     Args:
         files: the four true images, modality -> file.
-
-    Returns:
-        dice_R, hd95_R (mm), lesions_true_R, lesions_missed_R and lesions_added_R for each region R of REGIONS.
 
     Raises:
         CaseError: the true case is not complete, or the segmenter failed.
     """
     if missing := ", ".join(name for name in MODALITIES if name not in files):
         raise CaseError(case, f"a segmenter needs the four true images, {missing} missing; add the case folder")
-    true, affine = _segment(segmenter, case, files, "true")
-    completed, _ = _segment(segmenter, case, {**files, modality: synthesised}, "completed")
-    if true.shape != completed.shape:
-        raise CaseError(case, f"expected segmentations of one shape, found {true.shape} and {completed.shape}")
-    spacing_mm = np.linalg.norm(affine[:3, :3], axis=0)
+    true = _segment(segmenter, case, files, "true", scheme)
+    completed = _segment(segmenter, case, {**files, modality: synthesised}, "completed", scheme)
+    if true.volume.shape != completed.volume.shape:
+        shapes = f"{true.volume.shape} and {completed.volume.shape}"
+        raise CaseError(case, f"expected segmentations of one shape, found {shapes}")
+    return SegmentedPair(true, completed)
+
+
+def compare_with_true_case(pair: SegmentedPair, scheme: Scheme = SCHEMES[TODAY]) -> dict[str, float]:
+    """What the synthesised image changed for the segmenter.
+
+    Returns:
+        dice_R, hd95_R (mm), lesions_true_R, lesions_missed_R and lesions_added_R for each region R of the scheme.
+    """
+    spacing_mm = np.linalg.norm(pair.true.affine[:3, :3], axis=0)
     figures: dict[str, float] = {}
-    for region, values in _IN_REGION.items():
-        masks = np.isin(completed, values), np.isin(true, values)
+    for region, labels in scheme.items():
+        masks = np.isin(pair.completed.volume, labels), np.isin(pair.true.volume, labels)
         missed, added, lesions = count_lesions(*masks)
         figures |= {
             f"dice_{region}": dice(*masks),
@@ -219,7 +261,7 @@ def count_lesions(prediction: Mask, truth: Mask) -> tuple[int, int, int]:
     return count - found, predicted_count - matched, count
 
 
-def _segment(segmenter: Segmenter, case: str, files: Mapping[str, Path], which: str) -> tuple[Labels, Affine]:
+def _segment(segmenter: Segmenter, case: str, files: Mapping[str, Path], which: str, scheme: Scheme) -> Image:
     with tempfile.TemporaryDirectory(prefix="cwdm-") as made:
         # Links of its own: a segmenter that writes beside its input harms nothing, and finds no reference segmentation.
         folder = Path(made) / case
@@ -227,19 +269,15 @@ def _segment(segmenter: Segmenter, case: str, files: Mapping[str, Path], which: 
         for modality, path in files.items():
             ending = ".nii.gz" if path.name.lower().endswith(".gz") else ".nii"
             (folder / f"{case}-{modality}{ending}").symlink_to(path.resolve())
-        volume, affine = segmenter(case, folder)
-    source = f"segmentation of the {which} case"
+        segmentation = segmenter(case, folder)
     try:
-        labels = labels_of(volume, source)
+        labels_of(segmentation.volume, f"segmentation of the {which} case", scheme)
     except InputError as error:
         raise CaseError(case, str(error)) from error
-    if {3, 4} <= set(np.unique(labels).tolist()):
-        # Before 2023 4 was the enhancing tumour, since then 3 is, and after treatment 4 the resection cavity.
-        raise CaseError(case, f"{source}: holds labels 3 and 4, but only one can be enhancing tumour; drop the other")
-    return labels, affine
+    return segmentation
 
 
-def _labels_from(logits: Volume) -> Volume:
+def _labels_from(logits: Volume, scheme: Scheme) -> Volume:
     """Labels (X, Y, Z) out of logits (C, X, Y, Z)."""
     if len(logits) != 3:
         return logits.argmax(axis=0).astype(np.float32)
@@ -247,7 +285,7 @@ def _labels_from(logits: Volume) -> Volume:
     # From the outermost region inwards: what is core or enhancing is so whatever the outer channels say.
     labels = np.where(whole, 2, 0)
     labels[core] = 1
-    labels[enhancing] = 3
+    labels[enhancing] = scheme["et"][0]
     return labels.astype(np.float32)
 
 

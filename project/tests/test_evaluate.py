@@ -1,27 +1,31 @@
 """Scoring folders: figures against other programs, pairing, summaries, files, and input that is not as it should be."""
 
 import csv
+import io
 import json
 import os
 import shutil
 import statistics
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
+from rich.console import Console
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from typer.testing import CliRunner
 
-from cwdm.brats import MODALITIES, write_nifti
+from cwdm.brats import MODALITIES, Image, write_nifti
 from cwdm.cli import app
 from cwdm.errors import CaseError, InputError
-from cwdm.evaluate import summaries, summarise
+from cwdm.evaluate import summaries, summarise, tables
 from cwdm.figures import FIGURES
 from cwdm.score_cache import ScoreCache
-from cwdm.scoring import Pair, Score, find_pairs, score_pair, score_pairs
+from cwdm.scoring import Pair, Score, Scorer, find_pairs, score_pair, score_pairs
+from cwdm.segment import SCHEMES, Segmenter
 
 SHAPE = (22, 26, 20)
 AFFINE = np.array([[-1.0, 0, 0, 11], [0, -1.2, 0, 7], [0, 0, 0.9, -30], [0, 0, 0, 1]])
@@ -225,7 +229,39 @@ def test_what_has_no_partner_is_a_failure(folders: tuple[Path, Path], tmp_path: 
 def test_strange_labels_are_refused(folders: tuple[Path, Path]) -> None:
     pred, truth = folders
     write_nifti(truth / NAMES[0] / f"{NAMES[0]}-seg.nii.gz", head(3), AFFINE)
-    assert "expected labels 0 to 4" in score_pairs(find_pairs(pred, truth, truth))[0].reason
+    assert "expected labels 0, 1, 2, 3, 4, found" in score_pairs(find_pairs(pred, truth, truth))[0].reason
+
+
+def test_label_four_means_what_was_asked_for(folders: tuple[Path, Path]) -> None:
+    pred, truth = folders
+    path = truth / NAMES[0] / f"{NAMES[0]}-seg.nii.gz"
+    labels = load(path)
+    labels[labels == 3] = 4
+    write_nifti(path, labels.astype(np.uint8), AFFINE)
+    today, other = score_pairs(find_pairs(pred, truth, truth))
+    assert "4 counts as resection cavity" in today.notes[0]
+    assert other.notes == ()
+    older, refused = score_pairs(find_pairs(pred, truth, truth), partial(score_pair, scheme=SCHEMES["2020"]))
+    assert older.notes == ()
+    assert "expected labels 0, 1, 2, 4, found 3" in refused.reason
+    done = CliRunner().invoke(app, ["evaluate", str(pred), str(truth), "--seg", str(truth), "--labels", "2020"])
+    assert done.exit_code == 1
+    assert done.stderr.count("FAILED: ") == 2  # as it is met, and at the end
+
+
+def test_a_region_that_nobody_has_has_no_rows() -> None:
+    def shown(cavities: int) -> str:
+        figures = {"dice_et": 0.5, "lesions_true_et": 2, "dice_rc": 1.0, "lesions_true_rc": 0, "lesions_added_rc": 0}
+        scores = [Score(name, "t1n", {**figures, "lesions_true_rc": cavities}) for name in "ab"]
+        console = Console(file=io.StringIO(), width=120)
+        for table in tables(scores):
+            console.print(table)
+        return console.file.getvalue()
+
+    assert "Dice, resection cavity" not in shown(0)
+    assert "No resection cavity in any segmentation" in shown(0)
+    assert "Dice, enhancing tumour" in shown(0)
+    assert "Dice, resection cavity" in shown(1)
 
 
 def test_folders_that_cannot_be_used(folders: tuple[Path, Path], tmp_path: Path) -> None:
@@ -315,31 +351,32 @@ def test_nothing_is_written_into_what_is_scored(folders: tuple[Path, Path], kept
 def test_a_stopped_evaluation_goes_on_where_it_was(folders: tuple[Path, Path], tmp_path: Path) -> None:
     pairs, asked = find_pairs(*folders), []
 
-    def segment(case: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    def segment(case: str, folder: Path) -> Image:
         asked.append(case)
-        return np.ones(SHAPE, np.uint8), AFFINE
+        return Image(np.ones(SHAPE, np.float32), AFFINE, True)
 
-    cache = ScoreCache(tmp_path, "ones")
-
-    def changed(case: str, folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    def changed(case: str, folder: Path) -> Image:
         os.utime(pairs[0].prediction, ns=(2, 2))
         return segment(case, folder)
 
-    score_pairs(pairs[:1], changed, score=cache.score)
+    def cached(segmenter: Segmenter, name: str = "ones", renew: bool = False) -> Scorer:
+        return ScoreCache(tmp_path, partial(score_pair, segmenter=segmenter), [name], renew=renew).score
+
+    score_pairs(pairs[:1], cached(changed))
     assert not list(tmp_path.glob("*.json")), "an image that changed while it was scored"
     asked.clear()
-    first = score_pairs(pairs[:1], segment, score=cache.score)
-    both = score_pairs(pairs, segment, score=cache.score)
+    first = score_pairs(pairs[:1], cached(segment))
+    both = score_pairs(pairs, cached(segment))
     assert both[0] == first[0]
     assert len(asked) == 4  # the true case and the completed one, of each
-    assert score_pairs(pairs, segment, score=cache.score) == both
+    assert score_pairs(pairs, cached(segment)) == both
     assert len(asked) == 4
-    for other in (ScoreCache(tmp_path, "twos"), ScoreCache(tmp_path, "ones", renew=True)):
-        assert score_pairs(pairs[:1], segment, score=other.score) == first
+    for other in (cached(segment, "twos"), cached(segment, renew=True)):
+        assert score_pairs(pairs[:1], other) == first
     assert len(asked) == 8
     os.utime(pairs[1].prediction, ns=(1, 1))
     (tmp_path / f"{NAMES[0]}-t1n.json").write_text("damaged")
-    assert score_pairs(pairs, segment, score=ScoreCache(tmp_path, "ones").score) == both
+    assert score_pairs(pairs, cached(segment)) == both
     assert len(asked) == 12
 
 

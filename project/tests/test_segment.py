@@ -15,7 +15,17 @@ from typer.testing import CliRunner
 from cwdm.brats import MODALITIES, read_volume, write_nifti
 from cwdm.cli import app
 from cwdm.errors import CaseError, SettingsError
-from cwdm.segment import bundle_segmenter, command_segmenter, count_lesions, dice, hd95, segment_pair
+from cwdm.segment import (
+    SCHEMES,
+    Segmenter,
+    bundle_segmenter,
+    command_segmenter,
+    compare_with_true_case,
+    count_lesions,
+    dice,
+    hd95,
+    segment_pair,
+)
 
 SHAPE = (13, 17, 11)
 SPACING = (1.0, 1.5, 0.8)
@@ -56,6 +66,14 @@ def case(tmp_path: Path) -> dict[str, Path]:
 
 def truth_of(case: dict[str, Path]) -> dict[str, Path]:
     return {modality: case[modality] for modality in MODALITIES}
+
+
+def compared(
+    segmenter: Segmenter, case: dict[str, Path], name: str = "patient", scheme: str = "2023"
+) -> dict[str, float]:
+    """Figures of the case with the synthesised t1c against the true one."""
+    made, meaning = case["synthesised"], SCHEMES[scheme]
+    return compare_with_true_case(segment_pair(segmenter, name, truth_of(case), "t1c", made, meaning), meaning)
 
 
 def program(tmp_path: Path, code: str = THRESHOLDS) -> str:
@@ -110,7 +128,7 @@ def test_empty_masks() -> None:
 
 def test_a_command(case: dict[str, Path], tmp_path: Path) -> None:
     segmenter = command_segmenter(program(tmp_path))
-    figures = segment_pair(segmenter, "patient", truth_of(case), "t1c", case["synthesised"])
+    figures = compared(segmenter, case)
     true, made = read_volume(case["t1c"]), read_volume(case["synthesised"])
     # 100 and up is tumour of some kind, 200 and up core, 300 and up enhancing.
     for region, threshold in (("wt", 100), ("tc", 200), ("et", 300)):
@@ -118,15 +136,30 @@ def test_a_command(case: dict[str, Path], tmp_path: Path) -> None:
         assert figures[f"dice_{region}"] == dice(a, b) < 1
         assert figures[f"hd95_{region}"] == pytest.approx(hd95(a, b, SPACING))
         assert figures[f"lesions_true_{region}"] == count_lesions(a, b)[2] > 0
-    same = segment_pair(segmenter, "patient", truth_of(case), "t1c", case["t1c"])
+    same = compared(segmenter, {**case, "synthesised": case["t1c"]})
     assert [same[f"dice_{region}"] for region in ("wt", "tc", "et")] == [1, 1, 1]
 
 
-def test_older_labels(case: dict[str, Path], tmp_path: Path) -> None:
-    newer = command_segmenter(program(tmp_path))
-    expected = segment_pair(newer, "patient", truth_of(case), "t1c", case["synthesised"])
+def test_older_labels_when_asked_for(case: dict[str, Path], tmp_path: Path) -> None:
+    expected = compared(command_segmenter(program(tmp_path)), case)
     older = command_segmenter(program(tmp_path, THRESHOLDS.replace("] = 3", "] = 4")))
-    assert segment_pair(older, "patient", truth_of(case), "t1c", case["synthesised"]) == expected
+    found = compared(older, case, scheme="2020")
+    assert found == {name: value for name, value in expected.items() if not name.endswith("_rc")}
+    with pytest.raises(CaseError, match="expected labels 0, 1, 2, 4, found 3"):
+        compared(command_segmenter(program(tmp_path)), case, scheme="2020")
+
+
+def test_a_resection_cavity_is_no_enhancing_tumour(case: dict[str, Path], tmp_path: Path) -> None:
+    """Above 350 a cavity, which belongs to no other region, as in post-treatment glioma of 2024."""
+    figures = compared(command_segmenter(program(tmp_path, THRESHOLDS.replace("300] = 3", "350] = 4"))), case)
+    true, made = read_volume(case["t1c"]), read_volume(case["synthesised"])
+    assert figures["dice_rc"] == dice(made > 350, true > 350) < 1
+    assert figures["lesions_true_rc"] == count_lesions(made > 350, true > 350)[2] > 0
+    assert (figures["lesions_true_et"], figures["lesions_added_et"]) == (0, 0)
+    for region, low in (("wt", 100), ("tc", 200)):
+        assert figures[f"dice_{region}"] == dice((made > low) & (made <= 350), (true > low) & (true <= 350))
+    both = THRESHOLDS.replace("= 3\n", "= 3\nlabels[voxels > 350] = 4\n")
+    assert compared(command_segmenter(program(tmp_path, both)), case)["lesions_true_et"] > 0
 
 
 @pytest.mark.parametrize(
@@ -136,24 +169,23 @@ def test_older_labels(case: dict[str, Path], tmp_path: Path) -> None:
         ("import os; os._exit(7)", "exit code 7: it said nothing"),
         ("", "wrote no file; it should write patient-seg.nii.gz"),
         ("import sys; open(sys.argv[2], 'w').write('text')", "cannot be read"),
-        (THRESHOLDS.replace("] = 3", "] = 7"), "expected labels 0 to 4, found 7"),
-        (THRESHOLDS.replace("] = 1", "] = 4"), "labels 3 and 4"),
+        (THRESHOLDS.replace("] = 3", "] = 7"), "expected labels 0, 1, 2, 3, 4, found 7"),
         (THRESHOLDS.replace("labels,", "labels[1:] if labels.sum() % 2 else labels[2:],"), "of one shape"),
     ],
-    ids=["exit", "silent", "nothing", "text", "labels", "both", "shape"],
+    ids=["exit", "silent", "nothing", "text", "labels", "shape"],
 )
 def test_a_command_that_fails_names_the_case(case: dict[str, Path], tmp_path: Path, code: str, said: str) -> None:
     if "one shape" in said:  # make sure that the two segmentations differ in size
         code = code.replace("labels.sum() % 2", f"float(voxels.sum()) == {float(read_volume(case['t1c']).sum())}")
     with pytest.raises(CaseError, match=said) as caught:
-        segment_pair(command_segmenter(program(tmp_path, code)), "patient", truth_of(case), "t1c", case["synthesised"])
+        compared(command_segmenter(program(tmp_path, code)), case)
     assert caught.value.case == "patient"
 
 
 def test_a_strange_name_stays_one_argument(case: dict[str, Path], tmp_path: Path) -> None:
     segmenter = command_segmenter(program(tmp_path))
     for name in ("a b; touch x", "{output}", "$(false)"):
-        assert segment_pair(segmenter, name, truth_of(case), "t1c", case["t1c"])["dice_wt"] == 1
+        assert compared(segmenter, {**case, "synthesised": case["t1c"]}, name)["dice_wt"] == 1
 
 
 def test_what_a_segmenter_writes_beside_its_input_stays_out_of_the_truth(case: dict[str, Path], tmp_path: Path) -> None:
@@ -205,9 +237,11 @@ def bundle(tmp_path: Path, channels: int) -> Path:
 
 @pytest.mark.parametrize("channels", [3, 4])
 def test_a_bundle_is_the_same_as_the_command(case: dict[str, Path], tmp_path: Path, channels: int) -> None:
-    expected = segment_pair(command_segmenter(program(tmp_path)), "patient", truth_of(case), "t1c", case["synthesised"])
-    segmenter = bundle_segmenter(bundle(tmp_path, channels))
-    assert segment_pair(segmenter, "patient", truth_of(case), "t1c", case["synthesised"]) == expected
+    expected = compared(command_segmenter(program(tmp_path)), case)
+    assert compared(bundle_segmenter(bundle(tmp_path, channels)), case) == expected
+    if channels == 3:  # its regions become the labels that were asked for
+        older = compared(bundle_segmenter(tmp_path / "bundle", SCHEMES["2020"]), case, scheme="2020")
+        assert older == {name: value for name, value in expected.items() if not name.endswith("_rc")}
 
 
 def test_what_is_no_bundle(tmp_path: Path) -> None:
