@@ -278,23 +278,10 @@ def read_description(path: Path) -> str:
     return text.rstrip(b"\0").decode("ascii", "replace")
 
 
-def read_like(case: str, path: Path, name: str, like: Image) -> Volume:
-    """Read one file in the voxel order of another image, for whose voxels it must have values.
-
-    Where one of both does not say how its voxels lie, they are taken as stored alike.
-
-    Args:
-        name: what the other image is called, for messages.
-
-    Raises:
-        InputError: the file cannot be read.
-        CaseError: its voxels lie at other places.
-    """
-    return in_order_of(like, read_grid(path), case, (name, path.name))
-
-
 def in_order_of(like: Image, image: Image, case: str, names: tuple[str, str]) -> Volume:
     """The volume of `image` with its axes permuted and reversed to the voxel order of `like`; a view.
+
+    Where one of both does not say how its voxels lie, they are taken as stored alike.
 
     Args:
         names: of `like` and `image`, for messages.

@@ -81,8 +81,8 @@ for _region, _name in REGIONS.items():
         f"dice_{_region}": Figure(
             f"Dice, {_name}",
             True,
-            "of the segmentations of the true case with this image in place of its own, and as it is; 1 if both are "
-            "empty",
+            "of the same segmenter's segmentations of the true case with this image in place of its own, and as it is; "
+            "1 if both are empty",
             region=_region,
         ),
         f"hd95_{_region}": Figure(
@@ -106,6 +106,48 @@ for _region, _name in REGIONS.items():
             f"lesions, {_name}, added",
             False,
             "components in the completed case that touch none in the true case",
+            region=_region,
+        ),
+    }
+_LESIONWISE = (
+    "the published description for glioma (rachitsaluja/BraTS-2023-Metrics): lesions 26-connected, those of the "
+    "reference joined that meet when dilated by 3 voxels, those of 50 mm³ or less left out; missed and false lesions "
+)
+_SURFACES = "the challenge's HD95 weights surfaces by their area, this one counts their voxels"
+for _region, _name in REGIONS.items():
+    FIGURES |= {
+        f"reference_dice_{_region}": Figure(
+            f"Dice to the reference, {_name}",
+            True,
+            "of the segmentation of the completed case and the reference segmentation; 1 if both are empty",
+            region=_region,
+        ),
+        f"reference_lesionwise_dice_{_region}": Figure(
+            f"lesion-wise Dice to the reference, {_name}",
+            True,
+            _LESIONWISE + "count 0; 1 if there is none",
+            region=_region,
+        ),
+        f"reference_lesionwise_hd95_{_region}": Figure(
+            f"lesion-wise HD95 to the reference, {_name} (mm)",
+            False,
+            _LESIONWISE + "count 374 mm; 0 if there is none",
+            _SURFACES,
+            _region,
+        ),
+        f"reference_lesions_{_region}": Figure(
+            f"lesions, {_name}, reference", True, "those that are scored lesion-wise", region=_region
+        ),
+        f"reference_lesions_missed_{_region}": Figure(
+            f"lesions of the reference, {_name}, missed",
+            False,
+            "of those, how many no lesion of the completed case touches once they are dilated",
+            region=_region,
+        ),
+        f"reference_lesions_false_{_region}": Figure(
+            f"lesions, {_name}, false",
+            False,
+            "components in the completed case that touch no dilated lesion of the reference",
             region=_region,
         ),
     }

@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import gaussian_filter
 
+from cwdm.preprocess import Box, bounding_box
+
 Volume = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
-Box = tuple[slice, ...]
 
 BRASYN_PERCENTILES = (0.5, 99.5)
 
@@ -125,13 +126,6 @@ def brasyn_ssim(prediction: Volume, truth: Volume, mask: Mask) -> float:
     """
     prediction, truth = prediction * mask, truth * mask
     return ssim(prediction, truth, mask, value_range((prediction, truth)))
-
-
-def bounding_box(mask: Mask, margin: int) -> Box:
-    """The smallest box around the voxels of a mask that is not empty, wider by a margin where the volume allows."""
-    axes = range(mask.ndim)
-    spans = [np.flatnonzero(mask.any(axis=tuple(other for other in axes if other != axis))) for axis in axes]
-    return tuple(slice(max(0, int(span[0]) - margin), int(span[-1]) + margin + 1) for span in spans)
 
 
 def _intersection(a: Box, b: Box) -> Box:

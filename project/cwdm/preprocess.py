@@ -13,6 +13,7 @@ from nibabel import orientations
 
 Volume = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
+Box = tuple[slice, ...]
 Rule = Literal["mask", "threshold", "none"]
 AnyType = TypeVar("AnyType", bound=np.generic)
 
@@ -124,6 +125,16 @@ def _quantiles(volume: Volume, quantiles: tuple[float, ...]) -> list[float]:
     return [between(quantile) for quantile in quantiles]
 
 
+def bounding_box(mask: Mask, margin: int = 0) -> Box:
+    """The smallest box around the voxels of a mask, wider by a margin where the volume allows; empty if the mask is."""
+    box = []
+    for axis in range(mask.ndim):
+        occupied = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        first, end = (int(occupied[0]) - margin, int(occupied[-1]) + 1 + margin) if occupied.size else (0, 0)
+        box.append(slice(max(0, first), min(end, mask.shape[axis])))
+    return tuple(box)
+
+
 # Window
 
 
@@ -178,13 +189,12 @@ def choose_window(
         ValueError: the brain needs a window of more than four times the published one's voxels.
     """
     starts, sizes, warnings = [], [], []
-    for axis, length in enumerate(brain_mask.shape):
-        occupied = np.flatnonzero(brain_mask.any(axis=tuple({0, 1, 2} - {axis})))
-        first, end = (int(occupied[0]), int(occupied[-1]) + 1) if occupied.size else (0, 0)
+    for axis, (length, box) in enumerate(zip(brain_mask.shape, bounding_box(brain_mask), strict=True)):
+        first, end = box.start, box.stop
         usual = min(_round_up(published[axis], multiple), _round_up(length, multiple))
         size = max(usual, _round_up(end - first, multiple))
         centred = max(0, (length - size) // 2)
-        start = min(max(centred, end - size), first) if occupied.size else centred
+        start = min(max(centred, end - size), first) if end else centred
         if size > usual:
             warnings.append(
                 f"the brain spans {end - first} voxels along axis {axis + 1}, more than the usual window of {usual}: "
@@ -208,9 +218,8 @@ def tight_window(brain_mask: Mask, multiple: int, least: tuple[int, int, int] = 
         ValueError: the brain needs a window of more than four times the published one's voxels.
     """
     starts, sizes = [], []
-    for axis, length in enumerate(brain_mask.shape):
-        occupied = np.flatnonzero(brain_mask.any(axis=tuple({0, 1, 2} - {axis})))
-        first, end = (int(occupied[0]), int(occupied[-1]) + 1) if occupied.size else (0, 0)
+    for axis, (length, box) in enumerate(zip(brain_mask.shape, bounding_box(brain_mask), strict=True)):
+        first, end = box.start, box.stop
         size = max(_round_up(end - first, multiple), _round_up(least[axis], multiple), multiple)
         sizes.append(size)
         starts.append(max(0, min((first + end - size) // 2, length - size)))

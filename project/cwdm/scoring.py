@@ -1,8 +1,10 @@
 """The figures of a synthesised image against the true one, for folders of them."""
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -16,10 +18,11 @@ from cwdm.brats import (
     Image,
     Volume,
     find_cases,
+    in_order_of,
     list_folder,
     output_name,
     read_grid,
-    read_like,
+    write_nifti,
 )
 from cwdm.errors import CaseError, CwdmError, InputError, OutputError, SettingsError
 from cwdm.preprocess import brain_mask, normalise
@@ -29,6 +32,7 @@ from cwdm.segment import (
     Labels,
     Scheme,
     Segmenter,
+    compare_with_reference,
     compare_with_true_case,
     label_doubt,
     labels_of,
@@ -37,6 +41,10 @@ from cwdm.segment import (
 
 MOST_WORKERS = 8
 """A pair of full-size volumes takes half a gigabyte; more workers than this hardly help, since the disk is shared."""
+
+
+SYNTHESISED = "synthesised"
+"""Stands for the modality of a synthesised image, where the true one has that name."""
 
 
 @dataclass(frozen=True)
@@ -145,7 +153,7 @@ def score_pair(pair: Pair, segmenter: Segmenter | None = None, scheme: Scheme = 
     except InputError as error:
         raise CaseError(pair.case, str(error)) from error
     brain = "other contrasts" if pair.contrasts else "true image"
-    return Score(pair.case, pair.modality, figures, brain, tuple(dict.fromkeys(images.notes)))
+    return Score(pair.case, pair.modality, figures, brain, tuple(images.notes))
 
 
 def score_pairs(
@@ -222,30 +230,56 @@ def _beside_or_inside(folder: Path, case: str, ending: str) -> Path | None:
 
 @dataclass
 class _Images:
-    """What one image is scored with, read and checked; scaled versions are made when first needed."""
+    """What one image is scored with, read and checked; scaled versions are made when first needed.
+
+    Attributes:
+        grid: the true image, in whose voxel order all others are.
+        labels: the reference segmentation, if there is one.
+        turned: images whose files are in another voxel order, by modality.
+        notes: grows with what is found.
+    """
 
     case: str
+    grid: Image
     prediction: Volume
-    truth: Volume
     brain: metrics.Mask
-    labels: Labels | None
+    labels: Labels | None = None
+    turned: dict[str, Volume] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     @classmethod
     def read(cls, pair: Pair, scheme: Scheme) -> "_Images":
         assert pair.truth is not None
-        like = read_grid(pair.truth)
-        truth, prediction = like.volume, _read_like(pair, pair.prediction, like)
-        for path, volume in ((pair.prediction, prediction), (pair.truth, truth)):
+        grid = read_grid(pair.truth)
+        turned: dict[str, Volume] = {}
+
+        def read(path: Path, modality: str = "") -> Volume:
+            image = read_grid(path)
+            volume = in_order_of(grid, image, pair.case, ("the true image", path.name))
+            if modality and volume.strides != image.volume.strides:
+                turned[modality] = volume
+            return volume
+
+        prediction = read(pair.prediction, SYNTHESISED)
+        for path, volume in ((pair.prediction, prediction), (pair.truth, grid.volume)):
             if volume.min() == volume.max():
                 raise CaseError(pair.case, f"{path}: every voxel is {volume.flat[0]:g}; there is nothing to compare")
-        contrasts = (_read_like(pair, path, like) for path in pair.contrasts.values())
-        brain = brain_mask(contrasts) if pair.contrasts else truth != 0
-        if pair.seg is None:
-            return cls(pair.case, prediction, truth, brain, None)
-        labels = labels_of(_read_like(pair, pair.seg, like), str(pair.seg), scheme)
-        doubt = label_doubt(labels, pair.seg.name, scheme)
-        return cls(pair.case, prediction, truth, brain, labels, [doubt] if doubt else [])
+        contrasts = (read(path, modality) for modality, path in pair.contrasts.items())
+        brain = brain_mask(contrasts) if pair.contrasts else grid.volume != 0
+        images = cls(pair.case, grid, prediction, brain, turned=turned)
+        if pair.seg:
+            images.labels = labels_of(read(pair.seg), str(pair.seg), scheme)
+            images.note(label_doubt(images.labels, pair.seg.name, scheme))
+        return images
+
+    @property
+    def truth(self) -> Volume:
+        return self.grid.volume
+
+    def note(self, text: str) -> None:
+        """Add a note that is not there yet, if it says anything."""
+        if text and text not in self.notes:
+            self.notes.append(text)
 
     @cached_property
     def brasyn_units(self) -> tuple[Volume, Volume]:
@@ -260,10 +294,6 @@ class _Images:
             return scale(volume)
         except ValueError as error:
             raise CaseError(self.case, f"the {which} image cannot be scaled: {error}") from error
-
-
-def _read_like(pair: Pair, path: Path, truth: Image) -> Volume:
-    return read_like(pair.case, path, "the true image", truth)
 
 
 def _paper_figures(images: _Images) -> dict[str, float]:
@@ -301,15 +331,15 @@ def _region_figures(images: _Images, tumour: metrics.Mask) -> dict[str, float]:
     healthy = images.brain & ~tumour
     figures: dict[str, float] = {}
     if not tumour.any():
-        images.notes.append("the segmentation holds no tumour, so the figures of the tumour have no value")
+        images.note("the segmentation holds no tumour, so the figures of the tumour have no value")
     elif metrics.value_range(volume * tumour for volume in pair) == 0:
-        images.notes.append("both images are 0 all over the tumour, so its SSIM has no value")
+        images.note("both images are 0 all over the tumour, so its SSIM has no value")
         figures["brasyn_2025_mse_tumour"] = metrics.mse(*pair, tumour)
     else:
         figures["brasyn_2024_ssim_tumour"] = metrics.brasyn_ssim(*pair, tumour)
         figures["brasyn_2025_mse_tumour"] = metrics.mse(*pair, tumour)
     if not healthy.any():
-        images.notes.append("the segmentation covers the whole brain, so the figures of healthy tissue have no value")
+        images.note("the segmentation covers the whole brain, so the figures of healthy tissue have no value")
         return figures
     figures["brasyn_2024_ssim_healthy"] = metrics.brasyn_ssim(*pair, ~tumour)
     figures["brasyn_2025_mse_healthy"] = metrics.mse(*pair, healthy)
@@ -318,11 +348,37 @@ def _region_figures(images: _Images, tumour: metrics.Mask) -> dict[str, float]:
 
 def _segmented_figures(images: _Images, pair: Pair, segmenter: Segmenter, scheme: Scheme) -> dict[str, float]:
     assert pair.truth is not None
-    files = {**pair.contrasts, pair.modality: pair.truth}
-    segmented = segment_pair(segmenter, pair.case, files, pair.modality, pair.prediction, scheme)
-    doubt = label_doubt(segmented.true.volume, "the segmenter", scheme)
-    images.notes.extend([doubt] if doubt else [])
-    return compare_with_true_case(segmented, scheme)
+    with _in_one_order(images, {**pair.contrasts, SYNTHESISED: pair.prediction}) as files:
+        true = {**files, pair.modality: pair.truth}
+        synthesised = true.pop(SYNTHESISED)
+        segmented = segment_pair(segmenter, pair.case, true, pair.modality, synthesised, scheme)
+    images.note(label_doubt(segmented.true.volume, "the segmenter", scheme))
+    figures = compare_with_true_case(segmented, scheme)
+    if images.labels is None:
+        return figures
+    try:
+        names = "the true image", "the segmenter's"
+        completed = in_order_of(images.grid, segmented.completed, pair.case, names)
+    except CaseError as error:
+        images.note(f"no figures against the reference segmentation: {error.reason}")
+        return figures
+    spacing_mm = np.linalg.norm(images.grid.affine[:3, :3], axis=0)
+    return figures | compare_with_reference(completed, images.labels, spacing_mm, scheme)
+
+
+@contextmanager
+def _in_one_order(images: _Images, files: Mapping[str, Path]) -> Iterator[dict[str, Path]]:
+    """The same files, but for copies of those that are in another voxel order than the true image.
+
+    Args:
+        files: modality -> file, and SYNTHESISED -> the synthesised image.
+    """
+    with tempfile.TemporaryDirectory(prefix="cwdm-") as folder:
+        ordered = dict(files)
+        for modality, volume in images.turned.items():
+            ordered[modality] = Path(folder) / output_name(images.case, modality)
+            write_nifti(ordered[modality], volume, images.grid.affine)
+        yield ordered
 
 
 def _score_or_reason(pair: Pair, score: Scorer) -> Score:

@@ -17,6 +17,7 @@ from cwdm.preprocess import (
     Rule,
     Window,
     _quantiles,
+    bounding_box,
     brain_mask,
     choose_window,
     denormalise,
@@ -31,6 +32,17 @@ shapes = st.tuples(*[st.integers(1, 9)] * 3)
 volumes = hnp.arrays(
     np.float32, shapes, elements=st.floats(-1e6, 1e6, width=32) | st.just(0.0) | st.integers(-3, 3), fill=st.just(0.0)
 )
+
+
+@given(hnp.arrays(np.bool_, shapes, elements=st.booleans(), fill=st.just(False)), st.integers(0, 3))
+def test_the_box_around_a_mask(mask: np.ndarray, margin: int) -> None:
+    box = bounding_box(mask, margin)
+    if not mask.any():
+        assert mask[box].size == 0
+        return
+    low, high = np.argwhere(mask).min(0), np.argwhere(mask).max(0)
+    assert [axis.start for axis in box] == np.maximum(low - margin, 0).tolist()
+    assert [axis.stop for axis in box] == np.minimum(high + 1 + margin, mask.shape).tolist()
 
 
 # Intensity

@@ -4,17 +4,20 @@ import json
 import sys
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monai.metrics import compute_dice, compute_hausdorff_distance
+from skimage.measure import label
 from typer.testing import CliRunner
 
 from cwdm.brats import MODALITIES, read_volume, write_nifti
 from cwdm.cli import app
 from cwdm.errors import CaseError, SettingsError
+from cwdm.scoring import find_pairs, score_pair
 from cwdm.segment import (
     SCHEMES,
     Segmenter,
@@ -24,6 +27,7 @@ from cwdm.segment import (
     count_lesions,
     dice,
     hd95,
+    lesionwise,
     segment_pair,
 )
 
@@ -124,6 +128,101 @@ def test_empty_masks() -> None:
     assert dice(none, some) == dice(some, none) == 0
     diagonal = np.linalg.norm([12 * 1.0, 16 * 1.5, 10 * 0.8])
     assert hd95(none, some, SPACING) == hd95(some, none, SPACING) == pytest.approx(diagonal)
+
+
+def balls(seed: int, shape: tuple[int, int, int] = (26, 31, 22), count: int = 7) -> np.ndarray:
+    random = np.random.RandomState(seed)
+    places = np.moveaxis(np.indices(shape), 0, -1)
+    centres, radii = random.uniform(0, shape, (count, 3)), random.uniform(0.9, 4, count)
+    return np.any([np.linalg.norm(places - c, axis=-1) < r for c, r in zip(centres, radii, strict=True)], axis=0)
+
+
+def lesionwise_one_by_one(prediction: np.ndarray, truth: np.ndarray, spacing: tuple) -> tuple[float, ...]:
+    """By scikit-image, voxel distances and sets, one lesion after the other."""
+    offsets = np.argwhere(np.ones((3, 3, 3))) - 1
+    steps = [offset for offset in offsets if np.abs(offset).sum() <= 2]
+
+    def grow(mask: np.ndarray) -> np.ndarray:
+        for _ in range(3):
+            padded = np.pad(mask, 1)
+            mask = np.any([np.roll(padded, step, (0, 1, 2))[1:-1, 1:-1, 1:-1] for step in steps], axis=0)
+        return mask
+
+    def parts(mask: np.ndarray) -> list[np.ndarray]:
+        numbered = label(mask, connectivity=3)
+        return [numbered == number for number in range(1, numbered.max() + 1)]
+
+    found, met, scores, missed = parts(prediction), set(), [], 0
+    for near in parts(grow(truth)):
+        lesion = truth & near
+        touching = [n for n, part in enumerate(found) if (part & near).any()]
+        met |= set(touching)
+        if lesion.sum() * np.prod(spacing) <= 50:
+            continue
+        if touching:
+            whole = np.any([found[n] for n in touching], axis=0)
+            scores.append((dice(whole, lesion), hd95(whole, lesion, spacing)))
+        else:
+            missed += 1
+            scores.append((0, 374))
+    scored, false = len(scores), len(found) - len(met)
+    scores += [(0, 374)] * false
+    return (*(np.mean(scores, axis=0) if scores else (1, 0)), scored, missed, false)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_lesionwise_against_lesions_one_by_one(seed: int) -> None:
+    truth = balls(seed)
+    prediction = (balls(seed, count=5) & ~balls(seed + 50, count=2)) | balls(seed + 100, count=2)
+    assert lesionwise(prediction, truth, SPACING) == pytest.approx(lesionwise_one_by_one(prediction, truth, SPACING))
+
+
+def test_lesionwise_by_hand() -> None:
+    truth, prediction = np.zeros((2, 40, 20, 20), bool)
+    truth[2:7, 5:10, 5:10] = truth[10:15, 5:10, 5:10] = True  # 3 voxels apart: one lesion of 250 voxels
+    truth[32:37, 5:10, 5:10] = True  # missed
+    truth[22, 16, 16] = prediction[22, 17, 17] = True  # too small to be scored, and what meets it is not false
+    prediction[2:7, 5:10, 5:10] = True
+    prediction[25, 2, 2] = True  # false, however small
+    assert dice(prediction[:20], truth[:20]) == pytest.approx(2 / 3)
+    found = lesionwise(prediction, truth, (1, 1, 1))
+    assert found == (pytest.approx((2 / 3 + 0 + 0) / 3), pytest.approx((8 + 374 + 374) / 3), 2, 1, 1)
+    none = np.zeros_like(truth)
+    assert lesionwise(none, none, SPACING) == (1, 0, 0, 0, 0)
+    assert lesionwise(truth, none, SPACING) == (0, 374, 0, 0, 4)
+    assert lesionwise(none, truth, SPACING) == (0, 374, 2, 2, 0)
+    assert lesionwise(truth, truth, SPACING) == (1, 0, 2, 0, 0)
+    assert lesionwise(truth, truth, (0.4, 0.5, 0.5)).scored == 0  # 25 mm³ and 12.5 are small
+
+
+def test_against_the_reference_and_the_same_segmenter(case: dict[str, Path], tmp_path: Path) -> None:
+    true, made = read_volume(case["t1c"]), read_volume(case["synthesised"])
+    reference = np.where(true > 150, 2, 0) + (true > 350)  # 2 and 3
+    write_nifti(case["t1c"].with_name("patient-seg.nii.gz"), reference.astype(np.uint8), AFFINE)
+    segmenter = command_segmenter(program(tmp_path))
+    pair = find_pairs(tmp_path / "pred", tmp_path / "truth", tmp_path / "truth")[0]
+    score = score_pair(pair, segmenter)
+    assert score.figures["dice_wt"] == dice(made > 100, true > 100)
+    assert score.figures["reference_dice_wt"] == dice(made > 100, true > 150)
+    assert score.figures["reference_dice_et"] == dice(made > 300, true > 350)
+    expected = lesionwise(made > 100, true > 150, SPACING)
+    assert score.figures["reference_lesionwise_dice_wt"] == expected.dice < 1
+    assert score.figures["reference_lesionwise_hd95_wt"] == pytest.approx(expected.hd95_mm)
+    assert score.figures["reference_lesionwise_dice_rc"] == 1
+
+    # The same voxels in another order, for the segmenter too, which is given one order.
+    for name in ("synthesised", "t2f"):
+        image = nib.as_closest_canonical(nib.load(case[name]))
+        write_nifti(case[name], np.asarray(image.dataobj), image.affine)
+    one_order = "\nassert all((nibabel.load(p).affine == image.affine).all() for p in folder.iterdir())"
+    turned = score_pair(pair, command_segmenter(program(tmp_path, THRESHOLDS + one_order)))
+    assert turned.figures == pytest.approx(score.figures, rel=1e-9)
+
+    # A segmentation that says it lies elsewhere is not compared with the reference.
+    elsewhere = THRESHOLDS.replace("nibabel.save", "image.affine[0, 3] += 9\nnibabel.save")
+    lost = score_pair(pair, command_segmenter(program(tmp_path, elsewhere)))
+    assert lost.figures.keys() == {name for name in score.figures if not name.startswith("reference")}
+    assert "no figures against the reference segmentation: expected volumes on one grid" in lost.notes[0]
 
 
 def test_a_command(case: dict[str, Path], tmp_path: Path) -> None:
