@@ -372,7 +372,7 @@ def evaluate(
         check_writable(out / "images")
         remove_stale(out / "images")
         programs = program_files(segmenter, segmenter_bundle)
-        cache = ScoreCache(out / "images", make, (segmented_by or "", labels), programs, overwrite)
+        cache = ScoreCache(out / "images", make, (segmented_by or "", labels), programs, renew=overwrite)
     with CohortProgress(len(pairs)) as progress:
         scorer = cache.score if cache else make
         scores = score_pairs(pairs, scorer, workers, lambda score: progress.end_case(score.line))

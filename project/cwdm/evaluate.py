@@ -139,6 +139,7 @@ def _explanation(figure: Figure) -> dict[str, Any]:
     return {
         "title": figure.title,
         "rule": figure.rule,
+        "version": figure.version,
         "not_confirmed": figure.doubt or None,
         "worst": "lowest" if figure.higher_is_better else "highest",
     }

@@ -15,6 +15,7 @@ class Figure:
         rule: how it is computed.
         doubt: what could not be confirmed about the rule it follows; empty where nothing is open.
         region: of the segmentation, one of REGIONS; empty for figures of images.
+        version: of the rule. Raise it when values change: scores that were kept are made again then.
     """
 
     title: str
@@ -22,6 +23,7 @@ class Figure:
     rule: str
     doubt: str = ""
     region: str = ""
+    version: int = 1
 
 
 _UNIT = (
@@ -56,6 +58,7 @@ FIGURES = {
         True,
         "raw intensities, range the larger span of the two images, mean over the volume but for a rim of 5 voxels",
         _BRASYN_2023,
+        version=2,
     ),
     "brasyn_2024_ssim_tumour": Figure(
         "BraSyn 2024 SSIM, tumour",
@@ -84,6 +87,7 @@ for _region, _name in REGIONS.items():
             "of the same segmenter's segmentations of the true case with this image in place of its own, and as it is; "
             "1 if both are empty",
             region=_region,
+            version=2,
         ),
         f"hd95_{_region}": Figure(
             f"HD95, {_name} (mm)",
@@ -92,21 +96,28 @@ for _region, _name in REGIONS.items():
             "diagonal if one is",
             "the challenge's lesion-wise scorer has a fixed penalty of 374 mm and another way of counting surfaces",
             _region,
+            version=2,
         ),
         f"lesions_true_{_region}": Figure(
-            f"lesions, {_name}, true case", True, "26-connected components found in the true case", region=_region
+            f"lesions, {_name}, true case",
+            True,
+            "26-connected components found in the true case",
+            region=_region,
+            version=2,
         ),
         f"lesions_missed_{_region}": Figure(
             f"lesions, {_name}, missed",
             False,
             "of those, how many do not touch one in the completed case",
             region=_region,
+            version=2,
         ),
         f"lesions_added_{_region}": Figure(
             f"lesions, {_name}, added",
             False,
             "components in the completed case that touch none in the true case",
             region=_region,
+            version=2,
         ),
     }
 _LESIONWISE = (
@@ -151,3 +162,6 @@ for _region, _name in REGIONS.items():
             region=_region,
         ),
     }
+
+RULES = {name: figure.version for name, figure in FIGURES.items()}
+"""Which version of each rule this program computes by."""

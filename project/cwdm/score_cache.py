@@ -2,13 +2,14 @@
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pydantic import TypeAdapter, ValidationError
 
 from cwdm import __version__
+from cwdm.figures import RULES
 from cwdm.files import write_json
 from cwdm.scoring import Pair, Score, Scorer, score_pair
 
@@ -17,13 +18,14 @@ _SCORE = TypeAdapter(Score)
 
 @dataclass(frozen=True)
 class ScoreCache:
-    """A file an image; what it was made from and by is part of it.
+    """A file an image; what it was made from and by is part of it, and by which version of each figure's rule.
 
     Attributes:
         folder: must exist.
         make: makes a score that is not there yet.
         means: what it depends on beside the pair's files, in words, such as the segmenter's command.
         programs: files that it depends on; what else there is is not noticed.
+        rules: the versions of the figures' rules.
         renew: nothing that is there counts.
         used: scores that were found.
     """
@@ -32,6 +34,7 @@ class ScoreCache:
     make: Scorer = score_pair
     means: Sequence[str] = ()
     programs: Sequence[Path] = ()
+    rules: Mapping[str, int] = field(default_factory=lambda: RULES)
     renew: bool = False
     used: list[Score] = field(default_factory=list)
 
@@ -66,5 +69,5 @@ class ScoreCache:
             stats = [(str(file.resolve()), (s := file.stat()).st_size, s.st_mtime_ns) for file in files if file]
         except (OSError, RuntimeError):
             return ""
-        text = json.dumps([__version__, list(self.means), list(pair.contrasts), stats])
+        text = json.dumps([__version__, dict(self.rules), list(self.means), list(pair.contrasts), stats])
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

@@ -18,11 +18,11 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from typer.testing import CliRunner
 
-from cwdm.brats import MODALITIES, Image, write_nifti
+from cwdm.brats import MODALITIES, Image, read_grid, write_nifti
 from cwdm.cli import app
 from cwdm.errors import CaseError, InputError
 from cwdm.evaluate import summaries, summarise, tables
-from cwdm.figures import FIGURES
+from cwdm.figures import FIGURES, RULES
 from cwdm.score_cache import ScoreCache
 from cwdm.scoring import Pair, Score, Scorer, find_pairs, score_pair, score_pairs
 from cwdm.segment import SCHEMES, Segmenter
@@ -378,6 +378,63 @@ def test_a_stopped_evaluation_goes_on_where_it_was(folders: tuple[Path, Path], t
     (tmp_path / f"{NAMES[0]}-t1n.json").write_text("damaged")
     assert score_pairs(pairs, cached(segment)) == both
     assert len(asked) == 12
+
+
+def test_scores_by_an_older_rule_are_made_again(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    pairs = find_pairs(*folders)
+    assert RULES.keys() == FIGURES.keys()
+    first = score_pairs(pairs, ScoreCache(tmp_path).score)
+    for kept in tmp_path.glob("*.json"):
+        content = json.loads(kept.read_text())
+        content["score"]["figures"]["psnr"] = -1.0
+        kept.write_text(json.dumps(content))
+    same = ScoreCache(tmp_path)
+    assert [score.figures["psnr"] for score in score_pairs(pairs, same.score)] == [-1, -1]
+    newer = ScoreCache(tmp_path, rules={**RULES, "psnr": RULES["psnr"] + 1})
+    assert score_pairs(pairs, newer.score) == first
+    assert newer.used == []
+
+
+def test_rules_and_their_versions(folders: tuple[Path, Path]) -> None:
+    """Where a value differs, its rule has changed: raise the figure's version here and in `cwdm.figures`."""
+
+    def segment(case: str, folder: Path) -> Image:
+        image = read_grid(next(folder.glob("*-t1n.nii.gz")))
+        return image._replace(volume=np.digitize(image.volume, [300, 500, 700, 880]).astype(np.float32))
+
+    pred, truth = folders
+    pair = find_pairs(pred, truth, truth)[0]
+    expected = {
+        "psnr": (1, 38.579833),
+        "mse": (1, 0.0001386809),
+        "mae": (1, 0.0050761833),
+        "ssim": (1, 0.99714134),
+        "psnr_brain": (1, 32.959334),
+        "ssim_brain": (1, 0.99767003),
+        "brasyn_2023_ssim": (2, 0.99539763),
+        "brasyn_2024_ssim_tumour": (1, 0.99913014),
+        "brasyn_2025_mse_tumour": (1, 0.00044312973),
+        "brasyn_2024_ssim_healthy": (1, 0.69513791),
+        "brasyn_2025_mse_healthy": (1, 0.00055459388),
+        "dice_wt": (2, 0.94577778),
+        "hd95_wt": (2, 0.89999998),
+        "lesions_true_wt": (2, 1),
+        "lesions_missed_wt": (2, 0),
+        "lesions_added_wt": (2, 0),
+        "reference_dice_wt": (1, 0.052181352),
+        "reference_lesionwise_dice_wt": (1, 0.052181352),
+        "reference_lesionwise_hd95_wt": (1, 9.2052412),
+        "reference_lesions_wt": (1, 1),
+        "reference_lesions_missed_wt": (1, 0),
+        "reference_lesions_false_wt": (1, 0),
+    }
+    figures = score_pair(pair, segment).figures
+    assert expected.keys() == {name for name in figures if not name.endswith(("_tc", "_et", "_rc"))}
+    for name, (version, value) in expected.items():
+        assert (RULES[name], figures[name]) == (version, pytest.approx(value, rel=1e-5)), name
+    for name, version in RULES.items():  # a rule is the same in every region
+        if FIGURES[name].region:
+            assert version == RULES[f"{name[:-3]}_wt"]
 
 
 def test_a_pair_without_truth_says_why() -> None:
