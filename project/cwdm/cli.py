@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from cwdm.brats import CaseFolder
     from cwdm.cohort import Outcome
     from cwdm.dispatch import Work
+    from cwdm.evaluate import Evaluation
     from cwdm.pipeline import Pipeline
     from cwdm.progress import CohortProgress
     from cwdm.synthesis import Synthesizer
@@ -317,7 +318,9 @@ def complete(
 
 @app.command()
 def evaluate(
-    predictions: Annotated[Path, typer.Argument(metavar="PRED", help="Flat folder of <case>-<modality>.nii.gz.")],
+    predictions: Annotated[
+        Path, typer.Argument(metavar="PRED", help="Flat folder of <case>-<modality>.nii.gz, or <case>.nii.gz.")
+    ],
     truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="The true images: case folders, or flat like PRED.")],
     seg: Annotated[
         Path | None,
@@ -334,59 +337,75 @@ def evaluate(
         Path | None,
         typer.Option(help="MONAI bundle instead of a command. It runs code of its own: know where it is from."),
     ] = None,
+    labels: Annotated[
+        LabelScheme | None,
+        typer.Option(
+            help="Of segmentations: 3 is enhancing tumour and 4 resection cavity (2023), or 4 enhancing tumour (2020). "
+            "Default: 2023."
+        ),
+    ] = None,
+    truth_file: Annotated[
+        str | None,
+        typer.Option(help="For images of 'cwdm translate': the true one inside TRUTH, such as {case}/ct.nii.gz."),
+    ] = None,
+    mask_file: Annotated[
+        str | None,
+        typer.Option(help="With --truth-file: such as {case}/mask.nii.gz, not 0 where to score. Default: the body."),
+    ] = None,
+    value_range: Annotated[
+        tuple[float, float] | None,
+        typer.Option("--range", help="With --truth-file: of PSNR and SSIM, -1024 3000 for CT. Default: the truth's."),
+    ] = None,
     workers: Annotated[
         int | None,
-        typer.Option(min=1, help="Images at a time, half a gigabyte each. Default: one a processor, at most 8."),
+        typer.Option(min=1, help="Images at a time, 0.75 GB of memory each. Default: one a processor, at most 8."),
     ] = None,
-    labels: Annotated[
-        LabelScheme, typer.Option(help="What 4 means in segmentations: since 2023 resection cavity, before ET.")
-    ] = LabelScheme.today,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Score again what --out holds scores of.")] = False,
 ) -> None:
     """Score synthesised images against the true ones: each image, and mean, deviation, median and worst.
 
     With --out, a stopped evaluation goes on where it was.
     """
-    from functools import partial
+    from cwdm.evaluate import contrasts, translations
 
+    for_contrasts = (seg, segmenter, segmenter_bundle, labels)
+    if truth_file and any(for_contrasts):
+        raise SettingsError("--truth-file is for other images; it excludes --seg, --segmenter(-bundle) and --labels")
+    if not truth_file and (mask_file or value_range):
+        raise SettingsError("--mask-file and --range are for images of 'cwdm translate'; add --truth-file")
+    if truth_file:
+        evaluation = translations(predictions, truth, truth_file, mask_file, value_range)
+    else:
+        evaluation = contrasts(predictions, truth, seg, segmenter, segmenter_bundle, labels or LabelScheme.today)
+    _evaluate(evaluation, out, workers, overwrite)
+
+
+def _evaluate(evaluation: "Evaluation", out: Path | None, workers: int | None, overwrite: bool) -> None:
     from cwdm.evaluate import tables, write_evaluation
     from cwdm.files import check_apart, check_writable, remove_stale
     from cwdm.progress import CohortProgress
     from cwdm.score_cache import ScoreCache
-    from cwdm.scoring import find_pairs, score_pair, score_pairs
-    from cwdm.segment import SCHEMES, bundle_segmenter, command_segmenter, one_at_a_time, program_files
+    from cwdm.scoring import score_pairs
 
-    if segmenter and segmenter_bundle:
-        raise SettingsError("--segmenter and --segmenter-bundle exclude each other; give one")
-    pairs = find_pairs(predictions, truth, seg)
-    for kept in filter(None, (predictions, truth, seg)):
-        for written in (out, out / "images") if out else ():
-            check_apart(written, kept)
-    scheme = SCHEMES[labels]
-    segment = command_segmenter(segmenter) if segmenter else None
-    segment = bundle_segmenter(segmenter_bundle, scheme) if segmenter_bundle else segment
-    segmented_by = segmenter or (str(segmenter_bundle) if segmenter_bundle else None)
-    make = partial(score_pair, segmenter=one_at_a_time(segment) if segment else None, scheme=scheme)
     cache = None
     if out:
+        for kept in evaluation.folders:
+            check_apart(out, kept)
+            check_apart(out / "images", kept)
         check_writable(out / "images")
         remove_stale(out / "images")
-        programs = program_files(segmenter, segmenter_bundle)
-        cache = ScoreCache(out / "images", make, (segmented_by or "", labels), programs, renew=overwrite)
-    with CohortProgress(len(pairs)) as progress:
-        scorer = cache.score if cache else make
-        scores = score_pairs(pairs, scorer, workers, lambda score: progress.end_case(score.line))
+        cache = ScoreCache(out / "images", evaluation.score, evaluation.means, evaluation.programs, renew=overwrite)
+    with CohortProgress(len(evaluation.pairs)) as progress:
+        scorer = cache.score if cache else evaluation.score
+        scores = score_pairs(evaluation.pairs, scorer, workers, lambda score: progress.end_case(score.line))
     if cache and cache.used:
         progress.log(f"{len(cache.used)} of {len(scores)} scores are from before (--overwrite makes them again)")
-    failed = [score for score in scores if score.reason]
     for table in tables(scores):
         Console().print(table)
     if out:
-        record = {"predictions": str(predictions), "truth": str(truth), "segmentations": str(seg) if seg else None}
-        record |= {"segmenter": segmented_by, "labels": labels}
-        for path in write_evaluation(out, scores, record):
+        for path in write_evaluation(out, scores, evaluation.record):
             _say(path)
-    if failed:
+    if failed := [score for score in scores if score.reason]:
         progress.log(f"{len(failed)} of {len(scores)} FAILED and are in no mean")
         for score in failed:
             progress.log(f"  {score.line}")

@@ -1,10 +1,12 @@
-"""Scores of synthesised images for people: their summary, a table, CSV and JSON."""
+"""Evaluations: what is scored and how, and the scores for people: their summary, a table, CSV and JSON."""
 
 import csv
 import io
 import statistics
 import string
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +15,114 @@ from rich.table import Table
 from rich.text import Text
 
 from cwdm import __version__
+from cwdm.errors import SettingsError
 from cwdm.figures import FIGURES, Figure
 from cwdm.files import check_writable, write_atomically, write_json
 from cwdm.progress import printable
-from cwdm.scoring import Score
-from cwdm.segment import REGIONS
+from cwdm.scoring import Pair, Score, Scorer, find_pairs, score_pair
+from cwdm.segment import (
+    REGIONS,
+    SCHEMES,
+    TODAY,
+    bundle_segmenter,
+    command_segmenter,
+    one_at_a_time,
+    program_files,
+)
+from cwdm.target_scoring import find_translated, score_translated
 
 Summary = dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is scored and how.
+
+    Attributes:
+        score: makes the score of a pair.
+        folders: what is read, and must stay as it is.
+        record: all this in words, for evaluation.json.
+        means: what a score depends on beside the pair's files.
+        programs: files that it depends on too.
+    """
+
+    pairs: Sequence[Pair]
+    score: Scorer
+    folders: Sequence[Path]
+    record: Mapping[str, Any]
+    means: Sequence[str] = ()
+    programs: Sequence[Path] = ()
+
+
+def contrasts(
+    predictions: Path,
+    truth: Path,
+    seg: Path | None = None,
+    segmenter: str | None = None,
+    bundle: Path | None = None,
+    labels: str = TODAY,
+) -> Evaluation:
+    """Of images of the four contrasts, as `cwdm infer` writes them.
+
+    Args:
+        predictions, truth, seg: see `find_pairs`.
+        segmenter, bundle: a command or a MONAI bundle; see `cwdm.segment`.
+        labels: what the labels of segmentations mean, one of SCHEMES.
+
+    Raises:
+        InputError: a folder is missing or cannot be read, or holds no image.
+        SettingsError: the segmenter cannot be used, or two are given.
+    """
+    if segmenter and bundle:
+        raise SettingsError("--segmenter and --segmenter-bundle exclude each other; give one")
+    pairs, scheme = find_pairs(predictions, truth, seg), SCHEMES[labels]
+    segment = command_segmenter(segmenter) if segmenter else None
+    segment = bundle_segmenter(bundle, scheme) if bundle else segment
+    segmented_by = segmenter or (str(bundle) if bundle else None)
+    return Evaluation(
+        pairs,
+        partial(score_pair, segmenter=one_at_a_time(segment) if segment else None, scheme=scheme),
+        [folder for folder in (predictions, truth, seg) if folder],
+        {
+            "predictions": str(predictions),
+            "truth": str(truth),
+            "segmentations": str(seg) if seg else None,
+            "segmenter": segmented_by,
+            "labels": str(labels),
+        },
+        [segmented_by or "", str(labels)],
+        program_files(segmenter, bundle),
+    )
+
+
+def translations(
+    predictions: Path,
+    truth: Path,
+    truth_file: str,
+    mask_file: str | None = None,
+    value_range: tuple[float, float] | None = None,
+) -> Evaluation:
+    """Of images of other kinds, as `cwdm translate` writes them; see `cwdm.target_scoring` for the arguments.
+
+    Raises:
+        InputError: a folder is missing or cannot be read, or holds no image.
+        SettingsError: the range does not rise, or a path leads out of the folder.
+    """
+    if value_range and not -np.inf < value_range[0] < value_range[1] < np.inf:
+        raise SettingsError(f"--range: expected two rising numbers, found {value_range[0]:g} {value_range[1]:g}")
+    return Evaluation(
+        find_translated(predictions, truth, truth_file, mask_file),
+        partial(score_translated, value_range=value_range),
+        [predictions, truth],
+        {
+            "predictions": str(predictions),
+            "truth": str(truth),
+            "truth_file": truth_file,
+            "mask_file": mask_file,
+            "range": value_range,
+        },
+        ["translation", str(value_range)],
+    )
 
 
 def summarise(scores: Iterable[Score]) -> Summary:
@@ -42,7 +145,7 @@ def summarise(scores: Iterable[Score]) -> Summary:
             "sd": spread,
             "median": statistics.median(numbers),
             "worst": worst,
-            "worst_case": f"{of.case}-{of.modality}",
+            "worst_case": of.name,
         }
     return summary
 

@@ -79,6 +79,19 @@ FIGURES = {
         "BraSyn 2025 MSE, healthy", False, _BRASYN_UNIT + "mean over the brain without the tumour", _BRASYN_2025
     ),
 }
+_INSIDE = "inside the mask that is given, or the body of the true image, "
+FIGURES |= {
+    "target_mae": Figure("MAE (the target's unit)", False, _INSIDE + "intensities as they are"),
+    "target_psnr": Figure(
+        "PSNR (dB)", True, _INSIDE + "both images clipped to the range that is given, or the true image's"
+    ),
+    "target_ssim": Figure(
+        "SSIM",
+        True,
+        _INSIDE + "clipped like that, the range's lower end elsewhere, uniform window of 7 voxels with sample "
+        "covariances, mean but for a rim of 3 voxels of the volume",
+    ),
+}
 for _region, _name in REGIONS.items():
     FIGURES |= {
         f"dice_{_region}": Figure(

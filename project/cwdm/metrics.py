@@ -4,14 +4,17 @@ SSIM is that of Wang et al. (2004), equation 13, with a Gaussian window of 1.5 v
 covariances, k1 = 0.01 and k2 = 0.03: what scikit-image (`gaussian_weights=True`), MONAI and torchmetrics compute.
 Windows that reach beyond the volume see it mirrored there; all three leave them out of the mean (`interior`), but for
 torchmetrics since version 1.4.2.
-It is computed in float64, and only in the box that needs it: where both volumes are 0 throughout a window, it is 1.
+With another window, uniform of 7×7×7 voxels and with sample covariances, it is scikit-image's default, which the
+SynthRAD challenges score synthetic CT by.
+SSIM is computed in float64, and only in the box that needs it: where both volumes are 0 throughout a window, it is 1.
 """
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.ndimage import gaussian_filter
+from scipy.ndimage import gaussian_filter, uniform_filter
 
 from cwdm.preprocess import Box, bounding_box
 
@@ -20,9 +23,41 @@ Mask = npt.NDArray[np.bool_]
 
 BRASYN_PERCENTILES = (0.5, 99.5)
 
-_SIGMA = 1.5  # voxels
-_RADIUS = 5  # voxels: 3.5 standard deviations, rounded
 _K1, _K2 = 0.01, 0.03
+
+
+@dataclass(frozen=True)
+class SsimWindow:
+    """What SSIM takes its means over.
+
+    Attributes:
+        radius: in voxels; the window is a cube.
+        sigma: standard deviation in voxels of a Gaussian; None for equal weights.
+        sample: whether covariances are those of a sample (n − 1) instead of a population.
+    """
+
+    radius: int
+    sigma: float | None
+    sample: bool
+
+    def mean(self, volume: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+        """The mean around each voxel of a volume that is mirrored at its sides."""
+        mean: npt.NDArray[np.float64]
+        if self.sigma is None:
+            mean = uniform_filter(volume, 2 * self.radius + 1, mode="mirror")
+        else:
+            mean = gaussian_filter(volume, self.sigma, radius=self.radius, mode="mirror")
+        return mean
+
+    @property
+    def correction(self) -> float:
+        """What a population's covariance is multiplied by."""
+        voxels = (2 * self.radius + 1) ** 3
+        return voxels / (voxels - 1) if self.sample else 1.0
+
+
+GAUSSIAN = SsimWindow(radius=5, sigma=1.5, sample=False)  # the radius is 3.5 standard deviations, rounded
+UNIFORM = SsimWindow(radius=3, sigma=None, sample=True)
 
 
 def mse(prediction: Volume, truth: Volume, mask: Mask) -> float:
@@ -43,17 +78,22 @@ def mae(prediction: Volume, truth: Volume, mask: Mask) -> float:
     return float(np.mean(np.abs(_difference(prediction, truth, mask))))
 
 
-def psnr(prediction: Volume, truth: Volume, mask: Mask) -> float:
-    """Peak signal-to-noise ratio in dB inside a mask, for volumes (X, Y, Z) in [0, 1]; infinite if they are equal.
+def psnr(prediction: Volume, truth: Volume, mask: Mask, data_range: float = 1.0) -> float:
+    """Peak signal-to-noise ratio in dB inside a mask, for volumes (X, Y, Z) of one unit; infinite if they are equal.
+
+    Args:
+        data_range: the largest possible difference of two intensities.
 
     Raises:
         ValueError: the mask is empty.
     """
     error = mse(prediction, truth, mask)
-    return float("inf") if error == 0 else float(-10 * np.log10(error))
+    return float("inf") if error == 0 else float(20 * np.log10(data_range) - 10 * np.log10(error))
 
 
-def ssim(prediction: Volume, truth: Volume, mask: Mask, data_range: float = 1.0) -> float:
+def ssim(
+    prediction: Volume, truth: Volume, mask: Mask, data_range: float = 1.0, window: SsimWindow = GAUSSIAN
+) -> float:
     """Structural similarity, mean over the voxels of a mask, for volumes (X, Y, Z); see the module.
 
     The windows of voxels at the mask's rim reach beyond it, into what is there.
@@ -73,24 +113,25 @@ def ssim(prediction: Volume, truth: Volume, mask: Mask, data_range: float = 1.0)
     if not occupied.any():
         return 1.0
     # One voxel more than the radius: what is mirrored at the box's sides must be zeros, as beyond them.
-    box = _intersection(bounding_box(mask, _RADIUS), bounding_box(occupied, _RADIUS + 1))
+    box = _intersection(bounding_box(mask, window.radius), bounding_box(occupied, window.radius + 1))
     inside = mask[box]
-    values = _ssim_map(prediction[box], truth[box], data_range)[inside] if inside.any() else np.zeros(0)
+    values = _ssim_map(prediction[box], truth[box], data_range, window)[inside] if inside.any() else np.zeros(0)
     # Each voxel that is left sees nothing but zeros in both volumes.
     return float((values.sum() + voxels - values.size) / voxels)
 
 
-def interior(shape: tuple[int, ...]) -> Mask:
+def interior(shape: tuple[int, ...], window: SsimWindow = GAUSSIAN) -> Mask:
     """All voxels whose SSIM window lies inside the volume, which those programs take the mean over (see the module).
 
     Raises:
         ValueError: there is none.
     """
-    if min(shape) <= 2 * _RADIUS:
+    radius = window.radius
+    if min(shape) <= 2 * radius:
         found = "×".join(map(str, shape))
-        raise ValueError(f"SSIM needs at least {2 * _RADIUS + 1} voxels along each axis, found {found}")
+        raise ValueError(f"SSIM needs at least {2 * radius + 1} voxels along each axis, found {found}")
     mask = np.zeros(shape, np.bool_)
-    mask[(slice(_RADIUS, -_RADIUS),) * len(shape)] = True
+    mask[(slice(radius, -radius),) * len(shape)] = True
     return mask
 
 
@@ -140,18 +181,14 @@ def _difference(prediction: Volume, truth: Volume, mask: Mask) -> npt.NDArray[np
     return prediction[mask].astype(np.float64) - truth[mask]
 
 
-def _ssim_map(prediction: Volume, truth: Volume, data_range: float) -> npt.NDArray[np.float64]:
+def _ssim_map(prediction: Volume, truth: Volume, data_range: float, window: SsimWindow) -> npt.NDArray[np.float64]:
     x, y = prediction.astype(np.float64) / data_range, truth.astype(np.float64) / data_range
     c1, c2 = _K1**2, _K2**2  # the intensities were divided by the range
-    mean_x, mean_y = _smooth(x), _smooth(y)
+    mean_x, mean_y = window.mean(x), window.mean(y)
     squares, product = mean_x**2 + mean_y**2, mean_x * mean_y
-    variances = _smooth(x**2 + y**2) - squares  # the sum of both is all that the formula takes
-    covariance = _smooth(x * y) - product
+    # The sum of both variances is all that the formula takes.
+    variances = window.correction * (window.mean(x**2 + y**2) - squares)
+    covariance = window.correction * (window.mean(x * y) - product)
     values: npt.NDArray[np.float64] = (2 * product + c1) * (2 * covariance + c2)
     values /= (squares + c1) * (variances + c2)
     return values
-
-
-def _smooth(volume: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    smoothed: npt.NDArray[np.float64] = gaussian_filter(volume, _SIGMA, radius=_RADIUS, mode="mirror")
-    return smoothed

@@ -60,7 +60,7 @@ class ScoreCache:
         return score
 
     def _path(self, pair: Pair) -> Path:
-        return self.folder / f"{pair.case}-{pair.modality}.json"
+        return self.folder / f"{Score(pair.case, pair.modality).name}.json"
 
     def _key(self, pair: Pair) -> str:
         """Of the files and means, or empty where a file is not there."""

@@ -40,7 +40,7 @@ from cwdm.segment import (
 )
 
 MOST_WORKERS = 8
-"""A pair of full-size volumes takes half a gigabyte; more workers than this hardly help, since the disk is shared."""
+"""A pair of full-size volumes takes 0.75 GB; more workers than this hardly help, since the disk is shared."""
 
 
 SYNTHESISED = "synthesised"
@@ -52,6 +52,7 @@ class Pair:
     """A synthesised image and what it is held against, not read yet.
 
     Attributes:
+        modality: empty for images of other kinds than the four contrasts.
         truth: the true image; None if there is none, and then `problem` says why.
         contrasts: the case's other true images, modality -> file.
         seg: the reference segmentation, if one was asked for.
@@ -72,7 +73,7 @@ class Score:
     """The figures of one image.
 
     Attributes:
-        modality: empty where there is no synthesised image.
+        modality: empty where there is no synthesised image, and for those of other kinds.
         figures: name -> value; a figure that has no value for this image is left out and `notes` says why.
         brain: what the brain mask comes from.
         reason: why there is no score.
@@ -86,12 +87,19 @@ class Score:
     reason: str = ""
 
     @property
+    def name(self) -> str:
+        """Of the image."""
+        return f"{self.case}-{self.modality}" if self.modality else self.case
+
+    @property
     def line(self) -> str:
         """What happened, for the log."""
         name = f"{self.case}: {self.modality}" if self.modality else self.case
         if self.reason:
             return f"{name} FAILED: {self.reason}"
         notes = "".join(f"\n    note: {note}" for note in self.notes)
+        if "target_mae" in self.figures:
+            return f"{name} MAE {self.figures['target_mae']:.4g}, PSNR {self.figures['target_psnr']:.2f} dB{notes}"
         return f"{name} PSNR {self.figures['psnr']:.2f} dB, SSIM {self.figures['ssim']:.4f}{notes}"
 
 
@@ -117,7 +125,8 @@ def find_pairs(predictions: Path, truth: Path, seg: Path | None = None) -> list[
     if not found:
         raise InputError(
             f"no synthesised image in {predictions}; expected files such as {output_name('<case>', 'one of')} "
-            f"{', '.join(MODALITIES)}, as 'cwdm infer' writes them"
+            f"{', '.join(MODALITIES)}, as 'cwdm infer' writes them; for images of 'cwdm translate', say which file "
+            "of a case is the true one, such as --truth-file '{case}/ct.nii.gz'"
         )
     _files(truth)
     if seg:
