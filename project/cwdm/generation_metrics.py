@@ -23,7 +23,7 @@ from cwdm.brats import Volume, find_cases, read_grid
 from cwdm.device import choose_device
 from cwdm.errors import InputError, SettingsError, WeightsError
 from cwdm.precision import exact_float32
-from cwdm.preprocess import Orientation, normalise
+from cwdm.preprocess import Orientation, block_means, normalise
 
 FEATURES = 2048
 
@@ -193,10 +193,7 @@ def onto_grid(volume: Volume, shape: tuple[int, ...]) -> Volume:
     if factor > _MOST_POOLING:
         raise ValueError(f"expected at most {_MOST_POOLING} times the generated {shape}, found {volume.shape}")
     gaps = [factor * want - have for have, want in zip(volume.shape, shape, strict=True)]
-    padded = np.pad(volume, [(gap // 2, gap - gap // 2) for gap in gaps])
-    blocks = padded.reshape([length for n in shape for length in (n, factor)])
-    pooled: Volume = blocks.mean(axis=(1, 3, 5), dtype=np.float32)
-    return pooled
+    return block_means(np.pad(volume, [(gap // 2, gap - gap // 2) for gap in gaps]), factor)
 
 
 def to_unit(volume: Volume) -> Volume:

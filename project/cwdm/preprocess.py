@@ -135,6 +135,14 @@ def bounding_box(mask: Mask, margin: int = 0) -> Box:
     return tuple(box)
 
 
+def block_means(volume: npt.NDArray[np.generic], n: int) -> npt.NDArray[np.float32]:
+    """The means of cubes of n³ voxels of (..., X, Y, Z), float32; what fills no cube at the end is left out."""
+    *_, x, y, z = (length // n for length in volume.shape)
+    blocks = volume[..., : x * n, : y * n, : z * n].reshape(*volume.shape[:-3], x, n, y, n, z, n)
+    means: npt.NDArray[np.float32] = blocks.mean(axis=(-5, -3, -1), dtype=np.float32)
+    return means
+
+
 # Window
 
 
