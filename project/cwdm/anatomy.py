@@ -5,7 +5,7 @@ AC-centred coordinates (x left, y anterior, z superior) and interpolated to the 
 numbers are the same brain at any resolution. Distances become fractions of voxels, painted tissue over tissue.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import pairwise
@@ -38,9 +38,9 @@ class AnatomyVariation:
     rotation_deg: float = 4.0
     shift_mm: float = 2.0
     warp_mm: float = 2.0
-    gyral_wavelength_mm: Range = (17.0, 21.0)
-    sulcal_width_mm: Range = (0.3, 0.9)
-    cortex_mm: Range = (2.0, 2.7)
+    gyral_wavelength_mm: Range = (14.0, 18.0)
+    sulcal_width_mm: Range = (0.0, 0.4)
+    cortex_mm: Range = (2.4, 3.3)
     ventricle_mm: Range = (-1.0, 3.0)
     tumour_radius_mm: Range = (10.0, 24.0)
     oedema_reach_mm: Range = (8.0, 25.0)
@@ -79,6 +79,10 @@ class Grid:
     def sample(self, field: Floats) -> Floats:
         """Interpolate a lattice field at the voxels `near`."""
         return self.from_lattice(field).ravel()[self.near]
+
+    def axis_mm(self, axis: int) -> Floats:
+        """Position of the box's voxels along an axis, mm from the anterior commissure."""
+        return _voxel_axes(self.array_shape, self.spacing_mm)[axis][self.box[axis]]
 
     def volume(self, values: NDArray[Any]) -> NDArray[Any]:
         """Values at the voxels `near` as a volume over the box, 0 elsewhere."""
@@ -134,7 +138,8 @@ def _lattice_fields(rng: np.random.Generator, variation: AnatomyVariation) -> di
     cerebrum, cerebellum, stem = _hull(p)
     cerebrum = cerebrum + 0.8 * noise(14.0)
     brain = _smooth_min(_smooth_min(cerebrum, cerebellum, 14), stem, 14)
-    brain = np.maximum(brain - 0.7 + 0.6 * noise(10.0), -59 - p[2])
+    # How much of the fluid and membranes around the brain is left differs between patients and from place to place.
+    brain = np.maximum(brain - rng.uniform(-0.2, 1.2) + 0.7 * noise(10.0), -59 - p[2])
     tumour, rim, q = _tumour(rng, p, cerebrum, variation)
 
     fields = _fissures(q, noise(14.0))
@@ -145,16 +150,20 @@ def _lattice_fields(rng: np.random.Generator, variation: AnatomyVariation) -> di
     fields |= {
         "brain": brain,
         "depth": -cerebrum,
+        "fold_depth": depth,
         "sulcus": sulcus,
-        "sulcal_depth": np.minimum(np.maximum(21 + 7 * noise(22.0), 4), 2 + np.maximum(centre_core, 0)),
-        "sulcal_width": rng.uniform(*variation.sulcal_width_mm) * np.maximum(1 + 0.35 * noise(25.0), 0.3),
-        "cortex": rng.uniform(*variation.cortex_mm) * (1 + 0.12 * noise(20.0)),
+        "sulcal_depth": np.minimum(np.maximum(20 + 9 * noise(13.0), 4), 2 + np.maximum(centre_core, 0)),
+        "sulcal_width": rng.uniform(*variation.sulcal_width_mm) * np.maximum(1 + 0.9 * noise(9.0), 0.0),
+        "crown": np.maximum(rng.uniform(1.5, 4.0) + 1.2 * noise(16.0), 0.5),
+        "cortex": rng.uniform(*variation.cortex_mm) * np.maximum(1 + 0.22 * noise(10.0), 0.5),
         "cerebellum": cerebellum,
         "stem": stem,
         "ambient": np.minimum(1.2 + 0.8 * noise(10.0), -4 - p[2]),
-        "folia": 21 * np.arctan2(p[2] + 33, -46 - p[1]) + 0.5 * noise(12.0),
+        "folia": _folia(p, noise),
         "vessel": noise(8.0),
-        "vessel_radius": np.minimum(np.minimum(0.3 + 0.8 * noise(14.0), 1.3), np.minimum(cerebellum, stem)),
+        "vessel_radius": np.minimum(np.minimum(0.5 + 0.8 * noise(14.0), 1.4), np.minimum(cerebellum, stem)),
+        "dura": noise(12.0),
+        "gliosis": rng.uniform(-1.5, 3.0) + 1.8 * noise(8.0),
         "tumour": tumour,
         "rim": rim,
     }
@@ -200,8 +209,8 @@ def _mirrored(p: Floats) -> Floats:
 def _hull(p: Floats) -> tuple[Floats, Floats, Floats]:
     """Outer shape of cerebrum (with its temporal lobes), cerebellum and brainstem."""
     x, y, z = side = _mirrored(p)
-    egg = np.stack([x * (1 + 0.0008 * (y + 16)), y, z])  # wider behind
-    upper = _ellipsoid(egg, (0, -16, 5), (66, 89, 66), power=2.3)
+    egg = np.stack([x * (1 + 0.0016 * (y + 16)), y, z])  # wider behind
+    upper = _ellipsoid(egg, (0, -16, 5), (66, 89, 66), power=2.2)
     frontal = -21 + 0.12 * x + 0.004 * np.maximum(y - 25, 0) ** 2
     occipital = -21 + 0.06 * np.maximum(-y - 20, 0) - 0.15 * np.maximum(x - 20, 0)
     ahead = np.clip((y + 5) / 20, 0, 1)
@@ -211,7 +220,7 @@ def _hull(p: Floats) -> tuple[Floats, Floats, Floats]:
     core = _ellipsoid(side, (0, -4, -6), (36, 34, 16))
     hemisphere = _ellipsoid(side, (25, -64, -38), (31, 32, 23))
     cerebellum = _smooth_min(hemisphere, _ellipsoid(side, (0, -62, -31), (14, 26, 23)), 8)
-    stem = _tube(side, ((0, -22, -9, 11), (0, -23, -18, 13), (0, -27, -31, 16), (0, -33, -48, 9), (0, -40, -72, 8)))
+    stem = _tube(side, ((0, -22, -9, 11), (0, -23, -18, 12), (0, -27, -31, 14), (0, -33, -48, 9), (0, -40, -72, 8)))
     # Cerebral peduncles up to the internal capsule, cerebellar ones from the pons backwards.
     peduncle = _tube(side, ((16, -6, 2, 7), (9, -18, -14, 6), (10, -28, -31, 10), (22, -52, -34, 8)))
     cerebrum = _smooth_min(_smooth_min(upper, core, 6), temporal, 4)
@@ -229,8 +238,8 @@ def _fissures(p: Floats, wobble: Floats) -> dict[str, Floats]:
         "mid_edge": -30 * callosum,
         "sylvian": sylvian,
         "sylvian_edge": _spread(39 - x, -44 - y, y - 26),
-        "insula": x - 39 + 0.004 * (y + 2) ** 2 + 0.8 * wobble,
-        "insula_edge": _spread(abs(sylvian - 2) - 13, -26 - y, y - 20),
+        "insula": x - 39 + 0.004 * (y + 2) ** 2 + 2 * wobble,
+        "insula_edge": _spread(abs(sylvian - 1) - 10, -24 - y, y - 18),
     }
 
 
@@ -262,18 +271,26 @@ def _nuclei(p: Floats, ventricle_mm: float) -> dict[str, Floats]:
 def _sulci(rng: np.random.Generator, q: Floats, depth: Floats, wavelength_mm: float) -> Floats:
     """Signed distance to the sulci: zero sheets of noise that is drawn out along the inward normal."""
     outward = -np.stack(np.gradient(ndimage.gaussian_filter(depth, 1.5), LATTICE_MM))
-    folds = _gyral_noise(rng, q + 0.55 * np.clip(depth, 0, 25) * outward, wavelength_mm)
+    bent = 0.9 * outward + 0.15 * np.stack([smooth_noise(rng, 14.0) for _ in range(3)])
+    folds = _gyral_noise(rng, q + np.clip(depth, 0, 25) * bent, wavelength_mm)
     slope: Floats = np.maximum(_slope(folds), 0.07)
     return folds / slope
 
 
+def _folia(p: Floats, noise: Callable[[float], Floats]) -> Floats:
+    """Angle about the root of the cerebellar tree, in which its lobules and their leaves are periodic."""
+    behind = np.hypot(0.6 * p[0], np.minimum(p[1] + 46, 0))
+    return np.arctan2(p[2] + 33, behind) + 0.1 * noise(14.0) + 0.05 * noise(8.0)
+
+
 def _pial_distance(fields: Mapping[str, Floats]) -> Floats:
     """Depth in mm below the folded cortical surface; negative in the CSF."""
-    depth, wide = fields["depth"], fields["sulcal_width"]
+    depth, folded, wide = fields["depth"], fields["fold_depth"], fields["sulcal_width"]
     fissures = [_sheet(fields[name], fields[f"{name}_edge"]) - wide for name in FISSURES]
-    opening = 0.55 + 0.9 * np.exp(-np.maximum(depth, 0) / 5)  # wider at the surface
-    sulci = _sheet(fields["sulcus"], depth - fields["sulcal_depth"]) - wide * opening
-    return np.minimum.reduce([depth, *fissures, sulci])
+    opening = 0.4 + 1.2 * np.exp(-np.maximum(folded, 0) / 5)
+    sulci = _sheet(fields["sulcus"], folded - fields["sulcal_depth"]) - wide * opening
+    # The crowns of the gyri are round, so that every sulcus opens towards the skull.
+    return _smooth_min(depth, np.minimum.reduce([*fissures, sulci]), fields["crown"])
 
 
 # Tumour
@@ -291,8 +308,8 @@ def _tumour(
     centre = [float(axis[tuple(site)]) for axis in p]
     before = _mass_effect(p, -cerebrum, centre, rng.uniform(0.3, 0.75) * radius)
     tumour = _ellipsoid(p, centre, (radius * rng.uniform(0.75, 1.15, 3)).tolist())
-    tumour = tumour + 0.17 * radius * smooth_noise(rng, 14.0) + 1.2 * smooth_noise(rng, 6.0)
-    rim = rng.uniform(1.0, 2.8) * (1 + 0.7 * smooth_noise(rng, 9.0))
+    tumour = tumour + 0.22 * radius * smooth_noise(rng, 14.0) + 1.5 * smooth_noise(rng, 6.0)
+    rim = rng.uniform(1.0, 3.5) * (1 + 0.8 * smooth_noise(rng, 7.0))
     return np.maximum(tumour, 2 + cerebrum), rim, before
 
 
@@ -305,11 +322,16 @@ def _mass_effect(p: Floats, depth: Floats, centre: Sequence[float], radius_mm: f
 
 
 def _conduction(fields: Mapping[str, Floats]) -> NDArray[np.float64]:
-    """How well fluid spreads, 0 to 1: in white matter, less in deep grey matter, not in cortex or CSF."""
+    """How well fluid spreads, 0 to 1: in white matter, hardly in its dense tracts, in deep grey matter or below it."""
     white = np.clip(_pial_distance(fields) - fields["cortex"], 0, 1)
     white = white * np.clip(fields["lateral"], 0, 1) * np.clip(fields["third"], 0, 1)
-    deep = np.minimum.reduce([fields["thalamus"], fields["striatum"], fields["hippocampus"]]) < 0
-    return np.where(deep, 0.3, np.where(fields["callosum"] < 0, 0.8, 1)) * white
+    below = np.minimum(fields["stem"], fields["cerebellum"]) < 2
+    return np.where(_deep_grey(fields) < 1, 0.05, np.where(below | (fields["callosum"] < 0), 0.3, 1)) * white
+
+
+def _deep_grey(fields: Mapping[str, Floats]) -> Floats:
+    """Distance to the nuclei and the hippocampus."""
+    return np.minimum.reduce([fields[name] for name in ("thalamus", "striatum", "pallidum", "hippocampus")])
 
 
 def _spreading_oedema(tumour: Floats, conduction: NDArray[np.float64], reach_mm: float) -> Floats:
@@ -322,7 +344,7 @@ def _spreading_oedema(tumour: Floats, conduction: NDArray[np.float64], reach_mm:
     source, open_ = tumour[box] < 0, conduction[box]
     fluid = source.astype(np.float32)
     for _ in range(round(3 * reach_mm / LATTICE_MM)):
-        fluid = np.where(source, 1, open_ * ndimage.uniform_filter(fluid, 3))
+        fluid = np.where(source, 1, open_ * ndimage.gaussian_filter(fluid, 0.8, truncate=2.5))
     level = np.log(np.maximum(fluid, 1e-30))
     radius = np.cbrt(3 / (4 * np.pi) * source.sum() * LATTICE_MM**3)
     wanted = 0.3 * 4 / 3 * np.pi * ((radius + reach_mm) ** 3 - radius**3) / LATTICE_MM**3
@@ -334,6 +356,8 @@ def _spreading_oedema(tumour: Floats, conduction: NDArray[np.float64], reach_mm:
 
 
 # Voxels
+
+Inside = Callable[..., Floats]  # fraction of a voxel that lies inside: distance, then the width of the border
 
 
 def _voxel_axes(shape: Shape, spacing_mm: float) -> list[Floats]:
@@ -352,7 +376,7 @@ def _grid(brain: Floats, shape: Shape, spacing_mm: float) -> Grid:
         reached = knots[(brain < margin).any(tuple({0, 1, 2} - {k}))]
         hit = np.flatnonzero((axis >= reached[0]) & (axis <= reached[-1]))
         box.append(slice(int(hit[0]), int(hit[-1]) + 1))
-        matrices.append(_linear(axis[box[-1]], knots))
+        matrices.append(linear(axis[box[-1]], knots))
     from_lattice = Interpolation(*matrices)
     near = np.flatnonzero(from_lattice(brain) < margin)
     return Grid(shape, tuple(box), spacing_mm, near, from_lattice)
@@ -366,47 +390,82 @@ def _layers(at: Mapping[str, Floats], spacing_mm: float) -> tuple[list[Layer], N
 
     pial = _pial_distance(at)
     white = inside(at["cortex"] - pial, spacing_mm + 0.6)
-    cerebellum = inside(at["cerebellum"])
-    leaf = abs(np.sin(at["folia"]))  # 0 in the fissure between two folia, 1 amid one
-    leaf_depth = -at["cerebellum"]
     blocked = np.maximum(inside(at["lateral"]), inside(at["third"]))
     tumour = inside(at["tumour"], spacing_mm + 0.5) * (1 - blocked)
     core = inside(at["tumour"] + np.maximum(at["rim"], 0), spacing_mm + 0.5)
-    tube = np.hypot(at["sulcus"], 6 * at["vessel"])
-    vessel = 0.9 * inside(tube - at["vessel_radius"]) * inside(pial - 1)
-    oedema = 0.85 * inside(at["oedema"], 4.0) * white * (1 - blocked)
-    painted = [  # widths above the spacing: borders that are blurred in the brain itself
-        ("csf", np.ones_like(pial)),
-        ("grey", inside(-pial)),
-        ("white", white),
-        ("white", 0.9 * inside(at["callosum"])),
-        ("csf", inside(at["cistern"])),
-        ("csf", inside(at["lateral"])),
-        ("csf", inside(at["third"])),
-        ("thalamus", 0.8 * inside(at["thalamus"], 2.5)),
-        ("striatum", inside(at["striatum"], 1.5)),
-        ("pallidum", 0.9 * inside(at["pallidum"], 2.0)),
-        ("grey", 0.9 * inside(at["hippocampus"], 1.5)),
-        ("csf", inside(at["stem"] - at["ambient"])),
-        ("cerebellar", cerebellum),
-        ("white", cerebellum * inside(8 - leaf_depth + 5 * (1 - leaf), 3.0)),
-        ("csf", 0.7 * cerebellum * inside(leaf_depth - 9, 4.0) * inside(leaf - 0.25, 0.5)),
-        ("brainstem", inside(at["stem"])),
-        ("csf", inside(at["fourth"])),
-        ("vessel", vessel),
-        ("vessel", 0.6 * inside(-1 - at["brain"]) * inside(0.2 - at["vessel_radius"], 1.0)),
-        ("choroid", 0.8 * inside(at["choroid"]) * inside(at["lateral"])),
-        ("vessel", 0.9 * inside(at["sinus"])),
-        ("oedema", oedema),
-        ("enhancing", tumour),
-        ("necrosis", tumour * core),
+    below = inside(np.minimum(at["stem"], at["cerebellum"]), 3.0)
+    tracts = white * (1 - blocked) * (1 - 0.85 * inside(_deep_grey(at), 2.5)) * (1 - below)
+    oedema = 0.85 * inside(at["oedema"], 4.0) * tracts
+    gliosis = 0.5 * inside(at["lateral"] - at["gliosis"], 3.0) * tracts
+    layers = [  # widths above the spacing: borders that are blurred in the brain itself
+        _layer("csf", np.ones_like(pial)),
+        _layer("grey", inside(-pial)),
+        _layer("white", white),
+        _layer("white", 0.9 * inside(at["callosum"])),
+        _layer("csf", inside(at["cistern"])),
+        _layer("csf", inside(at["lateral"])),
+        _layer("csf", inside(at["third"])),
+        _layer("thalamus", 0.8 * inside(at["thalamus"], 2.5)),
+        _layer("striatum", inside(at["striatum"], 1.5)),
+        _layer("pallidum", 0.9 * inside(at["pallidum"], 2.0)),
+        _layer("grey", 0.9 * inside(at["hippocampus"], 1.5)),
+        _layer("csf", inside(at["stem"] - at["ambient"])),
+        *_cerebellum(at, inside, spacing_mm),
+        _layer("brainstem", inside(at["stem"])),
+        _layer("csf", inside(at["fourth"])),
+        *_vessels(at, inside, np.flatnonzero(pial < 1 + spacing_mm), pial),
+        _layer("choroid", 0.8 * inside(at["choroid"]) * inside(at["lateral"])),
+        _layer("vessel", 0.9 * inside(at["sinus"])),
+        _layer("gliosis", gliosis),
+        _layer("oedema", oedema),
+        _layer("enhancing", tumour),
+        _layer("necrosis", tumour * core),
     ]
     seg = np.zeros(pial.shape, np.uint8)
     seg[oedema > 0.35] = OEDEMA
     seg[tumour > 0.5] = ENHANCING
     seg[(tumour > 0.5) & (core > 0.5)] = NECROSIS
-    layers = [Layer(tissue, np.flatnonzero(f > 0.01), f[f > 0.01]) for tissue, f in painted]
     return layers, seg
+
+
+def _layer(tissue: str, fraction: Floats, among: NDArray[np.intp] | None = None) -> Layer:
+    """A layer where there is any of it; `fraction` is given at all voxels, or at those that are `among` them."""
+    some = np.flatnonzero(fraction > 0.01)
+    return Layer(tissue, some if among is None else among[some], fraction[some])
+
+
+def _cerebellum(at: Mapping[str, Floats], inside: Inside, spacing_mm: float) -> list[Layer]:
+    """Lobules parted by fissures and lined with leaves too fine to see apart, on branches of white matter."""
+    here = np.flatnonzero(at["cerebellum"] < spacing_mm)
+    distance, angle = at["cerebellum"][here], at["folia"][here]
+    lobule, leaf = abs(np.sin(5 * angle)), abs(np.sin(16 * angle))  # 0 in a fissure, 1 between two
+    cerebellum = inside(distance)
+    fissure = inside(lobule - 0.12 * np.exp(distance / 9), 0.25) * inside(-distance - 17, 5.0)
+    crack = inside(leaf - 0.1, 0.7) * inside(-distance - 5, 4.0)
+    branch = inside(11 + distance + 9 * (1 - lobule) - 20 * np.maximum(lobule - 0.8, 0), 4.0)
+    return [
+        _layer("cerebellar", cerebellum, here),
+        _layer("white", 0.95 * cerebellum * branch, here),
+        _layer("csf", cerebellum * np.maximum(0.7 * fissure, 0.3 * crack), here),
+    ]
+
+
+def _vessels(at: Mapping[str, Floats], inside: Inside, here: NDArray[np.intp], pial: Floats) -> list[Layer]:
+    """Vessels in sulci, in fissures and on the surface, and what is left of the dura, at the voxels `here`."""
+
+    def of(name: str) -> Floats:
+        return at[name][here]
+
+    sheets = [abs(of("sulcus")), _sheet(of("mid"), of("mid_edge")), _sheet(of("sylvian"), of("sylvian_edge"))]
+    tube = np.hypot(np.minimum.reduce([*sheets, abs(of("depth"))]), 6 * of("vessel"))
+    falx = _sheet(of("mid"), of("mid_edge") + 8)
+    tentorium = _sheet(of("cerebellum") - 1, _spread(of("depth") - 2, 3 - of("stem")))
+    dura = inside(np.minimum(falx, tentorium) - 0.35) * inside(-0.5 - of("dura"), 1.0)
+    rind = inside(-0.6 - of("brain")) * inside(0.6 - of("dura"), 1.0)
+    return [
+        _layer("dura", 0.8 * np.maximum(dura, 0.7 * rind), here),
+        _layer("vessel", 0.9 * inside(tube - of("vessel_radius")) * inside(pial[here] - 1), here),
+    ]
 
 
 # Distances
@@ -432,7 +491,7 @@ def _tube(p: Floats, knots: Sequence[tuple[float, float, float, float]]) -> Floa
     return distance
 
 
-def _smooth_min(a: Floats, b: Floats, width: float) -> Floats:
+def _smooth_min(a: Floats, b: Floats, width: Floats | float) -> Floats:
     """Union of two distances with a fillet of about `width` mm."""
     h = np.clip(0.5 + 0.5 * (b - a) / width, 0, 1)
     return b + h * (a - b) - width * h * (1 - h)
@@ -472,11 +531,17 @@ class Interpolation:
         return (self.rows @ np.ascontiguousarray(planes.T)).reshape(self.shape)
 
 
-def _linear(points: Floats, knots: Floats) -> Floats:
+def linear(points: Floats, knots: Floats) -> Floats:
     """Matrix (points, knots) of linear interpolation, widened to an average where points are sparser."""
-    width = max(knots[1] - knots[0], abs(points[1] - points[0]))
+    width = max(abs(knots[1] - knots[0]), abs(points[1] - points[0]))
     weights = np.maximum(0, 1 - abs(points[:, None] - knots) / width)
     return (weights / weights.sum(1, keepdims=True)).astype(np.float32)
+
+
+def box_average(centres: Floats, size_mm: float, points: Floats, spacing_mm: float) -> Floats:
+    """Matrix (centres, points) of averages over boxes, of a volume that is 0 beyond the voxels at its points."""
+    overlap = (size_mm + spacing_mm) / 2 - abs(centres[:, None] - points)
+    return (np.clip(overlap, 0, min(size_mm, spacing_mm)) / size_mm).astype(np.float32)
 
 
 def _cubic(points: Floats, knots: NDArray[np.floating]) -> Floats:
@@ -512,7 +577,7 @@ def _gyral_noise(rng: np.random.Generator, p: Floats, wavelength_mm: float) -> F
     step, size = 3.0, 72
     k = np.fft.fftfreq(size, step)
     radius = np.sqrt(k[:, None, None] ** 2 + k[:, None] ** 2 + np.fft.rfftfreq(size, step) ** 2)
-    ring = np.exp(-0.5 * ((radius * wavelength_mm - 1) / 0.28) ** 2)
+    ring = np.exp(-0.5 * ((radius * wavelength_mm - 1) / 0.38) ** 2)
     field = np.fft.irfftn(np.fft.rfftn(rng.standard_normal((size,) * 3)) * ring).astype(np.float32)
     # Without the prefilter the quadratic splines smooth a little, which is welcome here.
     return ndimage.map_coordinates(field / field.std(), p / step, order=2, mode="grid-wrap", prefilter=False)

@@ -2,7 +2,9 @@
 
 A patient is made in three steps. *Anatomy* (`anatomy.py`): layers of tissue, the same for the same seed at any
 resolution. *Physics*: the layers become signals through the spin-echo and inversion-recovery equations, all
-contrasts from the same T1, T2 and proton density. *Scanner*: resolution, coil bias, Rician noise, intensity scale.
+contrasts from the same T1, T2 and proton density, each of which varies by itself within a tissue. *Scanner*, for each
+modality by itself: coil bias, voxels and slices, Rician noise, a registration that is a little off, intensity scale.
+`benchmarks/phantoms.py` holds the result against patients.
 
 Sources: M. A. Bernstein, K. F. King, X. J. Zhou, Handbook of MRI Pulse Sequences, 2004 (signal equations);
 G. J. Stanisz et al., Magn Reson Med 54:507, 2005, and J. P. Wansapura et al., J Magn Reson Imaging 9:531,
@@ -19,9 +21,20 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
 
-from cwdm.anatomy import Anatomy, AnatomyVariation, Floats, Range, Shape, make_anatomy, smooth_noise
+from cwdm.anatomy import (
+    Anatomy,
+    AnatomyVariation,
+    Floats,
+    Grid,
+    Interpolation,
+    Range,
+    Shape,
+    box_average,
+    linear,
+    make_anatomy,
+    smooth_noise,
+)
 from cwdm.brats import MODALITIES, output_name, write_nifti
 from cwdm.files import output_errors
 
@@ -45,17 +58,21 @@ class Phantom:
 
 @dataclass(frozen=True)
 class Variation(AnatomyVariation):
-    """How far patients and scanners differ; each range is sampled uniformly once a patient or a contrast.
+    """How far patients and scanners differ; each range is sampled uniformly once a patient or a modality.
 
-    `tissue`, `bias` and `noise` are relative, `maximum` is the brightest voxel; `thick_slice`,
-    `inversion_prepared_t1` and `outlier` (a few voxels up to 5 times as bright as the rest) are the
-    probabilities that a contrast has that feature.
+    `tissue`, `bias` and `noise` are relative, `patchiness` multiplies that of the tissues, `maximum` is the brightest
+    voxel, `misregistration_mm` how far a modality lies from where it should, as a standard deviation along each axis;
+    `thick_slice` (of `slice_mm`), `inversion_prepared_t1` and `outlier` (a few voxels up to 5 times as bright as
+    the rest) are the probabilities that a modality has that feature.
     """
 
     tissue: float = 0.05
-    bias: Range = (0.03, 0.12)
-    noise: Range = (0.008, 0.03)
-    thick_slice: float = 0.35
+    patchiness: Range = (0.5, 1.5)
+    bias: Range = (0.05, 0.28)
+    noise: Range = (0.008, 0.04)
+    misregistration_mm: Range = (0.0, 0.7)
+    thick_slice: float = 0.5
+    slice_mm: Range = (2.0, 5.0)
     inversion_prepared_t1: float = 0.5
     maximum: Range = (800.0, 3000.0)
     outlier: float = 0.2
@@ -66,15 +83,17 @@ WIDE = Variation(
     rotation_deg=10.0,
     shift_mm=6.0,
     warp_mm=3.5,
-    gyral_wavelength_mm=(14.0, 24.0),
-    sulcal_width_mm=(0.2, 1.6),
-    cortex_mm=(1.6, 3.4),
+    gyral_wavelength_mm=(11.5, 20.0),
+    sulcal_width_mm=(0.0, 1.4),
+    cortex_mm=(1.8, 4.0),
     ventricle_mm=(-2.0, 6.0),
     tumour_radius_mm=(4.0, 30.0),
     oedema_reach_mm=(3.0, 35.0),
     tissue=0.12,
-    bias=(0.0, 0.25),
-    noise=(0.003, 0.05),
+    patchiness=(0.3, 3.0),
+    bias=(0.0, 0.4),
+    noise=(0.003, 0.06),
+    misregistration_mm=(0.0, 1.2),
     outlier=0.3,
 )
 """Wider than patients differ, to train networks that must also cope with what no phantom shows; after Billot et al.,
@@ -87,14 +106,14 @@ class Tissue:
 
     Grey and white matter are shorter in T1 and closer in T2 than Stanisz found, so that the contrasts come out
     as in clinical fast spin echoes; values of lesions, vessels and nuclei are plausible choices, not measurements.
-    `patchiness` is the relative standard deviation of T1 and T2 inside the tissue.
+    `patchiness` is the relative standard deviation of T1 and, independently, of T2 inside the tissue.
     """
 
     t1: float
     t2: float
     pd: float
     gd: float = 0.0
-    patchiness: float = 0.03
+    patchiness: float = 0.05
 
 
 TISSUES = {
@@ -106,8 +125,10 @@ TISSUES = {
     "pallidum": Tissue(1000, 58, 0.74, 0.02),
     "cerebellar": Tissue(1350, 88, 0.80, 0.02),
     "brainstem": Tissue(1000, 77, 0.74, 0.01),
-    "vessel": Tissue(1800, 40, 0.55, 1.5, 0.1),
+    "vessel": Tissue(1800, 50, 0.65, 1.5, 0.15),
+    "dura": Tissue(1300, 45, 0.65, 0.8, 0.15),
     "choroid": Tissue(1900, 160, 0.9, 0.7, 0.1),
+    "gliosis": Tissue(1300, 120, 0.8, 0.01, 0.08),
     "oedema": Tissue(1650, 150, 0.87, 0.01, 0.08),
     "enhancing": Tissue(1500, 125, 0.85, 0.3, 0.15),
     "necrosis": Tissue(2400, 260, 0.93, 0.03, 0.2),
@@ -160,8 +181,8 @@ def _protocol(rng: np.random.Generator, variation: Variation) -> dict[str, Timin
 
     def t1_weighted() -> Timing:
         if rng.random() < variation.inversion_prepared_t1:
-            return Timing(rng.uniform(1900, 2300), rng.uniform(2.5, 5), rng.uniform(880, 1000))
-        return Timing(rng.uniform(450, 700), rng.uniform(8, 14))
+            return Timing(rng.uniform(1900, 2300), rng.uniform(2.5, 5), rng.uniform(850, 1050))
+        return Timing(rng.uniform(450, 900), rng.uniform(8, 17))
 
     tr = rng.uniform(8000, 10000)
     return {
@@ -191,16 +212,21 @@ def _signals(rng: np.random.Generator, anatomy: Anatomy, variation: Variation) -
     grid = anatomy.grid
     protocol = _protocol(rng, variation)
     factors = _tissue_factors(rng, variation)
-    smooth = [grid.sample(smooth_noise(rng, mm)) for mm in (18.0, 18.0, 7.0)]
-    t1_map = 0.7 * smooth[0] + 0.7 * smooth[2]
-    t2_map = 0.7 * smooth[1] + 0.7 * smooth[2]
+    patchiness = rng.uniform(*variation.patchiness)
+
+    def patches() -> Floats:
+        coarse, middle, fine = (smooth_noise(rng, mm) for mm in (25.0, 12.0, 6.0))
+        return grid.sample(np.float32(patchiness) * (0.75 * coarse + 0.5 * middle + 0.4 * fine))
+
+    t1_map, t2_map, pd_map, gd_map = (patches() for _ in range(4))
     signals = {modality: np.zeros(len(grid.near), np.float32) for modality in MODALITIES}
     for layer in anatomy.layers:
         tissue, f, at = TISSUES[layer.tissue], factors[layer.tissue], layer.index
         t1 = np.float32(tissue.t1 * f[0]) * np.exp(np.float32(tissue.patchiness) * t1_map[at])
         t2 = np.float32(tissue.t2 * f[1]) * np.exp(np.float32(tissue.patchiness) * t2_map[at])
-        pd = np.float32(tissue.pd * min(f[2], 1 / tissue.pd))
-        enhanced = shortened_t1(t1, np.float32(tissue.gd * f[3]) * np.exp(3 * tissue.patchiness * smooth[2][at]))
+        pd = np.float32(tissue.pd * min(f[2], 1 / tissue.pd)) * np.exp(np.float32(0.4 * tissue.patchiness) * pd_map[at])
+        gadolinium_mM = np.float32(tissue.gd * f[3]) * np.exp(np.float32(3 * tissue.patchiness) * gd_map[at])
+        enhanced = shortened_t1(t1, gadolinium_mM)
         for modality, timing in protocol.items():
             signal = timing.signal(pd, enhanced if modality == "t1c" else t1, t2)
             signals[modality][at] += layer.fraction * (signal - signals[modality][at])
@@ -210,15 +236,12 @@ def _signals(rng: np.random.Generator, anatomy: Anatomy, variation: Variation) -
 def _scan(rng: np.random.Generator, signal: Floats, anatomy: Anatomy, variation: Variation) -> NDArray[np.int16]:
     """One contrast as the scanner and the BraTS preparation would give it, int16 over the whole array."""
     grid, mask = anatomy.grid, anatomy.mask
-    bias = np.exp(grid.sample(np.float32(rng.uniform(*variation.bias)) * smooth_noise(rng, 60.0)))
-    voxel_mm = np.ones(3)
-    if rng.random() < variation.thick_slice:
-        voxel_mm[rng.choice(3, p=(0.15, 0.15, 0.7))] = rng.uniform(2.5, 5)
-    acquired = _blur(grid.volume(signal * bias), 0.4 * voxel_mm / grid.spacing_mm).ravel()[grid.near]
-    level = np.float32(rng.uniform(*variation.noise) * np.percentile(abs(acquired[::16]), 95))
-    real, imaginary = level * rng.standard_normal((2, len(acquired)), np.float32)
-    # Registration to the common space interpolates, which blurs once more and correlates the noise.
-    volume = _blur(grid.volume(np.hypot(acquired + real, imaginary)), rng.uniform(0.35, 0.6) / grid.spacing_mm)
+    coil = np.exp(np.float32(rng.uniform(*variation.bias)) * smooth_noise(rng, float(rng.choice((35, 50, 70)))))
+    acquire, register = _acquisition(rng, grid, variation)
+    acquired = acquire(grid.volume(signal * grid.sample(coil)))
+    level = np.float32(rng.uniform(*variation.noise) * np.percentile(abs(acquired[acquired != 0][::16]), 95))
+    real, imaginary = level * rng.standard_normal((2, *acquired.shape), np.float32)
+    volume = register(np.hypot(acquired + real, imaginary))
     volume *= mask
     volume *= np.float32(np.exp(rng.uniform(*np.log(variation.maximum))) / volume.max())
     if rng.random() < variation.outlier:
@@ -227,8 +250,24 @@ def _scan(rng: np.random.Generator, signal: Floats, anatomy: Anatomy, variation:
     return grid.embed(np.clip(np.rint(volume), mask, 32767).astype(np.int16))  # nowhere 0 inside the mask
 
 
-def _blur(volume: Floats, sigma_voxels: NDArray[np.float64] | float) -> Floats:
-    return ndimage.gaussian_filter(volume, sigma_voxels, truncate=2.5)
+def _acquisition(rng: np.random.Generator, grid: Grid, variation: Variation) -> tuple[Interpolation, Interpolation]:
+    """From the head to the voxels of a scanner, often thick slices, and back by a registration that is a little off."""
+    voxel_mm = np.repeat(rng.uniform(0.9, 1.4, 2), (2, 1))
+    if rng.random() < variation.thick_slice:
+        voxel_mm[2] = rng.uniform(*variation.slice_mm)
+    voxel_mm = np.roll(voxel_mm, rng.choice(3, p=(0.7, 0.15, 0.15)))  # slices along z, x or y
+    std_mm = rng.uniform(*variation.misregistration_mm)
+    offsets, stretches = std_mm * rng.standard_normal(3), 1 + std_mm / 150 * rng.standard_normal(3)
+    forth, back = [], []
+    for axis, (size_mm, phase) in enumerate(zip(voxel_mm, rng.random(3), strict=True)):
+        positions = centres = grid.axis_mm(axis)
+        if size_mm > grid.spacing_mm:  # else the grid's own voxels are as fine as the scanner's need to be
+            numbers = np.arange(positions.min() // size_mm - 1, positions.max() // size_mm + 3)
+            centres = ((numbers + phase) * size_mm).astype(np.float32)
+        forth.append(box_average(centres, max(float(size_mm), grid.spacing_mm), positions, grid.spacing_mm))
+        found = (stretches[axis] * positions + offsets[axis]).astype(np.float32)
+        back.append(linear(np.clip(found, centres.min(), centres.max()), centres))
+    return Interpolation(*forth), Interpolation(*back)
 
 
 def make_phantom(

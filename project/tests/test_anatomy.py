@@ -2,10 +2,21 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cwdm.anatomy import ENHANCING, NECROSIS, OEDEMA, Anatomy, AnatomyVariation, make_anatomy
+from cwdm.anatomy import (
+    ENHANCING,
+    NECROSIS,
+    OEDEMA,
+    Anatomy,
+    AnatomyVariation,
+    Interpolation,
+    box_average,
+    linear,
+    make_anatomy,
+)
 from cwdm.phantom import TISSUES
 
 SHAPE, SPACING_MM = (96, 80, 66), 2.5
+LESIONS = ("gliosis", "oedema", "enhancing", "necrosis")
 
 
 def patient(seed: int, head_scale: float) -> Anatomy:
@@ -21,6 +32,17 @@ def patients() -> list[Anatomy]:
 
 def middle(voxels: NDArray[np.bool_]) -> NDArray[np.float64]:
     return np.argwhere(voxels).mean(0)
+
+
+def healthy(anatomy: Anatomy, *tissues: str) -> NDArray[np.float64]:
+    """Fraction of each voxel that is one of the tissues, as it was before the lesions."""
+    fraction = np.zeros(len(anatomy.grid.near))
+    for layer in anatomy.layers:
+        if layer.tissue not in LESIONS:
+            fraction[layer.index] *= 1 - layer.fraction
+            if layer.tissue in tissues:
+                fraction[layer.index] += layer.fraction
+    return anatomy.grid.volume(fraction)
 
 
 def test_the_tumour_is_a_core_in_a_rim_in_oedema(patients: list[Anatomy]) -> None:
@@ -57,3 +79,31 @@ def test_tumours_lie_in_brains_in_the_array(patients: list[Anatomy]) -> None:
 def test_heads_grow_with_their_scale(patients: list[Anatomy]) -> None:
     small = patient(1, head_scale=0.85)
     assert small.mask.sum() / patients[0].mask.sum() == pytest.approx(0.85**3, rel=0.05)
+
+
+def test_there_is_about_as_much_cortex_as_white_matter(patients: list[Anatomy]) -> None:
+    for anatomy in [*patients, patient(5, head_scale=1.0), patient(6, head_scale=1.0)]:
+        grey, white = (healthy(anatomy, tissue)[anatomy.mask].sum() for tissue in ("grey", "white"))
+        assert 0.8 < grey / white < 1.3
+
+
+@pytest.mark.parametrize("seed", [1, 4])
+def test_oedema_runs_along_white_matter_and_spares_nuclei_and_brainstem(seed: int) -> None:
+    wide = AnatomyVariation(tumour_radius_mm=(20, 20), oedema_reach_mm=(25, 25))
+    anatomy = make_anatomy(np.random.default_rng([8, seed]), SHAPE, SPACING_MM, wide)
+    deep = healthy(anatomy, "thalamus", "striatum", "pallidum", "brainstem", "cerebellar") > 0.7
+    oedema = anatomy.seg == OEDEMA
+    assert oedema.sum() * SPACING_MM**3 > 50_000  # mm3: it reaches far
+    assert (oedema & deep).sum() < 0.01 * oedema.sum()
+    assert (healthy(anatomy, "white") > 0.5)[oedema].mean() > 0.9
+
+
+def test_a_slice_is_the_mean_of_what_it_holds() -> None:
+    volume = np.random.default_rng(3).random((6, 4, 12), np.float32)
+    same = [np.eye(length, dtype=np.float32) for length in (6, 4)]
+    voxels = np.arange(12, dtype=np.float32) * 2 - 7  # mm
+    slices = voxels.reshape(4, 3).mean(1)
+    thick = Interpolation(*same, box_average(slices, 6.0, voxels, 2.0))(volume)
+    np.testing.assert_allclose(thick, volume.reshape(6, 4, 4, 3).mean(-1), rtol=1e-5)
+    back = Interpolation(*same, linear(slices, slices))(thick)
+    np.testing.assert_array_equal(back, thick)

@@ -1,4 +1,5 @@
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from shutil import copytree
 from typing import Any
@@ -31,7 +32,13 @@ FINE_SHAPE, FINE_MM = (96, 80, 66), 2.5
 SEED = (7, 1)  # of the second case that `written` holds
 NAMES = ("BraTS-PHANTOM-00000-000", "BraTS-PHANTOM-00001-000")
 QUIET = Variation(
-    bias=(0.0, 0.0), noise=(0.001, 0.001), thick_slice=0.0, tissue=0.0, maximum=(700.0, 700.0), outlier=0.0
+    bias=(0.0, 0.0),
+    noise=(0.001, 0.001),
+    misregistration_mm=(0.0, 0.0),
+    thick_slice=0.0,
+    tissue=0.0,
+    maximum=(700.0, 700.0),
+    outlier=0.0,
 )
 
 
@@ -64,14 +71,14 @@ def floats(*values: float) -> NDArray[np.float32]:
     return np.array(values, np.float32)
 
 
-def pure_voxels(anatomy: Anatomy, tissue: str) -> NDArray[np.bool_]:
+def pure_voxels(anatomy: Anatomy, tissue: str, least: float = 0.95) -> NDArray[np.bool_]:
     """Voxels that are one tissue almost alone."""
     fraction = np.zeros(len(anatomy.grid.near))
     for layer in anatomy.layers:
         fraction[layer.index] *= 1 - layer.fraction
         if layer.tissue == tissue:
             fraction[layer.index] += layer.fraction
-    return anatomy.grid.embed((anatomy.grid.volume(fraction) > 0.95) & anatomy.mask)
+    return anatomy.grid.embed((anatomy.grid.volume(fraction) > least) & anatomy.mask)
 
 
 def contents(case: Path) -> dict[str, bytes]:
@@ -164,6 +171,70 @@ def test_flair_shows_oedema_and_contrast_agent_shows_the_rim(fine: Phantom) -> N
     before, after = (fine.volumes[m] / np.median(fine.volumes[m][healthy]) for m in ("t1n", "t1c"))
     assert np.median(after[fine.seg == 3]) > 1.2 * np.median(before[fine.seg == 3])
     assert np.median(after[fine.seg == 3]) > 1.2 * np.median(after[fine.seg == 2])
+
+
+def in_the_brain(phantom: Phantom) -> NDArray[np.float64]:
+    """Modalities by voxels of the brain, clipped as networks see them."""
+    inside = np.stack([volume[volume > 0] for volume in phantom.volumes.values()]).astype(float)
+    return np.clip(inside.T, *np.percentile(inside, (0.1, 99.9), axis=1)).T
+
+
+def test_modalities_are_not_each_others_negatives() -> None:
+    correlations = np.stack(
+        [np.corrcoef(in_the_brain(make_phantom((8, number), FINE_SHAPE, FINE_MM))) for number in range(4)]
+    )
+    t1n_t2w, t1c_t2w = correlations[:, 0, 2], correlations[:, 1, 2]
+    for pair in (t1n_t2w, t1c_t2w):  # patients: -0.2 to -0.75
+        assert -0.75 < pair.mean() < -0.2
+        assert np.ptp(pair) > 0.2
+    of_others = 1 - 1 / np.array([np.linalg.inv(c).diagonal() for c in correlations])
+    assert (of_others.mean(0) < 0.7).all(), "a linear function of the others"
+
+
+def test_t1_and_t2_vary_by_themselves_within_a_tissue() -> None:
+    found = []
+    for number in range(4):
+        seed = (8, number)
+        patient = make_anatomy(np.random.default_rng(seed).spawn(1)[0], FINE_SHAPE, FINE_MM, QUIET)
+        volumes, white = make_phantom(seed, FINE_SHAPE, FINE_MM, QUIET).volumes, pure_voxels(patient, "white")
+        found.append(np.corrcoef(volumes["t1n"][white], volumes["t2w"][white])[0, 1])
+    assert abs(np.mean(found)) < 0.35  # longer T1 with longer T2 everywhere would make it negative
+    assert np.ptp(found) > 0.2
+
+
+def test_dura_enhances(fine: Phantom, anatomy: Anatomy) -> None:
+    membranes, white = pure_voxels(anatomy, "dura", 0.5), pure_voxels(anatomy, "white")
+    before, after = (fine.volumes[m] / np.median(fine.volumes[m][white]) for m in ("t1n", "t1c"))
+    assert np.median(after[membranes]) > 1.3 * np.median(before[membranes])
+
+
+def test_thick_slices_are_boxes_with_straight_lines_between_them() -> None:
+    thick = replace(QUIET, thick_slice=1.0, slice_mm=(10.0, 10.0), maximum=(30000.0, 30000.0), noise=(0.0, 0.0))
+    volume = make_phantom(SEED, FINE_SHAPE, FINE_MM, thick).volumes["t2w"].astype(float)
+    inside, straight = volume > 0, []
+    for axis in range(3):
+        before, at, after = (np.roll(volume, k, axis) for k in (1, 0, -1))
+        whole = np.all([np.roll(inside, k, axis) for k in (-1, 0, 1)], axis=0)
+        straight.append(np.mean(abs(before - 2 * at + after)[whole] < 4))
+    _, middle, high = sorted(straight)
+    assert high > 0.45  # slices four voxels apart bend a line at every other voxel
+    assert middle < 0.1
+
+
+def test_modalities_lie_beside_each_other_by_as_much_as_asked_for() -> None:
+    aligned, moved = (
+        make_phantom(SEED, FINE_SHAPE, FINE_MM, replace(QUIET, misregistration_mm=(std_mm, std_mm)))
+        for std_mm in (0.0, 2.0)
+    )
+    np.testing.assert_array_equal(aligned.seg, moved.seg)
+    shifts = []
+    for before, after in zip(aligned.volumes.values(), moved.volumes.values(), strict=True):
+        np.testing.assert_array_equal(before > 0, after > 0)
+        spectrum = np.fft.fftn(after) * np.fft.fftn(before).conj()
+        peak = np.unravel_index(np.fft.ifftn(spectrum / (abs(spectrum) + 1)).real.argmax(), before.shape)
+        shifts.append([(k + n // 2) % n - n // 2 for k, n in zip(peak, before.shape, strict=True)])
+    assert 1 <= np.abs(shifts).max() <= 3  # voxels of 2.5 mm
+    assert len({tuple(shift) for shift in shifts}) > 1
 
 
 def test_the_brightest_voxel_is_as_asked_for(fine: Phantom) -> None:
