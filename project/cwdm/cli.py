@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from cwdm.cohort import Outcome
     from cwdm.dispatch import Work
     from cwdm.evaluate import Evaluation
-    from cwdm.pipeline import Pipeline
     from cwdm.progress import CohortProgress
-    from cwdm.synthesis import Synthesizer
 
 app = typer.Typer(
     name="cwdm",
@@ -209,13 +207,6 @@ def infer(
         raise typer.Exit(1)
 
 
-def _warn_of_precision(network: "Synthesizer | Pipeline", progress: "CohortProgress") -> None:
-    from cwdm.precision import precision_warning
-
-    if slow := precision_warning(network.dtype, network.device):
-        progress.log(f"warning: {slow}")
-
-
 def _check_places(data_path: Path, folders: "Sequence[CaseFolder]", output: Path, report: Path | None) -> None:
     from cwdm.files import check_apart, check_no_source_in
 
@@ -242,11 +233,12 @@ def _synthesise(
         progress.log(f"{len(folders)} cases; {count} workers")
         return synthesise_on_workers(folders, work, progress, count)
     from cwdm.cohort import synthesise_cohort
+    from cwdm.precision import warn_of_precision
     from cwdm.synthesis import Synthesizer
 
     synthesizer = Synthesizer(work.weights, work.settings, work.device)
     progress.log(f"{len(folders)} cases; {synthesizer.summary()}")
-    _warn_of_precision(synthesizer, progress)
+    warn_of_precision(synthesizer.dtype, synthesizer.device, progress.log)
     return synthesise_cohort(
         folders, synthesizer, work.output, overwrite=work.overwrite, report=work.report, progress=progress
     )
@@ -582,11 +574,12 @@ def sample(
     """Generate whole volumes. Those that are there already stay, so a stopped run goes on where it was."""
     from cwdm.config import load_settings
     from cwdm.generation import Generator, write_samples
+    from cwdm.precision import warn_of_precision
     from cwdm.progress import CohortProgress
 
     generator = Generator(weights, load_settings(None, settings or ()), size, device.value)
     with CohortProgress(count) as progress:
-        _warn_of_precision(generator.pipeline, progress)
+        warn_of_precision(generator.pipeline.dtype, generator.pipeline.device, progress.log)
         write_samples(
             generator,
             count,
@@ -611,12 +604,13 @@ def translate(
 ) -> None:
     """Make CT from MR, or whatever else a network was trained on. A stopped run goes on where it was."""
     from cwdm.config import load_settings
+    from cwdm.precision import warn_of_precision
     from cwdm.progress import CohortProgress
     from cwdm.translation import Translator, translate
 
     translator = Translator(weights, load_settings(None, settings or ()), device.value)
     with CohortProgress(0) as progress:
-        _warn_of_precision(translator.pipeline, progress)
+        warn_of_precision(translator.pipeline.dtype, translator.pipeline.device, progress.log)
         failed = translate(translator, data_path, output_path, progress.end_case, progress.expect)
     if failed:
         progress.log(f"{len(failed)} FAILED: {', '.join(failed)}")

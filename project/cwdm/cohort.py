@@ -21,6 +21,7 @@ from cwdm.checkpoint import read_record, sha256
 from cwdm.config import Settings
 from cwdm.errors import CaseError, CwdmError, DeviceLostError, NameInUseError, OutputError, WeightsError
 from cwdm.files import check_writable, output_errors, remove_stale, write_json
+from cwdm.pipeline import is_out_of_memory
 from cwdm.progress import CohortProgress
 from cwdm.provenance import provenance, read_provenance, short
 from cwdm.quality import Quality
@@ -352,7 +353,7 @@ class Runner:
         """One line about an error; the memory it holds on to is let go."""
         if isinstance(error, CwdmError):
             return str(error)
-        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        if is_out_of_memory(error):
             error.__traceback__ = None  # its frames keep the network's tensors alive
             gc.collect()
             if torch.cuda.is_available():

@@ -17,6 +17,7 @@ from cwdm.brats import CaseFolder
 from cwdm.cohort import Outcome, Runner, cohort_run, device_works, plan_tasks
 from cwdm.config import Settings
 from cwdm.errors import CwdmError, DeviceLostError
+from cwdm.precision import warn_of_precision
 from cwdm.progress import CohortProgress
 from cwdm.synthesis import Synthesizer
 from cwdm.weights import BUNDLED, folder_of
@@ -200,6 +201,7 @@ def serve(work: Work, batches: Iterator[list[CaseFolder]], post: Callable[[Messa
     progress = CohortProgress(0)
     synthesizer = start_synthesizer(work)
     progress.log(synthesizer.summary())
+    warn_of_precision(synthesizer.dtype, synthesizer.device, progress.log)
     post(IDLE)
     for batch in batches:
         Runner(synthesizer, work.output, work.report, work.overwrite, progress, post).run(batch)

@@ -1,6 +1,6 @@
 """What numbers a network is computed in: float32 that is float32, or bfloat16."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Literal
@@ -70,15 +70,14 @@ def choose_dtype(precision: Literal["auto", "fp32", "bf16"], device: torch.devic
     return torch.bfloat16 if precision == "bf16" else torch.float32
 
 
-def precision_warning(dtype: torch.dtype, device: torch.device) -> str:
-    """What to do about numbers that the device computes slowly; empty where it does not."""
-    if dtype != torch.bfloat16 or has_bf16(device):
-        return ""
-    name = "the GPU" if device.type == "cuda" else "the processor"
-    return (
-        f"{name} does not multiply bfloat16, and emulating it takes many times as long as float32; "
-        "stop this run and set precision=auto or precision=fp32"
-    )
+def warn_of_precision(dtype: torch.dtype, device: torch.device, log: Callable[[str], None]) -> None:
+    """Say what to do about numbers that the device computes slowly."""
+    if dtype == torch.bfloat16 and not has_bf16(device):
+        name = "the GPU" if device.type == "cuda" else "the processor"
+        log(
+            f"warning: {name} does not multiply bfloat16, and emulating it takes many times as long as float32; "
+            "stop this run and set precision=auto or precision=fp32"
+        )
 
 
 def has_bf16(device: torch.device) -> bool:
