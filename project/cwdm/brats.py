@@ -459,13 +459,15 @@ def _is_image(file_name: str) -> bool:
     return file_name.lower().endswith((".nii", ".nii.gz")) and not file_name.startswith(".")
 
 
-def _name_the_others(entries: Iterable[Path], cases: Iterable[CaseFolder]) -> None:
+def _name_the_others(entries: Iterable[Path], cases: Collection[CaseFolder]) -> None:
     """Tell of what was passed over: folders that are no cases, links to nothing, images beside folders of cases."""
     taken = {path for case in cases for path in (case.folder, *case.files.values())}
     others = [entry for entry in entries if entry not in taken]
     if folders := [entry.name for entry in others if not os.path.isfile(entry)]:  # noqa: PTH113  # raises nothing
         _log.warning("passed over, no folders of a case: %s", ", ".join(folders))
-    if images := [entry.name for entry in others if entry.name not in folders and _split(entry.name)]:
+    flat = {case.name for case in cases if case.flat}  # whose doubled files are their own fault
+    splits = {entry.name: _split(entry.name) for entry in others if entry.name not in folders}
+    if images := [name for name, split in splits.items() if split and split[0] not in flat]:
         _log.warning("passed over, not in the folder of a case: %s", ", ".join(images))
 
 
@@ -529,6 +531,9 @@ def _read_volume(path: Path) -> tuple[Volume, nib.Nifti1Header]:
 
 def _open(path: Path) -> IO[bytes]:
     if path.name.lower().endswith(".gz"):
+        with path.open("rb") as file:
+            if (start := file.read(2)) not in (b"\x1f\x8b", b""):  # of other files igzip says that they end too early
+                raise _FileError(f"is not a sound gzip file (it begins with {start!r}); copy or download it again")
         # Compares checksums like the gzip module, and passes over empty members ten times as fast.
         return cast(IO[bytes], igzip.open(path, "rb"))
     return path.open("rb")

@@ -199,7 +199,7 @@ def test_files_of_two_patients_are_no_case(tmp_path: Path) -> None:
     folder = make_case(tmp_path)
     (folder / f"{NAME}-t2w.nii.gz").rename(folder / "BraTS-GLI-00002-000-t2w.nii.gz")
     reason = fault(folder)
-    assert f"expected files of one patient, found BraTS-GLI-00002-000-t2w.nii.gz and {NAME}-t1c.nii.gz" in reason
+    assert f"expected files of one patient, found {NAME}-t1c.nii.gz and BraTS-GLI-00002-000-t2w.nii.gz" in reason
     (folder / "BraTS-GLI-00002-000-t2w.nii.gz").rename(folder / f"{NAME.upper()}_t2.nii.gz")
     (folder / f"{NAME}-t1c.nii.gz").rename(folder / "t1c.nii.gz")
     assert read(folder).target == "t1n"

@@ -44,6 +44,13 @@ def shell(data: Path, out: Path, weights: Path, *more: str) -> subprocess.Comple
     return command("infer", *paths, *FAST, *more)
 
 
+def in_a_process(data: Path, out: Path, weights: Path) -> subprocess.CompletedProcess[str]:
+    """For what pytest's own log would catch."""
+    paths = ["--data_path", str(data), "--output_path", str(out), "--weights", str(weights)]
+    words = [sys.executable, "-P", "-m", "cwdm", "infer", *paths, *FAST]
+    return subprocess.run(words, capture_output=True, text=True, check=False)
+
+
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     """What the `cwdm` command does, without the seconds that a new process takes to import PyTorch."""
     stdout, stderr, code = io.StringIO(), io.StringIO(), 0
@@ -302,12 +309,12 @@ def test_folders_without_images_are_named_and_those_with_other_names_fail(
     cohort: Path, weights_folder: Path, tmp_path: Path
 ) -> None:
     (cohort / "empty\x1b[31m").mkdir()
-    result = shell(cohort, tmp_path / "out", weights_folder)
+    result = in_a_process(cohort, tmp_path / "out", weights_folder)
     assert result.returncode == 0
     assert "no folders of a case: empty\\x1b[31m\n" in result.stderr
     (cohort / "other").mkdir()
     (cohort / "other" / "other_0000.nii.gz").touch()
-    result = shell(cohort, tmp_path / "out", weights_folder)
+    result = in_a_process(cohort, tmp_path / "out", weights_folder)
     assert result.returncode == 1
     assert "other: expected files like other-t1n.nii.gz" in result.stderr
     assert "found other_0000.nii.gz" in result.stderr
@@ -491,7 +498,7 @@ def test_a_share_without_usable_weights_tells_of_its_cases_alone(
 ) -> None:
     (tmp_path / "some").mkdir()
     shutil.copy(weights_folder / "t1_gen.pt", tmp_path / "some")
-    result = infer(cohort, tmp_path / "out", tmp_path / "some", "--shard", "1/3")
+    result = infer(cohort, tmp_path / "out", tmp_path / "some", "--shard", "0/2")  # the case without t2f, by its name
     assert result.exit_code == 1, result.output
     assert "no weights for t2f" in result.output
 
