@@ -18,6 +18,10 @@ class CaseError(CwdmError):
         self.case = case
         self.reason = reason
 
+    def __reduce__(self) -> tuple[type["CaseError"], tuple[str, str]]:
+        # Between processes, exceptions are made again from the arguments of Exception, which are others.
+        return type(self), (self.case, self.reason)
+
 
 class InputError(CwdmError):
     """The input folder as a whole cannot be used."""

@@ -1,9 +1,13 @@
 """What a person sees of a long run: bars on a terminal, one plain line an event elsewhere."""
 
 import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 60
 """Where there is no terminal to show a bar."""
@@ -36,6 +40,20 @@ def bars(console: Console | None = None, shown: bool = True) -> Progress:
         disable=not (shown and console.is_terminal),
         transient=True,
     )
+
+
+def tracked(results: Iterable[T], total: int, what: str, shown: bool = True) -> Iterator[T]:
+    """Results as they come: a bar on a terminal, elsewhere a line a minute that says how long it will take."""
+    console = to_stderr()
+    start = said = time.monotonic()
+    with bars(console, shown) as bar:
+        for done, result in enumerate(bar.track(results, total, description=what), start=1):
+            yield result
+            now = time.monotonic()
+            if shown and not console.is_terminal and now - said > SECONDS_BETWEEN_LINES:
+                said = now
+                left_min = (now - start) / done * (total - done) / 60
+                console.print(f"{what}: {done} of {total}, {left_min:.0f} min to go", soft_wrap=True)
 
 
 class CohortProgress:

@@ -74,8 +74,9 @@ class DataSettings(StrictSettings):
         crop: size of the random part that is trained on; None: everything.
         mirror: left and right change places at random.
         jitter: standard deviation, in gamma's logarithm, of a random change of contrast of each condition.
-        cache: folder for the decoded volumes; None: `cache` in the run's folder.
+        cache: folder for the decoded volumes, which any number of runs can share; None: `cache` in the run's folder.
         workers: processes that read.
+        skip_bad: cases that are damaged or incomplete are left out, each named, instead of ending the run's start.
     """
 
     path: Folder
@@ -92,6 +93,7 @@ class DataSettings(StrictSettings):
     jitter: Number = Field(default=0.0, ge=0, le=1)
     cache: Folder | None = None
     workers: int = Field(default=4, ge=0, le=64)
+    skip_bad: bool = False
 
     @model_validator(mode="after")
     def _consistent(self) -> "DataSettings":
@@ -194,6 +196,8 @@ class TrainingSettings(StrictSettings):
         steps: of the optimiser; by default as many as make up the samples.
         value_range: of the volumes that the network sees and makes.
         precision: bf16 keeps weights in float32 and multiplies in bfloat16.
+        noise: where a sample's noise is drawn, from its own seed: on the CPU, the same for every device, or on the
+            device, which saves 32 MiB a full-size sample on the way there.
         recompute: activations of residual blocks are computed a second time instead of kept.
         devices, nodes: of each machine, and machines; what `torchrun` or Slurm started wins.
         log_every, validate_every: steps.
@@ -219,6 +223,7 @@ class TrainingSettings(StrictSettings):
     devices: Positive = 1
     nodes: Positive = 1
     precision: Literal["fp32", "bf16"] = "fp32"
+    noise: Literal["cpu", "device"] = "cpu"
     recompute: bool = False
     log_every: Positive = 50
     validate_every: Positive = 10_000

@@ -14,13 +14,14 @@ from pydantic import ValidationError
 from cwdm import __version__
 from cwdm.brats import LONGEST_NAME, write_nifti
 from cwdm.config import Settings
-from cwdm.datasets import Grid, Subject, Volumes, decode, list_subjects
+from cwdm.datasets import list_subjects
 from cwdm.errors import CaseError, OutputError, WeightsError
 from cwdm.files import check_apart, check_writable, remove_stale
 from cwdm.generation import check_same_origin, check_size, describe_volumes
 from cwdm.pipeline import Pipeline
 from cwdm.preprocess import MOST_WINDOW_VOXELS, centre, centred_start
 from cwdm.train_config import DataSettings
+from cwdm.volume_cache import Grid, Subject, decode
 
 RECORD = "translations.json"
 MOST_VOXELS = 8 * MOST_WINDOW_VOXELS
@@ -92,8 +93,8 @@ class Translator:
         Raises:
             CaseError: an image is missing or damaged, or the images lie on different grids.
         """
-        stack, ranges, grid = decode(subject, self.given)
-        unit = Volumes(stack, np.asarray(ranges, np.float32)).unit()
+        volumes = decode(subject, self.given)
+        unit, grid = volumes.unit(), volumes.files[0].grid
         condition = self.pipeline.encode(torch.from_numpy(unit)[None])
         coefficients = self.pipeline.sample(condition, seeds=[self.settings.seed], callback=lambda *_: on_step())
         made: Volume = self.pipeline.decode(coefficients)[0, 0].cpu().numpy()

@@ -1,27 +1,54 @@
+import multiprocessing
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 from conftest import SHAPE
+from torch import Tensor
+from torch.utils.data import default_collate
 
 from cwdm.brats import read_volume
-from cwdm.datasets import Cache, Samples, Sampling, find_subjects
-from cwdm.errors import CaseError, InputError
+from cwdm.datasets import (
+    ReadingError,
+    SampleNumbers,
+    Samples,
+    Sampling,
+    assemble,
+    check_shared_memory,
+    draw_noise,
+    find_subjects,
+    read_batches,
+)
+from cwdm.errors import CaseError, InputError, SettingsError
 from cwdm.preprocess import centre, choose_window, normalise
 from cwdm.train_config import DataSettings
+from cwdm.volume_cache import Cache, decode
 
 AFFINE = np.array([[-2.0, 0, 0, 5], [0, -2, 0, 7], [0, 0, 3, -4], [0, 0, 0, 1]])
 
 
 def samples(data: DataSettings, cache: Path, **changes) -> Samples:
     sampling = Sampling(data, **{"seed": 3, "value_range": (0.0, 1.0), "timestep_power": 1.0, **changes})
-    return Samples(find_subjects(data.path, data), Cache(cache, data, 4), sampling)
+    held, subjects = Cache(cache, data, 4), find_subjects(data.path, data).subjects
+    digests = held.digests(subjects)
+    return Samples([held.prepare(subject, digests) for subject in subjects], held, sampling)
+
+
+def sample(source: Samples, n: int) -> dict[str, Tensor]:
+    """What the network would get of one sample."""
+    batch = assemble(default_collate([source[n]]), source.sampling, torch.device("cpu"))
+    return {name: tensor[0] for name, tensor in batch.items()}
 
 
 def test_whole_volumes_are_what_inference_would_see(phantoms: Path, tmp_path: Path) -> None:
     data = DataSettings(path=phantoms, target="t2w", window=[32, 32, 32], workers=0)
-    found = samples(data, tmp_path)[0]
+    found = sample(samples(data, tmp_path), 0)
     order = np.random.default_rng([3, 0, 1]).permutation(3)
     case = sorted(phantoms.iterdir())[order[0]]
     volumes = {m: read_volume(case / f"{case.name}-{m}.nii.gz") for m in ("t2w", "t1n", "t1c", "t2f")}
@@ -35,8 +62,8 @@ def test_whole_volumes_are_what_inference_would_see(phantoms: Path, tmp_path: Pa
 def test_sample_depends_on_seed_and_number_alone(phantoms: Path, tmp_path: Path) -> None:
     data = DataSettings(path=phantoms, condition_on="any", window="brain", crop=[16, 16, 16], mirror=True)
     first, again = samples(data, tmp_path / "a"), samples(data, tmp_path / "b")
-    for name, tensor in first[7].items():
-        assert tensor.equal(again[7][name]), name
+    for name, tensor in sample(first, 7).items():
+        assert tensor.equal(sample(again, 7)[name]), name
     assert not first[7]["noise"].equal(first[8]["noise"])
     assert not first[7]["noise"].equal(samples(data, tmp_path / "a", seed=4)[7]["noise"])
 
@@ -49,21 +76,23 @@ def test_every_case_comes_once_an_epoch(phantoms: Path) -> None:
 
 def test_any_target_is_taken_out_of_the_conditions(phantoms: Path, tmp_path: Path) -> None:
     data = DataSettings(path=phantoms, condition_on="any", window="brain", most_missing=3)
-    drawn = [samples(data, tmp_path)[n] for n in range(24)]
-    assert {int(sample["target"]) for sample in drawn} == {0, 1, 2, 3}
+    source = samples(data, tmp_path)
+    drawn = [sample(source, n) for n in range(24)]
+    assert {int(found["target"]) for found in drawn} == {0, 1, 2, 3}
     missing = set()
-    for sample in drawn:
-        empty = [k for k in range(4) if not sample["conditions"][k].any()]
-        assert int(sample["target"]) in empty
-        assert sample["volume"].any()
+    for found in drawn:
+        empty = [k for k in range(4) if not found["conditions"][k].any()]
+        assert int(found["target"]) in empty
+        assert found["volume"].any()
         missing.add(len(empty))
     assert missing == {1, 2, 3}
 
 
 def test_timesteps_cover_the_schedule_and_can_lean_towards_noise(phantoms: Path, tmp_path: Path) -> None:
     data = DataSettings(path=phantoms, target="t1n", window="brain", crop=[4, 4, 4])
-    even = np.array([int(samples(data, tmp_path)[n]["t"]) for n in range(200)])
-    noisy = np.array([int(samples(data, tmp_path, timestep_power=3.0)[n]["t"]) for n in range(200)])
+    uniform, leaning = samples(data, tmp_path), samples(data, tmp_path, timestep_power=3.0)
+    even = np.array([int(uniform[n]["t"]) for n in range(200)])
+    noisy = np.array([int(leaning[n]["t"]) for n in range(200)])
     assert even.min() >= 0
     assert even.max() <= 999
     assert abs(even.mean() - 500) < 75
@@ -72,10 +101,10 @@ def test_timesteps_cover_the_schedule_and_can_lean_towards_noise(phantoms: Path,
 
 def test_value_range_of_wdm(phantoms: Path, tmp_path: Path) -> None:
     data = DataSettings(path=phantoms, target="t1n", condition_on="nothing", window=[32, 32, 32], downsample=2)
-    sample = samples(data, tmp_path, value_range=(-1.0, 1.0))[0]
-    assert sample["volume"].shape == (1, 16, 16, 16)
-    assert sample["conditions"].shape == (0, 32, 32, 32) or sample["conditions"].shape[0] == 0
-    assert sample["volume"].min() == -1
+    found = sample(samples(data, tmp_path, value_range=(-1.0, 1.0)), 0)
+    assert found["volume"].shape == (1, 16, 16, 16)
+    assert found["conditions"].shape[0] == 0
+    assert found["volume"].min() == -1
 
 
 @pytest.mark.parametrize("length", [1, 5, 8, 9, 12])
@@ -111,11 +140,11 @@ def paired(folder: Path, rng: np.random.Generator) -> DataSettings:
 
 def test_paired_images_by_their_patterns(tmp_path: Path) -> None:
     data = paired(tmp_path / "data", np.random.default_rng(0))
-    subjects = find_subjects(data.path, data)
+    subjects = find_subjects(data.path, data).subjects
     assert [subject.name for subject in subjects] == ["p1", "p2"]
-    sample = samples(data, tmp_path / "cache")[0]
-    assert sample["conditions"].shape == (3, 32, 32, 32)
-    one_hot = sample["conditions"][1:]
+    found = sample(samples(data, tmp_path / "cache"), 0)
+    assert found["conditions"].shape == (3, 32, 32, 32)
+    one_hot = found["conditions"][1:]
     assert set(one_hot.unique().tolist()) == {0.0, 1.0}
     assert not (one_hot[0] * one_hot[1]).any()
     name = subjects[np.random.default_rng([3, 0, 1]).permutation(2)[0]].name
@@ -123,16 +152,18 @@ def test_paired_images_by_their_patterns(tmp_path: Path) -> None:
     expected = (np.clip(ct, -1000, 1000) + 1000) / 2000
     x = (32 - SHAPE[0]) // 2
     z = (32 - SHAPE[2]) // 2
-    assert not sample["volume"][0, :, :, :z].any()  # beyond the image is air, -1000 HU
-    inside = sample["volume"][0, x : x + SHAPE[0], : SHAPE[1], z : z + SHAPE[2]].numpy()
+    assert not found["volume"][0, :, :, :z].any()  # beyond the image is air, -1000 HU
+    inside = found["volume"][0, x : x + SHAPE[0], : SHAPE[1], z : z + SHAPE[2]].numpy()
     np.testing.assert_allclose(inside, expected, atol=1e-5)
 
 
 def test_what_is_wrong_with_paired_data_is_said(tmp_path: Path) -> None:
     data = paired(tmp_path / "data", np.random.default_rng(0))
     (data.path / "mr" / "p2.nii").unlink()
-    with pytest.raises(CaseError, match=r"p2.*there is no such file"):
-        find_subjects(data.path, data)
+    found = find_subjects(data.path, data)
+    assert [subject.name for subject in found.subjects] == ["p1"]
+    assert [fault.case for fault in found.faults] == ["p2"]
+    assert "there is no such file" in found.faults[0].reason
     (data.path / "ct" / "p2_ct.nii.gz").unlink()
     write(data.path / "mr" / "p1.nii", np.ones((4, 4, 4), np.int16))
     with pytest.raises(CaseError, match="same intensity"):
@@ -149,13 +180,103 @@ def test_what_is_wrong_with_paired_data_is_said(tmp_path: Path) -> None:
         find_subjects(tmp_path, data)
 
 
-def test_cache_is_read_and_notices_a_changed_file(tmp_path: Path) -> None:
-    data = paired(tmp_path / "data", np.random.default_rng(0))
-    cache = Cache(tmp_path / "cache", data, 4)
-    subject = find_subjects(data.path, data)[0]
-    first = cache.load(subject).unit()
-    kept = sorted((tmp_path / "cache").iterdir())
-    assert np.array_equal(cache.load(subject).unit(), first)
-    assert sorted((tmp_path / "cache").iterdir()) == kept
-    write(subject.files[0], np.full(SHAPE, 500, np.float32))
-    assert not np.array_equal(cache.load(subject).unit(), first)
+def test_conditions_and_target_are_scaled_where_the_network_is(tmp_path: Path) -> None:
+    """From whole numbers, with padding and a range that does not begin at 0, in two batches of other value ranges."""
+    data = paired(tmp_path / "data", np.random.default_rng(0)).model_copy(update={"jitter": 0.2, "mirror": True})
+    source = samples(data, tmp_path / "cache", value_range=(-1.0, 1.0))
+    batch = default_collate([source[n] for n in range(4)])
+    made = assemble(batch, source.sampling, torch.device("cpu"))
+    for i in range(4):
+        n = np.random.default_rng([3, i // 2, 1]).permutation(2)[i % 2]
+        unit = decode(find_subjects(data.path, data).subjects[n], data).unit()
+        volume = torch.from_numpy(unit * 2 - 1)
+        assert any(made["volume"][i].equal(side) for side in (volume[:1], volume[:1].flip(1)))
+        gammas = batch["gammas"][i, :, None, None, None]
+        assert not (gammas == 1).any()
+        expected = torch.from_numpy(unit[1:]) ** gammas * 2 - 1
+        sides = (expected, expected.flip(1))
+        assert any(torch.allclose(made["conditions"][i], side, atol=1e-6) for side in sides)
+
+
+def test_whole_numbers_stay_small_on_their_way(phantoms: Path, tmp_path: Path) -> None:
+    data = DataSettings(path=phantoms, target="t2w", window=[32, 32, 32])
+    found = samples(data, tmp_path)[0]
+    assert found["voxels"].dtype == torch.int16
+    assert found["voxels"].shape == (4, 32, 32, 28)
+
+
+def test_noise_on_the_device_is_of_the_samples_own_seed(phantoms: Path, tmp_path: Path) -> None:
+    data = DataSettings(path=phantoms, target="t2w", window="brain")
+    here, there = samples(data, tmp_path), samples(data, tmp_path, noise="device")
+    assert "noise" not in there[5]
+    drawn = draw_noise(int(there[5]["seed"]), there[5]["voxels"].shape[1:], torch.device("cpu"))
+    assert sample(there, 5)["noise"].equal(drawn)
+    assert sample(here, 5)["noise"].equal(drawn)
+
+
+def test_samples_are_counted_and_not_listed() -> None:
+    numbers = iter(SampleNumbers(range(3, 10**12), batch_size=8, first=4, share=2))
+    assert [next(numbers) for _ in range(5)] == [28, 29, 36, 37, 44]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_order_from_any_number_of_processes(phantoms: Path, tmp_path: Path, workers: int) -> None:
+    source = samples(
+        DataSettings(path=phantoms, target="t2w", crop=[8, 8, 8], window="brain", workers=workers), tmp_path
+    )
+    found = list(read_batches(source, SampleNumbers(range(2), 4, 0, 4), 2, pinned=False))
+    expected = [default_collate([source[n], source[n + 1]]) for n in (0, 2, 4, 6)]
+    assert len(found) == len(expected)
+    for batch, other in zip(found, expected, strict=True):
+        assert all(batch[name].equal(other[name]) for name in other)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_case_that_is_lost_on_the_way_is_named(phantoms: Path, tmp_path: Path, workers: int) -> None:
+    shutil.copytree(phantoms, tmp_path / "data")
+    data = DataSettings(path=tmp_path / "data", target="t2w", window="brain", workers=workers)
+    source = samples(data, tmp_path / "cache")
+    shutil.rmtree(tmp_path / "data")
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(CaseError, match=r"^BraTS-PHANTOM.*cannot be read") as caught:
+        next(read_batches(source, [0], 1, pinned=False))
+    assert "Traceback" not in str(caught.value)
+
+
+def test_a_reading_process_that_dies_is_told_with_what_to_do(phantoms: Path, tmp_path: Path) -> None:
+    source = samples(DataSettings(path=phantoms, target="t2w", window="brain", workers=1), tmp_path)
+    handler = signal.getsignal(signal.SIGCHLD)
+    batches = read_batches(source, SampleNumbers(range(10**6), 1, 0, 1), 1, pinned=False)
+    next(batches)
+    # Whatever torch does when a child dies would happen in the middle of a step.
+    assert signal.getsignal(signal.SIGCHLD) == handler
+    for process in multiprocessing.active_children():
+        process.kill()
+    with pytest.raises(ReadingError, match=r"stopped by SIGKILL.*data.workers=0.*--shm-size"):
+        list(batches)
+
+
+def test_readers_do_not_keep_a_program_from_its_end(phantoms: Path, tmp_path: Path) -> None:
+    """Whatever still refers to the batches, as an error's traceback may."""
+    program = f"""
+from pathlib import Path
+from cwdm.datasets import *
+data = DataSettings(path=Path({str(phantoms)!r}), target="t2w", window="brain", workers=2)
+cache, subjects = Cache(Path({str(tmp_path)!r}), data, 4), find_subjects(data.path, data).subjects
+samples = Samples([cache.prepare(subject, {{}}) for subject in subjects], cache, Sampling(data, 3, (0.0, 1.0), 1.0))
+batches = read_batches(samples, range(10**6), 1, pinned=False)
+next(batches)
+raise SystemExit(5)
+"""
+    result = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
+    assert result.returncode == 5
+
+
+def test_shared_memory_is_looked_at_before_the_first_step(phantoms: Path, tmp_path: Path) -> None:
+    data = DataSettings(path=phantoms, target="t2w", window="brain", workers=64)
+    source = samples(data, tmp_path)
+    check_shared_memory(source, source.subjects, 1, 1, 1)
+    with pytest.raises(SettingsError, match=r"--shm-size=\d+m or more, or give (data.workers=\d+, or )?data.workers=0"):
+        check_shared_memory(source, source.subjects, 10**9, 1, 8)
+    none = samples(data.model_copy(update={"workers": 0}), tmp_path)
+    check_shared_memory(none, none.subjects, 10**9, 1, 8)

@@ -1,6 +1,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,11 +17,12 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
-from cwdm import Synthesizer, checkpoint
+from cwdm import Synthesizer, checkpoint, progress
+from cwdm.brats import write_nifti
 from cwdm.checkpoint import ANY
 from cwdm.config import load_settings
 from cwdm.diffusion import SCHEDULES, subband_losses
-from cwdm.errors import CaseError, CwdmError, OutputError, SettingsError
+from cwdm.errors import CwdmError, InputError, OutputError, SettingsError
 from cwdm.generation import Generator
 from cwdm.train_config import RecordSettings, TrainingSettings, load_training_settings, ready_configurations
 from cwdm.training import TrainingError, data, loop, state, train, validate
@@ -157,8 +159,9 @@ def test_training_lowers_the_loss(small: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_loss_that_is_logged_is_the_published_one(schedule: str, small: Path, tmp_path: Path) -> None:
     """Computed again by `subband_losses`, which the golden losses hold, from the first weights and samples."""
-    from cwdm.datasets import Cache, Samples, Sampling, find_subjects
+    from cwdm.datasets import Samples, Sampling, assemble, find_subjects
     from cwdm.unet import UNet
+    from cwdm.volume_cache import Cache
 
     chosen = ("steps=1", "log_every=1", "loss.over=coefficients", f"loss.schedule={schedule}")
     config = settings(small, tmp_path / "run", *chosen)
@@ -167,10 +170,11 @@ def test_the_loss_that_is_logged_is_the_published_one(schedule: str, small: Path
     model = UNet(config.unet())
     cache = Cache(tmp_path / "cache", config.data, 4)
     sampling = Sampling(config.data, config.seed, (0.0, 1.0), config.loss.timestep_power)
-    samples = Samples(find_subjects(config.data.path, config.data), cache, sampling)
+    subjects = find_subjects(config.data.path, config.data).subjects
+    samples = Samples([cache.prepare(subject, {}) for subject in subjects], cache, sampling)
     expected = []
     for n in range(2):
-        s = {name: tensor[None] for name, tensor in samples[n].items()}
+        s = assemble({name: tensor[None] for name, tensor in samples[n].items()}, sampling, torch.device("cpu"))
         bands = subband_losses(
             lambda x, t, s=s: model(x, t, s["target"]),
             s["volume"],
@@ -538,7 +542,7 @@ def test_a_step_that_is_not_finite_is_counted_and_named_and_changes_nothing(
     before = [parameter.clone() for parameter in run.model.parameters()]
     for number, parts in zip(range(3), data.batches(run), strict=False):
         if number == 0:
-            parts[0]["volume"][1] = math.inf  # the second of the batch of two
+            parts[0]["noise"][1] = math.inf  # the second of the batch of two
         loop._step(run, parts)
         if number == 0:
             assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
@@ -572,7 +576,7 @@ def test_full_disk_while_saving_leaves_whole_states(small: Path, tmp_path: Path)
 
 def test_what_is_wrong_with_the_data_or_settings_is_said(small: Path, tmp_path: Path, phantoms: Path) -> None:
     link_case(sorted(phantoms.iterdir())[0], tmp_path / "data", "t2w")
-    with pytest.raises(CaseError, match="t2w missing"):
+    with pytest.raises(InputError, match="t2w missing"):
         train(settings(small, tmp_path / "run", f"data.path={tmp_path / 'data'}"))
     with pytest.raises(SettingsError, match="did you mean 'batch_size'"):
         settings(small, tmp_path / "run", "optimiser.batchsize=2")
@@ -594,6 +598,86 @@ def test_what_is_wrong_with_the_data_or_settings_is_said(small: Path, tmp_path: 
         load_training_settings("cwdm-t9", [])
     with pytest.raises(SettingsError, match="data is needed"):
         load_training_settings(str(tmp_path / "small.yaml"), ["data=null", "out=x"])
+
+
+def cases_with_faults(phantoms: Path, folder: Path) -> tuple[str, str, str]:
+    """A sound case, one that lacks a modality, one with a damaged file; and "other", whose files differ in shape."""
+    sound, incomplete, damaged = (path.name for path in sorted(phantoms.iterdir()))
+    shutil.copytree(phantoms, folder)
+    (folder / incomplete / f"{incomplete}-t1c.nii.gz").unlink()
+    file = folder / damaged / f"{damaged}-t2f.nii.gz"
+    file.write_bytes(file.read_bytes()[:-20])
+    shutil.copytree(folder / sound, folder / "other")
+    write_nifti(folder / "other" / f"{sound}-t2w.nii.gz", np.ones((9, 8, 7), np.int16).cumsum(0, np.int16), np.eye(4))
+    return sound, incomplete, damaged
+
+
+def test_all_bad_cases_are_named_at_once_and_left_out_if_wanted(
+    small: Path, tmp_path: Path, phantoms: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sound, incomplete, damaged = cases_with_faults(phantoms, tmp_path / "data")
+    changes = [f"data.path={tmp_path / 'data'}", "steps=2", "optimiser.batch_size=1"]
+    with pytest.raises(InputError, match=r"^3 of 4 cases cannot be used:\n(.*\n){3}.*data.skip_bad=true") as caught:
+        train(settings(small, tmp_path / "run", *changes))
+    for fault in (
+        f"{incomplete}: t1c missing",
+        f"{damaged}: .*t2f.*end too early",
+        "other: expected volumes of one sh",
+    ):
+        assert re.search(f"\n{fault}", str(caught.value))
+    capsys.readouterr()
+    newest = train(settings(small, tmp_path / "run", *changes, "data.skip_bad=true"))
+    said = capsys.readouterr().err
+    assert all(f"left out: {name}: " in said for name in (incomplete, damaged, "other"))
+    assert f"left out: {sound}" not in said
+    assert checkpoint.load(newest).record.training["cases"] == 1
+    for name in (sound, "other"):
+        shutil.rmtree(tmp_path / "data" / name)
+    with pytest.raises(InputError, match="2 of 2 cases cannot be used"):
+        train(settings(small, tmp_path / "none", *changes, "data.skip_bad=true"))
+
+
+def test_two_processes_leave_the_same_cases_out(small: Path, tmp_path: Path, phantoms: Path) -> None:
+    cases_with_faults(phantoms, tmp_path / "data")
+    changes = [f"data.path={tmp_path / 'data'}", "data.skip_bad=true", "steps=2"]
+    train_in_two_processes(small, f"out={tmp_path / 'two'}", *changes)
+    train(settings(small, tmp_path / "one", *changes))
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_how_far_decoding_is_and_what_it_takes_is_said_without_a_terminal(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0)
+    train(settings(small, tmp_path / "run", "steps=2"))
+    said = capsys.readouterr().err
+    assert f"decoding 12 files of 3 cases into {tmp_path / 'cache'}: about 1 MiB, " in said
+    assert re.search(r"\ndecoding cases: 2 of 3, \d+ min to go\n", said)
+
+
+def test_a_run_goes_on_after_its_data_moved(small: Path, tmp_path: Path, phantoms: Path) -> None:
+    shutil.copytree(phantoms, tmp_path / "here")
+    train(settings(small, tmp_path / "whole"))
+    decoded = sorted(path.name for path in (tmp_path / "cache").iterdir())
+    out = tmp_path / "run"
+    train(settings(small, out, f"data.path={tmp_path / 'here'}"))
+    for path in sorted((out / "states").iterdir())[1:]:
+        path.unlink()
+    (tmp_path / "here").rename(tmp_path / "there")
+    train(settings(small, out, f"data.path={tmp_path / 'there'}"), resume=True)
+    assert sorted(path.name for path in (tmp_path / "cache").iterdir()) == decoded
+    assert_same_weights(tmp_path / "whole", out)
+
+
+def test_reading_ahead_must_fit_into_shared_memory(small: Path, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match=r"--shm-size=\d+m or more, or give .*data.workers=0"):
+        train(settings(small, tmp_path / "run", "data.workers=64", "optimiser.batch_size=1000000000"))
+
+
+def test_noise_drawn_on_the_device_is_another_place_for_the_same_numbers(small: Path, tmp_path: Path) -> None:
+    train(settings(small, tmp_path / "there", "noise=device"))
+    train(settings(small, tmp_path / "here"))
+    assert_same_weights(tmp_path / "there", tmp_path / "here")
 
 
 def test_settings_of_the_run_are_kept_beside_it(small: Path, tmp_path: Path) -> None:

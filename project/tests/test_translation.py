@@ -12,7 +12,6 @@ from cwdm.brats import write_nifti
 from cwdm.checkpoint import Record, load_published
 from cwdm.cli import app
 from cwdm.config import load_settings
-from cwdm.datasets import Subject, Volumes, decode
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.generation import Generator
 from cwdm.train_config import load_training_settings
@@ -20,6 +19,7 @@ from cwdm.training import train
 from cwdm.translation import Translator
 from cwdm.unet import UNetConfig
 from cwdm.untrained import untrained_state
+from cwdm.volume_cache import Subject, decode
 from cwdm.weights import load_for
 
 PAIRS = """
@@ -103,8 +103,8 @@ def test_what_is_made_lies_where_it_was_seen(downsample: int, size: tuple[int, .
         told = {"images": [image, image], "downsample": downsample}
         translator = Translator(save(tmp_path / "w.safetensors", **told), device="cpu")
         subject = Subject("a", (tmp_path / "a.nii.gz",))
-        stack, ranges, grid = decode(subject, translator.given)
-        seen = Volumes(stack, np.asarray(ranges, np.float32)).unit()[0] * np.float32(1000)
+        volumes = decode(subject, translator.given)
+        seen, grid = volumes.unit()[0] * np.float32(1000), volumes.files[0].grid
         volume, placed, _ = translator._on_grid(seen, grid, np.float32(-500))
         indices = np.stack([*np.meshgrid(*map(np.arange, volume.shape), indexing="ij"), np.ones(volume.shape)])
         expected = np.tensordot(placed[axis], indices, 1)

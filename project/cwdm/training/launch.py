@@ -12,9 +12,9 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
-from cwdm.datasets import Cache, Subject
 from cwdm.errors import CwdmError, SettingsError
 from cwdm.train_config import TrainingSettings
+from cwdm.volume_cache import CachedSubject
 
 T = TypeVar("T")
 
@@ -60,12 +60,12 @@ def _check_shares(settings: TrainingSettings, processes: int) -> None:
         )
 
 
-def check_shapes(settings: TrainingSettings, processes: int, subjects: Sequence[Subject], cache: Cache) -> None:
+def check_shapes(settings: TrainingSettings, processes: int, subjects: Sequence[CachedSubject]) -> None:
     """Windows follow the brain, and volumes that are computed together must be of one size."""
     share = settings.optimiser.batch_size // processes
     if settings.data.crop or share == settings.optimiser.accumulate:
         return
-    shapes = {cache.load(subject).stack.shape[1:] for subject in subjects}
+    shapes = {subject.shape for subject in subjects}
     if len(shapes) > 1:
         raise SettingsError(
             f"the volumes differ in size ({min(shapes)} to {max(shapes)}), so that whole ones cannot be computed "
@@ -103,6 +103,14 @@ def together(fabric: Fabric, work: Callable[[], T]) -> T:
     if failed:
         raise TrainingError("another process failed; its message says why")
     return done
+
+
+def gather(fabric: Fabric, mine: T) -> list[T]:
+    """What each process has."""
+    everyone: list[Any] = [mine] * fabric.world_size
+    if fabric.world_size > 1:
+        torch.distributed.all_gather_object(everyone, mine)
+    return everyone
 
 
 def largest(fabric: Fabric, *numbers: int) -> tuple[int, ...]:

@@ -20,14 +20,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from cwdm.datasets import Cache
+from cwdm.datasets import STOPPING, assemble
 from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import SettingsError
 from cwdm.files import write_json
 from cwdm.progress import bars
 from cwdm.train_config import TrainingSettings
 from cwdm.training import data, state, validate
-from cwdm.training.launch import TrainingError, check_shapes, largest, launch, processes, together
+from cwdm.training.launch import TrainingError, largest, launch, together
 from cwdm.training.log import TrainingLog
 from cwdm.training.state import Run
 from cwdm.unet import ResBlock, UNet
@@ -65,14 +65,10 @@ def train(settings: TrainingSettings, resume: bool = False) -> Path:
 
 def _prepare(settings: TrainingSettings, fabric: Fabric, resume: bool) -> Run:
     out = settings.out
-    subjects, held_out = together(fabric, lambda: data.find_data(settings))
-    cache = Cache(settings.data.cache or out / "cache", settings.data, 2 * settings.unet().size_multiple)
-    # Each machine may have a cache of its own; its processes share the work.
-    mine = [*subjects, *held_out][fabric.local_rank :: processes(settings)[0]]
-    together(fabric, lambda: data.decode_all(cache, mine, fabric.is_global_zero))
-    check_shapes(settings, fabric.world_size, subjects, cache)
+    there = together(fabric, lambda: data.find_data(settings))
     if not resume and state.states(out):
         raise SettingsError(f"{out} holds a run already; give --resume to go on with it, or another folder")
+    cache, subjects, held_out = data.load_data(settings, fabric, *there)
     log = TrainingLog(out / "log", fabric.is_global_zero)
     found = state.newest_whole_state(out, log.say) if resume else None
     torch.manual_seed(settings.seed)
@@ -148,7 +144,7 @@ def _heeding_signals(run: Run) -> Iterator[None]:
     def note(number: int, _: object) -> None:
         run.stopped_by = number
 
-    heard = [number for number in data.STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
+    heard = [number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN]
     handlers = {number: signal.signal(number, note) for number in heard}
     try:
         yield
@@ -230,7 +226,7 @@ def _tell_of_bad_step(run: Run, bands: Tensor) -> None:
 
 
 def _losses(run: Run, batch: dict[str, Tensor]) -> Tensor:
-    batch = {name: tensor.to(run.fabric.device, non_blocking=True) for name, tensor in batch.items()}
+    batch = assemble(batch, data.sampling(run.settings), run.fabric.device)
     targets = (batch["target"],) if run.model.config.targets else ()
     conditions = batch["conditions"] if batch["conditions"].shape[1] else None
     wavelet = run.settings.network.wavelet

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from cwdm import __version__, checkpoint
 from cwdm.checkpoint import ANY, Record, write_tensors
-from cwdm.datasets import Cache, Subject
 from cwdm.diffusion import PUBLISHED
 from cwdm.errors import SettingsError
 from cwdm.preprocess import PUBLISHED_WINDOW
@@ -26,6 +25,7 @@ from cwdm.train_config import DataSettings, TrainingSettings
 from cwdm.training.launch import together
 from cwdm.training.log import TrainingLog
 from cwdm.unet import UNet
+from cwdm.volume_cache import Cache, CachedSubject
 
 KEPT_STATES = 2
 RUNNING_MEAN, RAW = "running mean, the default for inference", "raw, as those of the published checkpoints"
@@ -80,8 +80,8 @@ class Run:
     ema: UNet
     optimiser: Any
     cache: Cache
-    subjects: list[Subject]
-    held_out: list[Subject]
+    subjects: list[CachedSubject]
+    held_out: list[CachedSubject]
     step: int = 0
     best: float = -math.inf
     validated: int = 0
@@ -120,7 +120,7 @@ def describe(run: Run) -> Record:
             "weights": RUNNING_MEAN,
             **best,
             "settings": settings.model_dump(
-                mode="json", exclude={"data": {"path", "validation_path", "cache"}, "out": True}
+                mode="json", exclude={"data": {"path", "validation_path", "cache", "skip_bad"}, "out": True}
             ),
         },
     )
@@ -284,7 +284,8 @@ def _identity(run: Run) -> dict[str, Any]:
     if run.settings.loss.schedule == PUBLISHED.name:
         del keep["loss"]["schedule"]  # states from before there was a choice do not say
     del keep["optimiser"]["sharded"]  # states are whole, and whoever runs out of memory may switch it on
-    data = run.settings.data.model_dump(mode="json", exclude={"path", "validation_path", "cache", "workers"})
+    places = {"path", "validation_path", "cache", "workers", "skip_bad"}
+    data = run.settings.data.model_dump(mode="json", exclude=places)
     return {"settings": {**keep, "data": data}, "cases": [subject.name for subject in run.subjects]}
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from cwdm.checkpoint import Checkpoint
-from cwdm.datasets import Subject
 from cwdm.metrics import psnr, ssim
 from cwdm.pipeline import Pipeline
 from cwdm.samplers import SAMPLERS, spaced_timesteps
 from cwdm.training.launch import largest, together
 from cwdm.training.state import Run, describe, save_weights
+from cwdm.volume_cache import CachedSubject
 
 
 class _Stopped(Exception):
@@ -66,7 +66,7 @@ def _score_share(run: Run, network: Checkpoint, scores: Tensor) -> None:
                 scores += torch.tensor([*figures, 1.0], dtype=torch.float64, device=scores.device)
 
 
-def _synthesise(run: Run, network: Checkpoint, subject: Subject, number: int) -> tuple[Any, Any, Any]:
+def _synthesise(run: Run, network: Checkpoint, subject: CachedSubject, number: int) -> tuple[Any, Any, Any]:
     """Truth, synthesis and mask of a held-out case, (X, Y, Z) in [0, 1]."""
     settings, (sampler, steps) = run.settings, run.settings.validation_plan
     unit = run.cache.load(subject).unit()
