@@ -103,7 +103,7 @@ def clients(engine: Engine) -> "Clients":
     folder = STATE if engine.own else Path.home() / ".cache/cwdm-container-test"
     return Clients(
         engine,
-        _environment(folder / "mlcube", ["pip<24.1"], ["-r", str(ROOT / "mlcube/requirements.txt")]),
+        _environment(folder / "mlcube", ["pip<24.1"], ["-r", str(ROOT / "mlcube/mlcube/requirements.txt")]),
         _environment(folder / "brats", ["pip"], ["brats==0.1.14"]),
     )
 

@@ -95,7 +95,7 @@ def test_argument_forms(
 
 
 def test_kubernetes_arguments_and_shards(engine: Engine, image: str, cases: Path, expected: Path, output: Path):
-    job = yaml.safe_load((ROOT / "mlcube/kubernetes.yaml").read_text())["spec"]
+    job = yaml.safe_load((ROOT / "mlcube/kubernetes/job.yaml").read_text())["spec"]
     container = job["template"]["spec"]["containers"][0]
     assert container["env"] == [{"name": "JOB_COMPLETIONS", "value": str(job["completions"])}]
     for index in range(2):
@@ -125,13 +125,13 @@ def test_help_and_version(engine: Engine, image: str):
 def test_medperf_container_config(
     engine: Engine, image: str, cases: Path, expected_tiny: Path, tiny_weights: Path, output: Path, tmp_path: Path
 ):
-    config = yaml.safe_load((ROOT / "mlcube/container_config.yaml").read_text())
+    config = yaml.safe_load((ROOT / "mlcube/medperf/container_config.yaml").read_text())
     task = config["tasks"]["infer"]
     (additional := tmp_path / "additional_files").mkdir()
     shutil.copytree(tiny_weights, additional / "weights")
     here = {
         "data_path": cases,
-        "parameters_file": ROOT / "mlcube/workspace/parameters.yaml",
+        "parameters_file": ROOT / "mlcube/medperf-mlcube/workspace/parameters.yaml",
         "additional_files": readable(additional),
     }
     assert set(task["input_volumes"]) == set(here)
@@ -185,7 +185,7 @@ def test_mlcube_as_medperf_packages_it(
     clients: Clients, image: str, cases: Path, expected_tiny: Path, tiny_weights: Path, tmp_path: Path, output: Path
 ):
     root = tmp_path / "mlcube"
-    shutil.copytree(ROOT / "mlcube", root)
+    shutil.copytree(ROOT / "mlcube/medperf-mlcube", root)
     shutil.copytree(tiny_weights, root / "workspace/additional_files/weights", dirs_exist_ok=True)
     paths = (f"data_path={cases}", f"output_path={output}")
     options = (f"-Pdocker.image={image}", "-Pplatform.accelerator_count=0", "-Pdocker.cpu_args=-u=4321:4321")
@@ -508,8 +508,8 @@ def test_singularity_sandbox(engine: Engine, image: str, cases: Path, expected: 
 def test_kubernetes_cluster_takes_the_job():
     if not shutil.which("kubectl") or subprocess.run(["kubectl", "version"], capture_output=True).returncode:
         pytest.skip("Kubernetes runner: no cluster here")
-    subprocess.run(["kubectl", "apply", "--dry-run=server", "-f", ROOT / "mlcube/kubernetes.yaml"], check=True)
+    subprocess.run(["kubectl", "apply", "--dry-run=server", "-f", ROOT / "mlcube/kubernetes/job.yaml"], check=True)
 
 
 def test_job_script_is_sound():
-    subprocess.run(["bash", "-n", ROOT / "mlcube/slurm.sh"], check=True)
+    subprocess.run(["bash", "-n", ROOT / "mlcube/slurm/job.sh"], check=True)

@@ -2,7 +2,7 @@
 # A cohort on a Slurm cluster with Apptainer, one job of the array for each share of the cases:
 #
 #     apptainer build cwdm.sif docker-archive:cwdm.tar     # docker save cwdm:latest -o cwdm.tar, on a machine with Docker
-#     DATA=$PWD/input OUT=$PWD/output sbatch --array=0-7 mlcube/slurm.sh
+#     DATA=$PWD/input OUT=$PWD/output sbatch --array=0-7 mlcube/slurm/job.sh
 #
 # A job that is stopped goes back into the queue and on where it was: finished cases are skipped.
 #SBATCH --job-name=cwdm
