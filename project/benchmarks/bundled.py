@@ -32,12 +32,12 @@ from rich.progress import track
 from rich.table import Table
 
 from cwdm import Synthesizer, checkpoint
-from cwdm.brats import MODALITIES, NEAREST, CaseFolder, find_cases, read_case, read_grid
+from cwdm.images.cases import MODALITIES, NEAREST, CaseFolder, find_cases, read_case, read_grid
 from cwdm.checkpoint import ANY
 from cwdm.config import load_settings
 from cwdm.metrics import psnr, ssim
 from cwdm.phantom import WIDE, write_phantoms
-from cwdm.preprocess import normalise
+from cwdm.images.geometry import normalise
 from cwdm.synthesis import Prepared
 from cwdm.train_config import load_training_settings
 from cwdm.training import train as run_training

@@ -25,13 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cwdm import Synthesizer
-from cwdm.brats import case_folder, find_cases, output_name, read_grid
+from cwdm.images.cases import case_folder, find_cases, output_name, read_grid
 from cwdm.cohort import Outcome, synthesise_cohort
 from cwdm.config import load_settings
 from cwdm.drop import drop_modalities
 from cwdm.metrics import psnr, ssim
 from cwdm.phantom import write_phantoms
-from cwdm.preprocess import normalise
+from cwdm.images.geometry import normalise
 from cwdm.weights import BUNDLED
 
 SEED = 6006

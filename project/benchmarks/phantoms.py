@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cwdm.brats import MODALITIES, find_cases, read_grid
+from cwdm.images.cases import MODALITIES, find_cases, read_grid
 from cwdm.phantom import WIDE, make_phantom
-from cwdm.preprocess import Orientation, brain_mask, normalise
+from cwdm.images.geometry import Orientation, brain_mask, normalise
 
 SEED = 5005
 PAIRS = tuple(combinations(MODALITIES, 2))

@@ -18,9 +18,9 @@ from rich.progress import track
 from rich.table import Table
 from scipy import ndimage
 
-from cwdm.brats import MODALITIES, NEAREST
+from cwdm.images.cases import MODALITIES, NEAREST
 from cwdm.phantom import WIDE, make_phantom
-from cwdm.preprocess import brain_mask, normalise
+from cwdm.images.geometry import brain_mask, normalise
 from cwdm.quality import VERDICTS, Quality, assess
 
 Volume = npt.NDArray[np.float32]

@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cwdm.brats import MODALITIES, CaseFolder, find_cases, output_name
+from cwdm.images.cases import MODALITIES, CaseFolder, find_cases, output_name
 from cwdm.unet import UNetConfig
 from cwdm.untrained import untrained_state
 from cwdm.weights import PUBLISHED_FILES

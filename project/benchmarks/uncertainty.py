@@ -25,10 +25,10 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from cwdm import Synthesizer
-from cwdm.brats import MODALITIES, case_folder, output_name, read_case, read_grid
+from cwdm.images.cases import MODALITIES, case_folder, output_name, read_case, read_grid
 from cwdm.config import load_settings
 from cwdm.phantom import write_phantoms
-from cwdm.preprocess import normalise
+from cwdm.images.geometry import normalise
 from cwdm.weights import BUNDLED
 
 SEED = 5005

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from engine import IMAGE, ROOT, STATE, Engine, NoEngine, build_context, build_image, running_engine
 
-from cwdm.brats import find_cases
+from cwdm.images.cases import find_cases
 from cwdm.checkpoint import Record
 from cwdm.drop import drop_modalities
 from cwdm.phantom import write_phantoms

@@ -15,7 +15,7 @@ import yaml
 from conftest import CWDM, REAL, Clients, assert_same_images, fingerprint, infer_bare, names, readable
 from engine import ROOT, Engine, build_image
 
-from cwdm.brats import CaseFolder, find_cases
+from cwdm.images.cases import CaseFolder, find_cases
 from cwdm.drop import drop_modalities
 
 ORGANISER = ("--network=none", "--memory=16G", "--shm-size=4G")

@@ -26,7 +26,7 @@ from cwdm.signals import handled
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from cwdm.brats import CaseFolder
+    from cwdm.images.cases import CaseFolder
     from cwdm.cohort import Outcome
     from cwdm.dispatch import Work
     from cwdm.evaluate import Evaluation
@@ -176,7 +176,7 @@ def infer(
     trained for that. Cases that are done already
     are skipped, so a stopped run goes on where it was.
     """
-    from cwdm.brats import find_cases
+    from cwdm.images.cases import find_cases
     from cwdm.cohort import check_labels, plan_tasks
     from cwdm.config import load_settings
     from cwdm.dispatch import Work
@@ -529,7 +529,7 @@ def self_test(
     modality: Annotated[list[Modality] | None, typer.Option(help="Repeat for several. Default: all four.")] = None,
 ) -> None:
     """Load the weights of every contrast and synthesise a tiny phantom: a minute that saves a submission."""
-    from cwdm.brats import MODALITIES
+    from cwdm.images.cases import MODALITIES
     from cwdm.selftest import self_test as check
 
     check(weights, [m.value for m in modality] if modality else MODALITIES, print)

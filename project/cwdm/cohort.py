@@ -16,7 +16,7 @@ from typing import Literal, TypeVar, cast
 import torch
 
 from cwdm import __version__
-from cwdm.brats import MARK, MODALITIES, CaseFolder, output_name, read_case, read_description, write_volume
+from cwdm.images.cases import MARK, MODALITIES, CaseFolder, output_name, read_case, read_description, write_volume
 from cwdm.checkpoint import read_record, sha256
 from cwdm.config import Settings
 from cwdm.errors import CaseError, CwdmError, DeviceLostError, NameInUseError, OutputError, WeightsError

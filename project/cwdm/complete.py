@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cwdm import __version__
-from cwdm.brats import (
+from cwdm.images.cases import (
     CaseFolder,
     case_files,
     check_same_grid,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from cwdm.brats import MODALITIES, find_cases
+from cwdm.images.cases import MODALITIES, find_cases
 from cwdm.diffusion import TIMESTEPS
 from cwdm.errors import CaseError, CwdmError, InputError, SettingsError
 from cwdm.train_config import DataSettings

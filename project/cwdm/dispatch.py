@@ -13,7 +13,7 @@ from typing import Protocol
 
 import torch
 
-from cwdm.brats import CaseFolder
+from cwdm.images.cases import CaseFolder
 from cwdm.cohort import Outcome, Runner, cohort_run, device_works, plan_tasks
 from cwdm.config import Settings
 from cwdm.errors import CwdmError, DeviceLostError

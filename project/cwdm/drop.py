@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cwdm.brats import CaseFolder, case_files, find_cases
+from cwdm.images.cases import CaseFolder, case_files, find_cases
 from cwdm.errors import CaseError, InputError, SettingsError
 from cwdm.files import check_apart, check_no_source_in, check_replaceable, put_files
 

@@ -10,12 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from cwdm import __version__
-from cwdm.brats import write_nifti
+from cwdm.images.cases import write_nifti
 from cwdm.config import Settings
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.files import check_writable, remove_stale, write_json
 from cwdm.pipeline import Pipeline
-from cwdm.preprocess import MOST_WINDOW_VOXELS
+from cwdm.images.geometry import MOST_WINDOW_VOXELS
 
 Size = tuple[int, int, int]
 

@@ -19,11 +19,11 @@ import torch
 from nibabel import orientations
 from torch import Tensor, nn
 
-from cwdm.brats import Volume, find_cases, read_grid
+from cwdm.images.cases import Volume, find_cases, read_grid
 from cwdm.device import choose_device
 from cwdm.errors import InputError, SettingsError, WeightsError
 from cwdm.precision import exact_float32
-from cwdm.preprocess import Orientation, block_means, normalise
+from cwdm.images.geometry import Orientation, block_means, normalise
 
 FEATURES = 2048
 

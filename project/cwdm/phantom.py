@@ -35,7 +35,7 @@ from cwdm.anatomy import (
     make_anatomy,
     smooth_noise,
 )
-from cwdm.brats import MODALITIES, output_name, write_nifti
+from cwdm.images.cases import MODALITIES, output_name, write_nifti
 from cwdm.files import output_errors
 
 GD_R1 = 4.5  # relaxivity of gadolinium chelates at 3 T, 1 / (mM s)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from cwdm import checkpoint as checkpoints
-from cwdm.brats import MODALITIES
+from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import Checkpoint
 from cwdm.config import Settings
 from cwdm.device import choose_device, device_name

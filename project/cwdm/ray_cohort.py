@@ -16,7 +16,7 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.exceptions import RayError as AnyRayError
 
-from cwdm.brats import CaseFolder
+from cwdm.images.cases import CaseFolder
 from cwdm.cohort import Outcome, Runner
 from cwdm.dispatch import IDLE, Lost, Message, Work, start_synthesizer, synthesise_among
 from cwdm.errors import CwdmError, DeviceLostError, SettingsError

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from cwdm.brats import (
+from cwdm.images.cases import (
     MODALITIES,
     CaseFolder,
     case_folder,
@@ -22,7 +22,7 @@ from cwdm.brats import (
 )
 from cwdm.errors import CaseError, InputError
 from cwdm.metrics import psnr, ssim
-from cwdm.preprocess import ORIENTATION, ClipRange, Orientation, brain_mask, clip_range, normalise
+from cwdm.images.geometry import ORIENTATION, ClipRange, Orientation, brain_mask, clip_range, normalise
 from cwdm.quality import VERDICTS, Verdict
 
 Volume = npt.NDArray[np.float32]

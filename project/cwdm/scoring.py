@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cwdm import metrics
-from cwdm.brats import (
+from cwdm.images.cases import (
     MODALITIES,
     CaseFolder,
     Image,
@@ -25,7 +25,7 @@ from cwdm.brats import (
     write_nifti,
 )
 from cwdm.errors import CaseError, CwdmError, InputError, OutputError, SettingsError
-from cwdm.preprocess import brain_mask, normalise
+from cwdm.images.geometry import brain_mask, normalise
 from cwdm.segment import (
     SCHEMES,
     TODAY,

@@ -15,9 +15,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from cwdm.brats import MODALITIES, Image, Volume, case_folder, output_name, read_grid
+from cwdm.images.cases import MODALITIES, Image, Volume, case_folder, output_name, read_grid
 from cwdm.errors import CaseError, InputError, SettingsError
-from cwdm.preprocess import bounding_box
+from cwdm.images.geometry import bounding_box
 
 Labels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]

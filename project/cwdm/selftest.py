@@ -7,7 +7,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from cwdm.brats import MODALITIES, case_folder
+from cwdm.images.cases import MODALITIES, case_folder
 from cwdm.config import load_settings
 from cwdm.errors import WeightsError
 from cwdm.phantom import write_phantoms

@@ -12,14 +12,14 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cwdm.brats import MODALITIES, Case, CaseFolder, case_folder, read_case, write_volume
+from cwdm.images.cases import MODALITIES, Case, CaseFolder, case_folder, read_case, write_volume
 from cwdm.checkpoint import ANY, Checkpoint
 from cwdm.config import Settings
 from cwdm.device import choose_device, device_name
 from cwdm.errors import CaseError, WeightsError
 from cwdm.pipeline import Pipeline
 from cwdm.precision import choose_dtype
-from cwdm.preprocess import (
+from cwdm.images.geometry import (
     ORIENTATION,
     ClipRange,
     Orientation,

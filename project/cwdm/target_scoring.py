@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from scipy import ndimage
 
 from cwdm import metrics
-from cwdm.brats import Affine, Image, Volume, in_order_of, list_folder, read_grid
+from cwdm.images.cases import Affine, Image, Volume, in_order_of, list_folder, read_grid
 from cwdm.errors import CaseError, InputError, SettingsError
 from cwdm.scoring import Pair, Score
 

@@ -12,14 +12,14 @@ import torch
 from pydantic import ValidationError
 
 from cwdm import __version__
-from cwdm.brats import LONGEST_NAME, write_nifti
+from cwdm.images.cases import LONGEST_NAME, write_nifti
 from cwdm.config import Settings
 from cwdm.datasets import list_subjects
 from cwdm.errors import CaseError, OutputError, WeightsError
 from cwdm.files import check_apart, check_writable, remove_stale
 from cwdm.generation import check_same_origin, check_size, describe_volumes
 from cwdm.pipeline import Pipeline
-from cwdm.preprocess import MOST_WINDOW_VOXELS, centre, centred_start
+from cwdm.images.geometry import MOST_WINDOW_VOXELS, centre, centred_start
 from cwdm.train_config import DataSettings
 from cwdm.volume_cache import Grid, Subject, decode
 

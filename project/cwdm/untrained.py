@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cwdm import checkpoint
-from cwdm.brats import MODALITIES
+from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import Record, load_published
 from cwdm.errors import WeightsError
 from cwdm.files import check_writable

@@ -21,10 +21,10 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from cwdm.brats import check_same_grid, read_grid
+from cwdm.images.cases import check_same_grid, read_grid
 from cwdm.errors import CaseError, CwdmError, OutputError
 from cwdm.files import check_writable, write_atomically, write_json
-from cwdm.preprocess import (
+from cwdm.images.geometry import (
     ORIENTATION,
     Mask,
     Orientation,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import settings
 
-from cwdm.brats import MODALITIES
+from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import load_published
 from cwdm.phantom import write_phantoms
 from cwdm.unet import UNet, UNetConfig

@@ -17,8 +17,9 @@ import torch
 from conftest import link_case
 from typer.testing import CliRunner, Result
 
-from cwdm import Synthesizer, brats, checkpoint
-from cwdm.brats import find_cases
+from cwdm import Synthesizer, checkpoint
+from cwdm.images import cases as brats
+from cwdm.images.cases import find_cases
 from cwdm.checkpoint import ANY, Record
 from cwdm.cli import app, main
 from cwdm.cohort import device_works, synthesise_cohort

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cwdm import __version__
-from cwdm.brats import find_cases, output_name, read_case, read_volume, write_nifti, write_volume
+from cwdm.images.cases import find_cases, output_name, read_case, read_volume, write_nifti, write_volume
 from cwdm.cli import app
 from cwdm.complete import Completed, complete_cases
 from cwdm.drop import drop_modalities

@@ -13,7 +13,7 @@ from conftest import SHAPE
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from cwdm.brats import read_volume
+from cwdm.images.cases import read_volume
 from cwdm.datasets import (
     ReadingError,
     SampleNumbers,
@@ -26,7 +26,7 @@ from cwdm.datasets import (
     read_batches,
 )
 from cwdm.errors import CaseError, InputError, SettingsError
-from cwdm.preprocess import centre, choose_window, normalise
+from cwdm.images.geometry import centre, choose_window, normalise
 from cwdm.train_config import DataSettings
 from cwdm.volume_cache import Cache, decode
 

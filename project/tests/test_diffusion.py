@@ -3,7 +3,7 @@ import pytest
 import torch
 from conftest import golden, golden_model
 
-from cwdm.brats import MODALITIES
+from cwdm.images.cases import MODALITIES
 from cwdm.diffusion import SCHEDULES, add_noise, subband_losses
 
 

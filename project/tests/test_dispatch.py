@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cwdm.brats import CaseFolder
+from cwdm.images.cases import CaseFolder
 from cwdm.cohort import Outcome
 from cwdm.config import Settings
 from cwdm.dispatch import ATTEMPTS, IDLE, STARTS, Lost, Message, Work, synthesise_among

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cwdm.brats import MODALITIES, find_cases
+from cwdm.images.cases import MODALITIES, find_cases
 from cwdm.drop import drop_modalities
 from cwdm.errors import CwdmError, InputError, SettingsError
 

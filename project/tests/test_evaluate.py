@@ -18,7 +18,7 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from typer.testing import CliRunner
 
-from cwdm.brats import MODALITIES, Image, read_grid, write_nifti
+from cwdm.images.cases import MODALITIES, Image, read_grid, write_nifti
 from cwdm.cli import app
 from cwdm.errors import CaseError, InputError
 from cwdm.evaluate import summaries, summarise, tables

@@ -18,7 +18,7 @@ from scipy.ndimage import convolve1d, zoom
 from scipy.stats import ortho_group
 from typer.testing import CliRunner
 
-from cwdm.brats import write_nifti
+from cwdm.images.cases import write_nifti
 from cwdm.cli import app
 from cwdm.errors import InputError, WeightsError
 from cwdm.generation_metrics import (

@@ -10,7 +10,7 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from scipy import ndimage
 from typer.testing import CliRunner
 
-from cwdm.brats import write_nifti
+from cwdm.images.cases import write_nifti
 from cwdm.checkpoint import Record
 from cwdm.cli import app
 from cwdm.datasets import decode, find_subjects

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cwdm.anatomy import Anatomy, make_anatomy
-from cwdm.brats import MODALITIES
+from cwdm.images.cases import MODALITIES
 from cwdm.errors import OutputError
 from cwdm.phantom import (
     GD_R1,

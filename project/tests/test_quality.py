@@ -5,7 +5,7 @@ import pytest
 from scipy import ndimage
 
 from cwdm.phantom import make_phantom
-from cwdm.preprocess import brain_mask, normalise
+from cwdm.images.geometry import brain_mask, normalise
 from cwdm.quality import Quality, assess
 
 Volume = np.ndarray

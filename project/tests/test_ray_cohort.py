@@ -12,7 +12,7 @@ import psutil
 import pytest
 from conftest import TINY
 
-from cwdm.brats import find_cases
+from cwdm.images.cases import find_cases
 from cwdm.checkpoint import Record
 from cwdm.cohort import synthesise_cohort
 from cwdm.config import load_settings

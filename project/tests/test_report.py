@@ -20,7 +20,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from typer.testing import CliRunner, Result
 
 from cwdm import checkpoint
-from cwdm.brats import find_cases, read_grid, write_nifti
+from cwdm.images.cases import find_cases, read_grid, write_nifti
 from cwdm.checkpoint import Record, load_published
 from cwdm.cli import app
 from cwdm.errors import InputError

@@ -14,7 +14,7 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 from skimage.measure import label
 from typer.testing import CliRunner
 
-from cwdm.brats import MODALITIES, read_volume, write_nifti
+from cwdm.images.cases import MODALITIES, read_volume, write_nifti
 from cwdm.cli import app
 from cwdm.errors import CaseError, SettingsError
 from cwdm.scoring import find_pairs, score_pair

@@ -5,7 +5,7 @@ from conftest import TINY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cwdm.brats import MODALITIES
+from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import Record
 from cwdm.errors import WeightsError
 from cwdm.selftest import self_test

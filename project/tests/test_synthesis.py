@@ -8,12 +8,12 @@ import pytest
 from conftest import CASES, SHAPE, SHARED, TINY, golden, link_case, needs_cases
 
 from cwdm import Settings, Synthesizer, checkpoint
-from cwdm.brats import MODALITIES, NEAREST, read_case
-from cwdm.brats import case_folder as find_case
+from cwdm.images.cases import MODALITIES, NEAREST, read_case
+from cwdm.images.cases import case_folder as find_case
 from cwdm.checkpoint import Record, load_published
 from cwdm.config import load_settings
 from cwdm.errors import CaseError, WeightsError
-from cwdm.preprocess import choose_window, normalise
+from cwdm.images.geometry import choose_window, normalise
 from cwdm.samplers import ddim
 from cwdm.synthesis import Samples
 from cwdm.untrained import untrained_state

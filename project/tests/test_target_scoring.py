@@ -12,7 +12,7 @@ from skimage.filters import threshold_otsu
 from skimage.metrics import structural_similarity
 from typer.testing import CliRunner
 
-from cwdm.brats import write_nifti
+from cwdm.images.cases import write_nifti
 from cwdm.cli import app
 from cwdm.errors import InputError, SettingsError
 from cwdm.scoring import Pair, Score, score_pairs

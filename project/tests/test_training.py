@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tensorboardX.proto.event_pb2 import Event
 
 from cwdm import Synthesizer, checkpoint, progress
-from cwdm.brats import write_nifti
+from cwdm.images.cases import write_nifti
 from cwdm.checkpoint import ANY
 from cwdm.config import load_settings
 from cwdm.diffusion import SCHEDULES, subband_losses

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cwdm import checkpoint
-from cwdm.brats import write_nifti
+from cwdm.images.cases import write_nifti
 from cwdm.checkpoint import Record, load_published
 from cwdm.cli import app
 from cwdm.config import load_settings

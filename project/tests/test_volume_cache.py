@@ -10,10 +10,10 @@ import pytest
 from conftest import SHAPE
 
 from cwdm import volume_cache
-from cwdm.brats import MODALITIES, read_volume
+from cwdm.images.cases import MODALITIES, read_volume
 from cwdm.datasets import find_subjects
 from cwdm.errors import CaseError, OutputError
-from cwdm.preprocess import normalise
+from cwdm.images.geometry import normalise
 from cwdm.train_config import DataSettings
 from cwdm.volume_cache import Cache, CachedSubject, decode
 

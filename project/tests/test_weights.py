@@ -12,7 +12,7 @@ from conftest import TINY
 from typer.testing import CliRunner
 
 from cwdm import Synthesizer, checkpoint, weights
-from cwdm.brats import MODALITIES
+from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import ANY, Record, load_published
 from cwdm.errors import WeightsError
 from cwdm.unet import UNet, UNetConfig

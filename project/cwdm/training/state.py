@@ -20,7 +20,7 @@ from cwdm import __version__, checkpoint
 from cwdm.checkpoint import ANY, Record, write_tensors
 from cwdm.diffusion import PUBLISHED
 from cwdm.errors import SettingsError
-from cwdm.preprocess import PUBLISHED_WINDOW
+from cwdm.images.geometry import PUBLISHED_WINDOW
 from cwdm.train_config import DataSettings, TrainingSettings
 from cwdm.training.launch import together
 from cwdm.training.log import TrainingLog

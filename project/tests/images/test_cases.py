@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from cwdm import __version__
-from cwdm.brats import (
+from cwdm.images.cases import (
     MODALITIES,
     NEAREST,
     Case,
@@ -260,7 +260,7 @@ def test_other_than_one_missing(tmp_path: Path) -> None:
 UNREADABLE = textwrap.dedent("""
     import os, sys
     from pathlib import Path
-    from cwdm.brats import find_cases, read_case
+    from cwdm.images.cases import find_cases, read_case
     if os.geteuid() == 0:
         os.setuid(65534)
     for case in find_cases(Path(sys.argv[1])):

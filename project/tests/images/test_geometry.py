@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cwdm.preprocess import (
+from cwdm.images.geometry import (
     ClipRange,
     Orientation,
     Rule,
