@@ -41,7 +41,7 @@ from cwdm.images.geometry import normalise
 from cwdm.synthesis import Prepared
 from cwdm.train_config import load_training_settings
 from cwdm.training import train as run_training
-from cwdm.weights import BUNDLED, folder_of, record
+from cwdm.weights.folder import BUNDLED, folder_of, record
 
 WIDE_PHANTOMS, USUAL_PHANTOMS, TRAIN_SEED, VALIDATION_SEED = 40, 80, 1001, 2002
 FIT_CASES, FIT_EVERY = 8, 50

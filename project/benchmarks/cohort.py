@@ -32,7 +32,7 @@ from cwdm.drop import drop_modalities
 from cwdm.metrics import psnr, ssim
 from cwdm.phantom import write_phantoms
 from cwdm.images.geometry import normalise
-from cwdm.weights import BUNDLED
+from cwdm.weights.folder import BUNDLED
 
 SEED = 6006
 ROWS = ("samples=1", "sampler.preset=fast", "sampler.preset=balanced")

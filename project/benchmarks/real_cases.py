@@ -22,8 +22,8 @@ from rich.table import Table
 
 from cwdm.images.cases import MODALITIES, CaseFolder, find_cases, output_name
 from cwdm.unet import UNetConfig
-from cwdm.untrained import untrained_state
-from cwdm.weights import PUBLISHED_FILES
+from cwdm.weights.untrained import untrained_state
+from cwdm.weights.folder import PUBLISHED_FILES
 
 
 def main() -> None:

@@ -29,7 +29,7 @@ from cwdm.images.cases import MODALITIES, case_folder, output_name, read_case, r
 from cwdm.config import load_settings
 from cwdm.phantom import write_phantoms
 from cwdm.images.geometry import normalise
-from cwdm.weights import BUNDLED
+from cwdm.weights.folder import BUNDLED
 
 SEED = 5005
 TENTHS = 10

@@ -19,7 +19,7 @@ from cwdm.checkpoint import Record
 from cwdm.drop import drop_modalities
 from cwdm.phantom import write_phantoms
 from cwdm.unet import UNetConfig
-from cwdm.untrained import write_untrained
+from cwdm.weights.untrained import write_untrained
 
 TINY = UNetConfig(in_channels=32, model_channels=32, channel_mult=(1, 2))
 REAL = ROOT.parent / "shared/cases"

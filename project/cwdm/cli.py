@@ -182,7 +182,7 @@ def infer(
     from cwdm.dispatch import Work
     from cwdm.progress import CohortProgress
     from cwdm.shard import share
-    from cwdm.weights import check_usable, folder_of
+    from cwdm.weights.folder import check_usable, folder_of
 
     loaded = load_settings(parameters_file, settings or ())
     # A cluster's workers are not in this folder.
@@ -639,7 +639,7 @@ def untrained(
     """Write untrained weights for every contrast, to try a set-up or to time it: their images mean nothing."""
     from cwdm.checkpoint import Record
     from cwdm.unet import UNetConfig
-    from cwdm.untrained import write_untrained
+    from cwdm.weights.untrained import write_untrained
 
     try:
         config = UNetConfig(in_channels=32, model_channels=width)
@@ -659,8 +659,8 @@ def download(
     ] = None,
 ) -> None:
     """Fetch the published weights (4 × 326 MB) and record their checksums; exit code 1 if a file of yours is kept."""
-    from cwdm.weights import PUBLISHED_FILES, default_folder
-    from cwdm.weights import download as fetch
+    from cwdm.weights.folder import PUBLISHED_FILES, default_folder
+    from cwdm.weights.folder import download as fetch
 
     names, kept = tuple(file or PUBLISHED_FILES.values()), list[str]()
     for path in fetch(folder or default_folder(), repo, revision, names, kept.append):
@@ -699,14 +699,14 @@ def convert(
     """Write a checkpoint as safetensors, with configuration, modality and recommended sampler in its header."""
     import torch
 
-    from cwdm.weights import convert as write
+    from cwdm.weights.folder import convert as write
 
     _say(write(source, target, modality and modality.value, getattr(torch, dtype.value)))
 
 
 def _show_weights(weights: Path | None) -> bool:
     """Print a table of weights files; whether all of them are sound."""
-    from cwdm.weights import folder_of, inspect, modality_of
+    from cwdm.weights.folder import folder_of, inspect, modality_of
 
     weights = folder_of(weights)
     marks: dict[bool | None, str] = {True: "as recorded", False: "DIFFERS", None: "none recorded"}

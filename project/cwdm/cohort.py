@@ -26,7 +26,7 @@ from cwdm.progress import CohortProgress
 from cwdm.provenance import provenance, read_provenance, short
 from cwdm.quality import Quality
 from cwdm.synthesis import Prepared, Samples, Synthesizer
-from cwdm.weights import find, modality_of
+from cwdm.weights.folder import find, modality_of
 
 PROGRAM = f"cwdm {__version__}"
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cwdm.cli import main as run
-from cwdm.weights import BUNDLED
+from cwdm.weights.folder import BUNDLED
 
 MEDPERF = "mlcommons/volumes"
 MOUNTS = (("input", "output"), (f"{MEDPERF}/data", f"{MEDPERF}/predictions"))

@@ -14,7 +14,7 @@ from cwdm.phantom import write_phantoms
 from cwdm.images.geometry import brain_mask, normalise
 from cwdm.report import Comparison, draw_comparisons
 from cwdm.synthesis import Synthesizer
-from cwdm.weights import BUNDLED
+from cwdm.weights.folder import BUNDLED
 
 SEED = 20
 NAME = "BraTS-PHANTOM-"

@@ -20,7 +20,7 @@ from cwdm.errors import CwdmError, DeviceLostError
 from cwdm.precision import warn_of_precision
 from cwdm.progress import CohortProgress
 from cwdm.synthesis import Synthesizer
-from cwdm.weights import BUNDLED, folder_of
+from cwdm.weights.folder import BUNDLED, folder_of
 
 ATTEMPTS = 3
 """Workers that may be lost over one case before it counts as failed: it may be the one that kills them."""

@@ -26,7 +26,7 @@ from cwdm.errors import SettingsError, WeightsError
 from cwdm.precision import choose_dtype, exact_float32
 from cwdm.samplers import SAMPLERS, Denoise, Sampler, normal_noise, spaced_timesteps
 from cwdm.wavelet import dwt, idwt
-from cwdm.weights import folder_of, load_for
+from cwdm.weights.folder import folder_of, load_for
 
 GPU_BATCH = 4
 """Samples in a network pass on a GPU. On a CPU a batch is no faster and rounds differently."""

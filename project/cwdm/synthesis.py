@@ -34,7 +34,7 @@ from cwdm.images.geometry import (
 from cwdm.provenance import provenance
 from cwdm.quality import Quality, assess
 from cwdm.samplers import Sampler
-from cwdm.weights import find, folder_of, load_for, modality_of
+from cwdm.weights.folder import find, folder_of, load_for, modality_of
 
 Volume = npt.NDArray[np.float32]
 

@@ -12,8 +12,8 @@ from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import load_published
 from cwdm.phantom import write_phantoms
 from cwdm.unet import UNet, UNetConfig
-from cwdm.untrained import untrained_state
-from cwdm.weights import PUBLISHED_FILES
+from cwdm.weights.untrained import untrained_state
+from cwdm.weights.folder import PUBLISHED_FILES
 
 # Examples take as long as the machine is busy; time is no law that a property test should check.
 settings.register_profile("cwdm", deadline=None, print_blob=True)

@@ -15,8 +15,8 @@ from cwdm.checkpoint import Record, load_published
 from cwdm.diffusion import SCHEDULES
 from cwdm.errors import WeightsError
 from cwdm.unet import UNet, UNetConfig
-from cwdm.untrained import untrained_state
-from cwdm.weights import BUNDLED, folder_of
+from cwdm.weights.untrained import untrained_state
+from cwdm.weights.folder import BUNDLED, folder_of
 
 SMALL = UNetConfig(in_channels=8, model_channels=32, channel_mult=(1, 2), skips="wavelet")
 

@@ -16,9 +16,9 @@ from cwdm.generation import Generator, check_same_origin, trained_grid, write_sa
 from cwdm.pipeline import clamped_denoiser
 from cwdm.samplers import ddpm, spaced_timesteps
 from cwdm.unet import UNetConfig
-from cwdm.untrained import untrained_state
+from cwdm.weights.untrained import untrained_state
 from cwdm.wavelet import idwt
-from cwdm.weights import convert
+from cwdm.weights.folder import convert
 
 CONFIG = UNetConfig(in_channels=8, model_channels=32, channel_mult=(1, 2), skips="additive")
 SIZE = (16, 12, 8)

@@ -15,7 +15,7 @@ from cwdm.errors import SettingsError, WeightsError
 from cwdm.pipeline import clamped_denoiser
 from cwdm.samplers import SAMPLERS, ddim, ddpm
 from cwdm.unet import UNetConfig
-from cwdm.untrained import untrained_state
+from cwdm.weights.untrained import untrained_state
 
 SIZE = (8, 12, 4)
 UNCONDITIONAL = UNetConfig(in_channels=8, model_channels=32, channel_mult=(1, 2))

@@ -20,7 +20,7 @@ from cwdm.drop import drop_modalities
 from cwdm.errors import CwdmError, OutputError, WeightsError
 from cwdm.progress import CohortProgress
 from cwdm.synthesis import Synthesizer
-from cwdm.untrained import write_untrained
+from cwdm.weights.untrained import write_untrained
 
 pytest.importorskip("ray", reason="needs the extra 'ray'")
 

@@ -26,7 +26,7 @@ from cwdm.cli import app
 from cwdm.errors import InputError
 from cwdm.report import write_report
 from cwdm.report_data import Places, read_records, read_shown
-from cwdm.untrained import untrained_state
+from cwdm.weights.untrained import untrained_state
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&{{7*7}}\u202e"
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")

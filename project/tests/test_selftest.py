@@ -9,7 +9,7 @@ from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import Record
 from cwdm.errors import WeightsError
 from cwdm.selftest import self_test
-from cwdm.untrained import write_untrained
+from cwdm.weights.untrained import write_untrained
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from cwdm.errors import CaseError, WeightsError
 from cwdm.images.geometry import choose_window, normalise
 from cwdm.samplers import ddim
 from cwdm.synthesis import Samples
-from cwdm.untrained import untrained_state
+from cwdm.weights.untrained import untrained_state
 
 FOUR_STEPS = "sampler.timesteps=[3, 2, 1, 0]"
 

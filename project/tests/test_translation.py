@@ -18,9 +18,9 @@ from cwdm.train_config import load_training_settings
 from cwdm.training import train
 from cwdm.translation import Translator
 from cwdm.unet import UNetConfig
-from cwdm.untrained import untrained_state
+from cwdm.weights.untrained import untrained_state
 from cwdm.volume_cache import Subject, decode
-from cwdm.weights import load_for
+from cwdm.weights.folder import load_for
 
 PAIRS = """
 data:

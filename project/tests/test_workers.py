@@ -14,7 +14,7 @@ from conftest import TINY
 from cwdm.checkpoint import Record
 from cwdm.drop import drop_modalities
 from cwdm.errors import SettingsError
-from cwdm.untrained import write_untrained
+from cwdm.weights.untrained import write_untrained
 from cwdm.workers import count_workers
 
 

@@ -11,13 +11,14 @@ import torch
 from conftest import TINY
 from typer.testing import CliRunner
 
-from cwdm import Synthesizer, checkpoint, weights
+from cwdm import Synthesizer, checkpoint
+from cwdm.weights import folder as weights
 from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import ANY, Record, load_published
 from cwdm.errors import WeightsError
 from cwdm.unet import UNet, UNetConfig
-from cwdm.untrained import untrained_state
-from cwdm.weights import BUNDLED, PUBLISHED_FILES, folder_of, inspect, load_for
+from cwdm.weights.untrained import untrained_state
+from cwdm.weights.folder import BUNDLED, PUBLISHED_FILES, folder_of, inspect, load_for
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
