@@ -36,7 +36,7 @@ from cwdm.images.cases import MODALITIES, NEAREST, CaseFolder, find_cases, read_
 from cwdm.checkpoint import ANY
 from cwdm.config import load_settings
 from cwdm.metrics import psnr, ssim
-from cwdm.phantom import WIDE, write_phantoms
+from cwdm.phantoms.scanner import WIDE, write_phantoms
 from cwdm.images.geometry import normalise
 from cwdm.synthesis import Prepared
 from cwdm.train_config import load_training_settings

@@ -30,7 +30,7 @@ from cwdm.cohort import Outcome, synthesise_cohort
 from cwdm.config import load_settings
 from cwdm.drop import drop_modalities
 from cwdm.metrics import psnr, ssim
-from cwdm.phantom import write_phantoms
+from cwdm.phantoms.scanner import write_phantoms
 from cwdm.images.geometry import normalise
 from cwdm.weights.folder import BUNDLED
 

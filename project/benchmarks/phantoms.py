@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from cwdm.images.cases import MODALITIES, find_cases, read_grid
-from cwdm.phantom import WIDE, make_phantom
+from cwdm.phantoms.scanner import WIDE, make_phantom
 from cwdm.images.geometry import Orientation, brain_mask, normalise
 
 SEED = 5005

@@ -19,7 +19,7 @@ from rich.table import Table
 from scipy import ndimage
 
 from cwdm.images.cases import MODALITIES, NEAREST
-from cwdm.phantom import WIDE, make_phantom
+from cwdm.phantoms.scanner import WIDE, make_phantom
 from cwdm.images.geometry import brain_mask, normalise
 from cwdm.quality import VERDICTS, Quality, assess
 

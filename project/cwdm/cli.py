@@ -454,7 +454,7 @@ def phantom(
     wide: Annotated[bool, typer.Option("--wide", help="Let them differ more than patients do, for training.")] = False,
 ) -> None:
     """Make synthetic patients: four contrasts and a segmentation each, in the BraTS layout."""
-    from cwdm.phantom import WIDE, write_phantoms
+    from cwdm.phantoms.scanner import WIDE, write_phantoms
 
     write_phantoms(out, cases, seed, variation=WIDE if wide else None, on_case=_say)
 

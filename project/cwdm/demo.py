@@ -10,7 +10,7 @@ from cwdm.cohort import synthesise_cohort
 from cwdm.drop import drop_modalities
 from cwdm.errors import CaseError, InputError
 from cwdm.metrics import psnr, ssim
-from cwdm.phantom import write_phantoms
+from cwdm.phantoms.scanner import write_phantoms
 from cwdm.images.geometry import brain_mask, normalise
 from cwdm.report import Comparison, draw_comparisons
 from cwdm.synthesis import Synthesizer

@@ -10,7 +10,7 @@ import numpy as np
 from cwdm.images.cases import MODALITIES, case_folder
 from cwdm.config import load_settings
 from cwdm.errors import WeightsError
-from cwdm.phantom import write_phantoms
+from cwdm.phantoms.scanner import write_phantoms
 from cwdm.synthesis import Synthesizer
 
 SHAPE, SPACING_MM = (44, 52, 40), 4.5

@@ -10,7 +10,7 @@ from hypothesis import settings
 
 from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import load_published
-from cwdm.phantom import write_phantoms
+from cwdm.phantoms.scanner import write_phantoms
 from cwdm.unet import UNet, UNetConfig
 from cwdm.weights.untrained import untrained_state
 from cwdm.weights.folder import PUBLISHED_FILES

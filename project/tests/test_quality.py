@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cwdm.phantom import make_phantom
+from cwdm.phantoms.scanner import make_phantom
 from cwdm.images.geometry import brain_mask, normalise
 from cwdm.quality import Quality, assess
 

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cwdm.anatomy import (
+from cwdm.phantoms.anatomy import (
     Anatomy,
     AnatomyVariation,
     Floats,

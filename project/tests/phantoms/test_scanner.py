@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cwdm.anatomy import Anatomy, make_anatomy
+from cwdm.phantoms.anatomy import Anatomy, make_anatomy
 from cwdm.images.cases import MODALITIES
 from cwdm.errors import OutputError
-from cwdm.phantom import (
+from cwdm.phantoms.scanner import (
     GD_R1,
     TISSUES,
     Phantom,

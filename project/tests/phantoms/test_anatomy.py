@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cwdm.anatomy import (
+from cwdm.phantoms.anatomy import (
     ENHANCING,
     NECROSIS,
     OEDEMA,
@@ -13,7 +13,7 @@ from cwdm.anatomy import (
     linear,
     make_anatomy,
 )
-from cwdm.phantom import TISSUES
+from cwdm.phantoms.scanner import TISSUES
 
 SHAPE, SPACING_MM = (96, 80, 66), 2.5
 LESIONS = ("gliosis", "oedema", "enhancing", "necrosis")
