@@ -26,7 +26,7 @@ from rich.table import Table
 
 from cwdm import Synthesizer
 from cwdm.images.cases import case_folder, find_cases, output_name, read_grid
-from cwdm.cohort import Outcome, synthesise_cohort
+from cwdm.inference.cohort import Outcome, synthesise_cohort
 from cwdm.config import load_settings
 from cwdm.drop import drop_modalities
 from cwdm.metrics import psnr, ssim

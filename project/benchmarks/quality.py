@@ -21,7 +21,7 @@ from scipy import ndimage
 from cwdm.images.cases import MODALITIES, NEAREST
 from cwdm.phantoms.scanner import WIDE, make_phantom
 from cwdm.images.geometry import brain_mask, normalise
-from cwdm.quality import VERDICTS, Quality, assess
+from cwdm.inference.quality import VERDICTS, Quality, assess
 
 Volume = npt.NDArray[np.float32]
 SEED = 4004

@@ -12,13 +12,13 @@ __all__ = ["Pipeline", "Settings", "Synthesizer", "__version__"]
 if TYPE_CHECKING:
     from cwdm.config import Settings
     from cwdm.pipeline import Pipeline
-    from cwdm.synthesis import Synthesizer
+    from cwdm.inference.synthesizer import Synthesizer
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: `cwdm --help` should not wait for PyTorch.
     if name == "Synthesizer":
-        from cwdm.synthesis import Synthesizer
+        from cwdm.inference.synthesizer import Synthesizer
 
         return Synthesizer
     if name == "Pipeline":

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from cwdm.images.cases import CaseFolder
-    from cwdm.cohort import Outcome
+    from cwdm.inference.cohort import Outcome
     from cwdm.dispatch import Work
     from cwdm.evaluate import Evaluation
     from cwdm.progress import CohortProgress
@@ -177,7 +177,7 @@ def infer(
     are skipped, so a stopped run goes on where it was.
     """
     from cwdm.images.cases import find_cases
-    from cwdm.cohort import check_labels, plan_tasks
+    from cwdm.inference.cohort import check_labels, plan_tasks
     from cwdm.config import load_settings
     from cwdm.dispatch import Work
     from cwdm.progress import CohortProgress
@@ -232,9 +232,9 @@ def _synthesise(
         count = min(count_workers(devices, work.device), max(1, len(folders)))
         progress.log(f"{len(folders)} cases; {count} workers")
         return synthesise_on_workers(folders, work, progress, count)
-    from cwdm.cohort import synthesise_cohort
+    from cwdm.inference.cohort import synthesise_cohort
     from cwdm.precision import warn_of_precision
-    from cwdm.synthesis import Synthesizer
+    from cwdm.inference.synthesizer import Synthesizer
 
     synthesizer = Synthesizer(work.weights, work.settings, work.device)
     progress.log(f"{len(folders)} cases; {synthesizer.summary()}")
@@ -530,7 +530,7 @@ def self_test(
 ) -> None:
     """Load the weights of every contrast and synthesise a tiny phantom: a minute that saves a submission."""
     from cwdm.images.cases import MODALITIES
-    from cwdm.selftest import self_test as check
+    from cwdm.inference.selftest import self_test as check
 
     check(weights, [m.value for m in modality] if modality else MODALITIES, print)
 
@@ -573,7 +573,7 @@ def sample(
 ) -> None:
     """Generate whole volumes. Those that are there already stay, so a stopped run goes on where it was."""
     from cwdm.config import load_settings
-    from cwdm.generation import Generator, write_samples
+    from cwdm.inference.generate import Generator, write_samples
     from cwdm.precision import warn_of_precision
     from cwdm.progress import CohortProgress
 
@@ -606,7 +606,7 @@ def translate(
     from cwdm.config import load_settings
     from cwdm.precision import warn_of_precision
     from cwdm.progress import CohortProgress
-    from cwdm.translation import Translator, translate
+    from cwdm.inference.translate import Translator, translate
 
     translator = Translator(weights, load_settings(None, settings or ()), device.value)
     with CohortProgress(0) as progress:

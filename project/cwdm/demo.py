@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 
 from cwdm.images.cases import CaseFolder, case_folder, find_cases, list_folder, output_name, read_case, read_volume
-from cwdm.cohort import synthesise_cohort
+from cwdm.inference.cohort import synthesise_cohort
 from cwdm.drop import drop_modalities
 from cwdm.errors import CaseError, InputError
 from cwdm.metrics import psnr, ssim
 from cwdm.phantoms.scanner import write_phantoms
 from cwdm.images.geometry import brain_mask, normalise
 from cwdm.report import Comparison, draw_comparisons
-from cwdm.synthesis import Synthesizer
+from cwdm.inference.synthesizer import Synthesizer
 from cwdm.weights.folder import BUNDLED
 
 SEED = 20

@@ -14,12 +14,12 @@ from typing import Protocol
 import torch
 
 from cwdm.images.cases import CaseFolder
-from cwdm.cohort import Outcome, Runner, cohort_run, device_works, plan_tasks
+from cwdm.inference.cohort import Outcome, Runner, cohort_run, device_works, plan_tasks
 from cwdm.config import Settings
 from cwdm.errors import CwdmError, DeviceLostError
 from cwdm.precision import warn_of_precision
 from cwdm.progress import CohortProgress
-from cwdm.synthesis import Synthesizer
+from cwdm.inference.synthesizer import Synthesizer
 from cwdm.weights.folder import BUNDLED, folder_of
 
 ATTEMPTS = 3

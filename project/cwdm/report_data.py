@@ -23,7 +23,7 @@ from cwdm.images.cases import (
 from cwdm.errors import CaseError, InputError
 from cwdm.metrics import psnr, ssim
 from cwdm.images.geometry import ORIENTATION, ClipRange, Orientation, brain_mask, clip_range, normalise
-from cwdm.quality import VERDICTS, Verdict
+from cwdm.inference.quality import VERDICTS, Verdict
 
 Volume = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -46,7 +46,7 @@ def _file_name(name: str) -> str:
 
 
 class QualityRecord(BaseModel):
-    """As `cwdm.quality.Quality`."""
+    """As `cwdm.inference.quality.Quality`."""
 
     verdict: Verdict
     reasons: list[str] = []

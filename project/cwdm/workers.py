@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch
 
 from cwdm.images.cases import CaseFolder
-from cwdm.cohort import Outcome
+from cwdm.inference.cohort import Outcome
 from cwdm.device import choose_device
 from cwdm.dispatch import Lost, Message, Work, serve, synthesise_among
 from cwdm.errors import CwdmError, DeviceLostError, SettingsError

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cwdm.images.cases import CaseFolder
-from cwdm.cohort import Outcome
+from cwdm.inference.cohort import Outcome
 from cwdm.config import Settings
 from cwdm.dispatch import ATTEMPTS, IDLE, STARTS, Lost, Message, Work, synthesise_among
 from cwdm.errors import CwdmError, DeviceLostError, OutputError

@@ -14,12 +14,12 @@ from conftest import TINY
 
 from cwdm.images.cases import find_cases
 from cwdm.checkpoint import Record
-from cwdm.cohort import synthesise_cohort
+from cwdm.inference.cohort import synthesise_cohort
 from cwdm.config import load_settings
 from cwdm.drop import drop_modalities
 from cwdm.errors import CwdmError, OutputError, WeightsError
 from cwdm.progress import CohortProgress
-from cwdm.synthesis import Synthesizer
+from cwdm.inference.synthesizer import Synthesizer
 from cwdm.weights.untrained import write_untrained
 
 pytest.importorskip("ray", reason="needs the extra 'ray'")

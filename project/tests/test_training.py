@@ -23,7 +23,7 @@ from cwdm.checkpoint import ANY
 from cwdm.config import load_settings
 from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import CwdmError, InputError, OutputError, SettingsError
-from cwdm.generation import Generator
+from cwdm.inference.generate import Generator
 from cwdm.train_config import RecordSettings, TrainingSettings, load_training_settings, ready_configurations
 from cwdm.training import TrainingError, data, loop, state, train, validate
 from cwdm.training.launch import launch

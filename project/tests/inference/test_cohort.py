@@ -22,12 +22,12 @@ from cwdm.images import cases as brats
 from cwdm.images.cases import find_cases
 from cwdm.checkpoint import ANY, Record
 from cwdm.cli import app, main
-from cwdm.cohort import device_works, synthesise_cohort
+from cwdm.inference.cohort import device_works, synthesise_cohort
 from cwdm.config import load_settings
 from cwdm.errors import CaseError, DeviceLostError
-from cwdm.provenance import read_provenance
+from cwdm.inference.provenance import read_provenance
 from cwdm.report_data import Places, read_records, read_shown
-from cwdm.synthesis import choose_dtype
+from cwdm.inference.synthesizer import choose_dtype
 from cwdm.unet import UNet, UNetConfig
 
 CWDM = [sys.executable, "-m", "cwdm"]

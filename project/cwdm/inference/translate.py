@@ -17,7 +17,7 @@ from cwdm.config import Settings
 from cwdm.datasets import list_subjects
 from cwdm.errors import CaseError, OutputError, WeightsError
 from cwdm.files import check_apart, check_writable, remove_stale
-from cwdm.generation import check_same_origin, check_size, describe_volumes
+from cwdm.inference.generate import check_same_origin, check_size, describe_volumes
 from cwdm.pipeline import Pipeline
 from cwdm.images.geometry import MOST_WINDOW_VOXELS, centre, centred_start
 from cwdm.train_config import DataSettings

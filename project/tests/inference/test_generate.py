@@ -12,7 +12,7 @@ from cwdm.checkpoint import Checkpoint, Record, load_published
 from cwdm.cli import app
 from cwdm.config import load_settings
 from cwdm.errors import CwdmError, SettingsError, WeightsError
-from cwdm.generation import Generator, check_same_origin, trained_grid, write_samples
+from cwdm.inference.generate import Generator, check_same_origin, trained_grid, write_samples
 from cwdm.pipeline import clamped_denoiser
 from cwdm.samplers import ddpm, spaced_timesteps
 from cwdm.unet import UNetConfig

@@ -13,10 +13,10 @@ from cwdm.checkpoint import Record, load_published
 from cwdm.cli import app
 from cwdm.config import load_settings
 from cwdm.errors import SettingsError, WeightsError
-from cwdm.generation import Generator
+from cwdm.inference.generate import Generator
 from cwdm.train_config import load_training_settings
 from cwdm.training import train
-from cwdm.translation import Translator
+from cwdm.inference.translate import Translator
 from cwdm.unet import UNetConfig
 from cwdm.weights.untrained import untrained_state
 from cwdm.volume_cache import Subject, decode

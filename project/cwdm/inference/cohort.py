@@ -23,9 +23,9 @@ from cwdm.errors import CaseError, CwdmError, DeviceLostError, NameInUseError, O
 from cwdm.files import check_writable, output_errors, remove_stale, write_json
 from cwdm.pipeline import is_out_of_memory
 from cwdm.progress import CohortProgress
-from cwdm.provenance import provenance, read_provenance, short
-from cwdm.quality import Quality
-from cwdm.synthesis import Prepared, Samples, Synthesizer
+from cwdm.inference.provenance import provenance, read_provenance, short
+from cwdm.inference.quality import Quality
+from cwdm.inference.synthesizer import Prepared, Samples, Synthesizer
 from cwdm.weights.folder import find, modality_of
 
 PROGRAM = f"cwdm {__version__}"

@@ -11,7 +11,7 @@ from cwdm.images.cases import MODALITIES, case_folder
 from cwdm.config import load_settings
 from cwdm.errors import WeightsError
 from cwdm.phantoms.scanner import write_phantoms
-from cwdm.synthesis import Synthesizer
+from cwdm.inference.synthesizer import Synthesizer
 
 SHAPE, SPACING_MM = (44, 52, 40), 4.5
 

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import Record
 from cwdm.errors import WeightsError
-from cwdm.selftest import self_test
+from cwdm.inference.selftest import self_test
 from cwdm.weights.untrained import write_untrained
 
 

@@ -31,8 +31,8 @@ from cwdm.images.geometry import (
     normalise,
     tight_window,
 )
-from cwdm.provenance import provenance
-from cwdm.quality import Quality, assess
+from cwdm.inference.provenance import provenance
+from cwdm.inference.quality import Quality, assess
 from cwdm.samplers import Sampler
 from cwdm.weights.folder import find, folder_of, load_for, modality_of
 

@@ -15,7 +15,7 @@ from cwdm.config import load_settings
 from cwdm.errors import CaseError, WeightsError
 from cwdm.images.geometry import choose_window, normalise
 from cwdm.samplers import ddim
-from cwdm.synthesis import Samples
+from cwdm.inference.synthesizer import Samples
 from cwdm.weights.untrained import untrained_state
 
 FOUR_STEPS = "sampler.timesteps=[3, 2, 1, 0]"
