@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from cwdm.images.cases import CaseFolder
     from cwdm.inference.cohort import Outcome
-    from cwdm.dispatch import Work
+    from cwdm.inference.parallel.dispatch import Work
     from cwdm.evaluate import Evaluation
     from cwdm.progress import CohortProgress
 
@@ -179,9 +179,9 @@ def infer(
     from cwdm.images.cases import find_cases
     from cwdm.inference.cohort import check_labels, plan_tasks
     from cwdm.config import load_settings
-    from cwdm.dispatch import Work
+    from cwdm.inference.parallel.dispatch import Work
     from cwdm.progress import CohortProgress
-    from cwdm.shard import share
+    from cwdm.inference.parallel.shard import share
     from cwdm.weights.folder import check_usable, folder_of
 
     loaded = load_settings(parameters_file, settings or ())
@@ -227,7 +227,7 @@ def _synthesise(
     if ray is not None:
         return _synthesise_on_ray(folders, work, progress, devices, ray)
     if devices is not None:
-        from cwdm.workers import count_workers, synthesise_on_workers
+        from cwdm.inference.parallel.processes import count_workers, synthesise_on_workers
 
         count = min(count_workers(devices, work.device), max(1, len(folders)))
         progress.log(f"{len(folders)} cases; {count} workers")
@@ -248,8 +248,8 @@ def _synthesise_on_ray(
     folders: "Sequence[CaseFolder]", work: "Work", progress: "CohortProgress", devices: str | None, address: str
 ) -> "list[Outcome]":
     try:
-        from cwdm.ray_cohort import synthesise_on_ray
-        from cwdm.workers import count_workers
+        from cwdm.inference.parallel.ray_workers import synthesise_on_ray
+        from cwdm.inference.parallel.processes import count_workers
     except ModuleNotFoundError as error:
         raise CwdmError(f"{error.name} is missing; pip install 'cwdm[ray]' brings what --ray needs") from error
     count = None if devices in (None, "all") else count_workers(str(devices), "cpu")  # not this machine's GPUs

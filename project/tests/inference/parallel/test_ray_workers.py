@@ -24,7 +24,7 @@ from cwdm.weights.untrained import write_untrained
 
 pytest.importorskip("ray", reason="needs the extra 'ray'")
 
-from cwdm.ray_cohort import Work, cores_each, synthesise_on_ray
+from cwdm.inference.parallel.ray_workers import Work, cores_each, synthesise_on_ray
 
 pytestmark = pytest.mark.full  # a cluster takes its time to start
 

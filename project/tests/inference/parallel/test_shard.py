@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cwdm.errors import InputError
-from cwdm.shard import place, share
+from cwdm.inference.parallel.shard import place, share
 
 NAMES = [f"BraTS-GLI-{number:05}-000" for number in range(800)]
 

@@ -15,7 +15,7 @@ from cwdm.checkpoint import Record
 from cwdm.drop import drop_modalities
 from cwdm.errors import SettingsError
 from cwdm.weights.untrained import write_untrained
-from cwdm.workers import count_workers
+from cwdm.inference.parallel.processes import count_workers
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """A cohort among several workers: each gets more when it has done what it has, and a lost one is replaced.
 
-Who the workers are is the crew's business: processes of this machine (`cwdm.workers`) or of a Ray cluster
-(`cwdm.ray_cohort`).
+Who the workers are is the crew's business: processes of this machine (`cwdm.inference.parallel.processes`) or of a Ray cluster
+(`cwdm.inference.parallel.ray_workers`).
 """
 
 from collections import Counter, deque

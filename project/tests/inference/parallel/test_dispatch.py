@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from cwdm.images.cases import CaseFolder
 from cwdm.inference.cohort import Outcome
 from cwdm.config import Settings
-from cwdm.dispatch import ATTEMPTS, IDLE, STARTS, Lost, Message, Work, synthesise_among
+from cwdm.inference.parallel.dispatch import ATTEMPTS, IDLE, STARTS, Lost, Message, Work, synthesise_among
 from cwdm.errors import CwdmError, DeviceLostError, OutputError
 from cwdm.progress import CohortProgress
-from cwdm.workers import LocalCrew
+from cwdm.inference.parallel.processes import LocalCrew
 
 
 def folder(name: str, missing: str = "t1n") -> CaseFolder:
