@@ -39,7 +39,7 @@ from cwdm.metrics import psnr, ssim
 from cwdm.phantoms.scanner import WIDE, write_phantoms
 from cwdm.images.geometry import normalise
 from cwdm.inference.synthesizer import Prepared
-from cwdm.train_config import load_training_settings
+from cwdm.training.settings import load_training_settings
 from cwdm.training import train as run_training
 from cwdm.weights.folder import BUNDLED, folder_of, record
 

@@ -548,7 +548,7 @@ def train(
 
     Several GPUs: devices=8; several machines: start it with torchrun or Slurm. A stopped run goes on with --resume.
     """
-    from cwdm.train_config import load_training_settings
+    from cwdm.training.settings import load_training_settings
 
     loaded = load_training_settings(config, settings or [])
     try:

@@ -127,8 +127,8 @@ def otsu_threshold(volume: Volume) -> float:
 
 def _true_files(truth: Path, *patterns: str | None) -> dict[str, tuple[Path, ...]]:
     """Case -> its files, by the patterns, of all cases that have the first."""
-    from cwdm.datasets import list_subjects  # PyTorch, which nothing else here needs
-    from cwdm.train_config import DataSettings
+    from cwdm.training.datasets import list_subjects  # PyTorch, which nothing else here needs
+    from cwdm.training.settings import DataSettings
 
     list_folder(truth, "true images")
     images = [{"file": pattern} for pattern in patterns if pattern]

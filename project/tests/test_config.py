@@ -4,7 +4,7 @@ import pytest
 
 from cwdm.config import Settings, load_settings
 from cwdm.errors import SettingsError
-from cwdm.train_config import load_training_settings
+from cwdm.training.settings import load_training_settings
 
 EVERYTHING = """
 seed: 7

@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from cwdm.images.cases import write_nifti
 from cwdm.checkpoint import Record
 from cwdm.cli import app
-from cwdm.datasets import decode, find_subjects
+from cwdm.training.datasets import decode, find_subjects
 from cwdm.errors import CaseError, InputError
 from cwdm.lidc import LAS, find_series, prepare, prepare_lidc, read_series
-from cwdm.train_config import DataSettings
+from cwdm.training.settings import DataSettings
 
 SPACING_MM = (0.8, 0.8, 2.5)
 

@@ -11,7 +11,7 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from cwdm.datasets import (
+from cwdm.training.datasets import (
     Found,
     SampleNumbers,
     Samples,
@@ -25,10 +25,10 @@ from cwdm.datasets import (
 from cwdm.errors import CaseError, InputError
 from cwdm.files import check_apart, check_writable, remove_stale
 from cwdm.progress import to_stderr
-from cwdm.train_config import TrainingSettings
+from cwdm.training.settings import TrainingSettings
 from cwdm.training.launch import check_shapes, gather, processes, together
 from cwdm.training.state import Run
-from cwdm.volume_cache import Cache, CachedSubject, Subject
+from cwdm.training.volume_cache import Cache, CachedSubject, Subject
 from cwdm.wavelet import dwt
 
 REGRESSION_SAMPLES = 480

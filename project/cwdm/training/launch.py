@@ -13,8 +13,8 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from cwdm.errors import CwdmError, SettingsError
-from cwdm.train_config import TrainingSettings
-from cwdm.volume_cache import CachedSubject
+from cwdm.training.settings import TrainingSettings
+from cwdm.training.volume_cache import CachedSubject
 
 T = TypeVar("T")
 

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from cwdm.datasets import STOPPING, assemble
+from cwdm.training.datasets import STOPPING, assemble
 from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import SettingsError
 from cwdm.files import write_json
 from cwdm.progress import bars
-from cwdm.train_config import TrainingSettings
+from cwdm.training.settings import TrainingSettings
 from cwdm.training import data, state, validate
 from cwdm.training.launch import TrainingError, largest, launch, together
 from cwdm.training.log import TrainingLog

@@ -21,11 +21,11 @@ from cwdm.checkpoint import ANY, Record, write_tensors
 from cwdm.diffusion import PUBLISHED
 from cwdm.errors import SettingsError
 from cwdm.images.geometry import PUBLISHED_WINDOW
-from cwdm.train_config import DataSettings, TrainingSettings
+from cwdm.training.settings import DataSettings, TrainingSettings
 from cwdm.training.launch import together
 from cwdm.training.log import TrainingLog
 from cwdm.unet import UNet
-from cwdm.volume_cache import Cache, CachedSubject
+from cwdm.training.volume_cache import Cache, CachedSubject
 
 KEPT_STATES = 2
 RUNNING_MEAN, RAW = "running mean, the default for inference", "raw, as those of the published checkpoints"

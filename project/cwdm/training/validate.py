@@ -14,7 +14,7 @@ from cwdm.pipeline import Pipeline
 from cwdm.samplers import SAMPLERS, spaced_timesteps
 from cwdm.training.launch import largest, together
 from cwdm.training.state import Run, describe, save_weights
-from cwdm.volume_cache import CachedSubject
+from cwdm.training.volume_cache import CachedSubject
 
 
 class _Stopped(Exception):

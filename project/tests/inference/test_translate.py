@@ -14,12 +14,12 @@ from cwdm.cli import app
 from cwdm.config import load_settings
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.inference.generate import Generator
-from cwdm.train_config import load_training_settings
+from cwdm.training.settings import load_training_settings
 from cwdm.training import train
 from cwdm.inference.translate import Translator
 from cwdm.unet import UNetConfig
 from cwdm.weights.untrained import untrained_state
-from cwdm.volume_cache import Subject, decode
+from cwdm.training.volume_cache import Subject, decode
 from cwdm.weights.folder import load_for
 
 PAIRS = """

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 from conftest import SHAPE
 
-from cwdm import volume_cache
+from cwdm.training import volume_cache
 from cwdm.images.cases import MODALITIES, read_volume
-from cwdm.datasets import find_subjects
+from cwdm.training.datasets import find_subjects
 from cwdm.errors import CaseError, OutputError
 from cwdm.images.geometry import normalise
-from cwdm.train_config import DataSettings
-from cwdm.volume_cache import Cache, CachedSubject, decode
+from cwdm.training.settings import DataSettings
+from cwdm.training.volume_cache import Cache, CachedSubject, decode
 
 
 @pytest.fixture

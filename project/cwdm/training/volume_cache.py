@@ -38,7 +38,7 @@ from cwdm.images.geometry import (
     tight_window,
 )
 from cwdm.progress import tracked
-from cwdm.train_config import DataSettings, ImageSettings
+from cwdm.training.settings import DataSettings, ImageSettings
 
 FORMAT = 2
 """The entries' format; a new number makes old entries worthless."""

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from cwdm.images.cases import MODALITIES, find_cases
 from cwdm.diffusion import TIMESTEPS
 from cwdm.errors import CaseError, CwdmError, InputError, SettingsError
-from cwdm.train_config import DataSettings
-from cwdm.volume_cache import Cache, CachedSubject, Subject
+from cwdm.training.settings import DataSettings
+from cwdm.training.volume_cache import Cache, CachedSubject, Subject
 
 SHARED_MEMORY = Path("/dev/shm")  # where processes that read put what they have read
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)

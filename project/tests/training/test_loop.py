@@ -24,7 +24,7 @@ from cwdm.config import load_settings
 from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import CwdmError, InputError, OutputError, SettingsError
 from cwdm.inference.generate import Generator
-from cwdm.train_config import RecordSettings, TrainingSettings, load_training_settings, ready_configurations
+from cwdm.training.settings import RecordSettings, TrainingSettings, load_training_settings, ready_configurations
 from cwdm.training import TrainingError, data, loop, state, train, validate
 from cwdm.training.launch import launch
 from cwdm.training.state import Run
@@ -159,9 +159,9 @@ def test_training_lowers_the_loss(small: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_loss_that_is_logged_is_the_published_one(schedule: str, small: Path, tmp_path: Path) -> None:
     """Computed again by `subband_losses`, which the golden losses hold, from the first weights and samples."""
-    from cwdm.datasets import Samples, Sampling, assemble, find_subjects
+    from cwdm.training.datasets import Samples, Sampling, assemble, find_subjects
     from cwdm.unet import UNet
-    from cwdm.volume_cache import Cache
+    from cwdm.training.volume_cache import Cache
 
     chosen = ("steps=1", "log_every=1", "loss.over=coefficients", f"loss.schedule={schedule}")
     config = settings(small, tmp_path / "run", *chosen)

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from cwdm.images.cases import read_volume
-from cwdm.datasets import (
+from cwdm.training.datasets import (
     ReadingError,
     SampleNumbers,
     Samples,
@@ -27,8 +27,8 @@ from cwdm.datasets import (
 )
 from cwdm.errors import CaseError, InputError, SettingsError
 from cwdm.images.geometry import centre, choose_window, normalise
-from cwdm.train_config import DataSettings
-from cwdm.volume_cache import Cache, decode
+from cwdm.training.settings import DataSettings
+from cwdm.training.volume_cache import Cache, decode
 
 AFFINE = np.array([[-2.0, 0, 0, 5], [0, -2, 0, 7], [0, 0, 3, -4], [0, 0, 0, 1]])
 
@@ -260,7 +260,7 @@ def test_readers_do_not_keep_a_program_from_its_end(phantoms: Path, tmp_path: Pa
     """Whatever still refers to the batches, as an error's traceback may."""
     program = f"""
 from pathlib import Path
-from cwdm.datasets import *
+from cwdm.training.datasets import *
 data = DataSettings(path=Path({str(phantoms)!r}), target="t2w", window="brain", workers=2)
 cache, subjects = Cache(Path({str(tmp_path)!r}), data, 4), find_subjects(data.path, data).subjects
 samples = Samples([cache.prepare(subject, {{}}) for subject in subjects], cache, Sampling(data, 3, (0.0, 1.0), 1.0))
