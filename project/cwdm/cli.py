@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cwdm.images.cases import CaseFolder
     from cwdm.inference.cohort import Outcome
     from cwdm.inference.parallel.dispatch import Work
-    from cwdm.evaluate import Evaluation
+    from cwdm.evaluation.tables import Evaluation
     from cwdm.progress import CohortProgress
 
 app = typer.Typer(
@@ -358,7 +358,7 @@ def evaluate(
 
     With --out, a stopped evaluation goes on where it was.
     """
-    from cwdm.evaluate import contrasts, translations
+    from cwdm.evaluation.tables import contrasts, translations
 
     for_contrasts = (seg, segmenter, segmenter_bundle, labels)
     if truth_file and any(for_contrasts):
@@ -373,11 +373,11 @@ def evaluate(
 
 
 def _evaluate(evaluation: "Evaluation", out: Path | None, workers: int | None, overwrite: bool) -> None:
-    from cwdm.evaluate import tables, write_evaluation
+    from cwdm.evaluation.tables import tables, write_evaluation
     from cwdm.files import check_apart, check_writable, remove_stale
     from cwdm.progress import CohortProgress
-    from cwdm.score_cache import ScoreCache
-    from cwdm.scoring import score_pairs
+    from cwdm.evaluation.cache import ScoreCache
+    from cwdm.evaluation.score import score_pairs
 
     cache = None
     if out:
@@ -420,7 +420,7 @@ def evaluate_samples(
     from dataclasses import asdict
 
     from cwdm.files import check_apart, check_writable, write_json
-    from cwdm.generation_metrics import evaluate_generated
+    from cwdm.evaluation.sets import evaluate_generated
     from cwdm.progress import CohortProgress
 
     for kept in (generated, real):

@@ -17,8 +17,8 @@ from typer.testing import CliRunner
 from cwdm.images.cases import MODALITIES, read_volume, write_nifti
 from cwdm.cli import app
 from cwdm.errors import CaseError, SettingsError
-from cwdm.scoring import find_pairs, score_pair
-from cwdm.segment import (
+from cwdm.evaluation.score import find_pairs, score_pair
+from cwdm.evaluation.segmenters import (
     SCHEMES,
     Segmenter,
     bundle_segmenter,

@@ -9,9 +9,9 @@ from pathlib import Path
 from pydantic import TypeAdapter, ValidationError
 
 from cwdm import __version__
-from cwdm.figures import RULES
+from cwdm.evaluation.catalogue import RULES
 from cwdm.files import write_json
-from cwdm.scoring import Pair, Score, Scorer, score_pair
+from cwdm.evaluation.score import Pair, Score, Scorer, score_pair
 
 _SCORE = TypeAdapter(Score)
 

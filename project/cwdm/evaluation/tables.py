@@ -16,11 +16,11 @@ from rich.text import Text
 
 from cwdm import __version__
 from cwdm.errors import SettingsError
-from cwdm.figures import FIGURES, Figure
+from cwdm.evaluation.catalogue import FIGURES, Figure
 from cwdm.files import check_writable, write_atomically, write_json
 from cwdm.progress import printable
-from cwdm.scoring import Pair, Score, Scorer, find_pairs, score_pair
-from cwdm.segment import (
+from cwdm.evaluation.score import Pair, Score, Scorer, find_pairs, score_pair
+from cwdm.evaluation.segmenters import (
     REGIONS,
     SCHEMES,
     TODAY,
@@ -29,7 +29,7 @@ from cwdm.segment import (
     one_at_a_time,
     program_files,
 )
-from cwdm.target_scoring import find_translated, score_translated
+from cwdm.evaluation.target_score import find_translated, score_translated
 
 Summary = dict[str, dict[str, Any]]
 
@@ -66,7 +66,7 @@ def contrasts(
 
     Args:
         predictions, truth, seg: see `find_pairs`.
-        segmenter, bundle: a command or a MONAI bundle; see `cwdm.segment`.
+        segmenter, bundle: a command or a MONAI bundle; see `cwdm.evaluation.segmenters`.
         labels: what the labels of segmentations mean, one of SCHEMES.
 
     Raises:
@@ -102,7 +102,7 @@ def translations(
     mask_file: str | None = None,
     value_range: tuple[float, float] | None = None,
 ) -> Evaluation:
-    """Of images of other kinds, as `cwdm translate` writes them; see `cwdm.target_scoring` for the arguments.
+    """Of images of other kinds, as `cwdm translate` writes them; see `cwdm.evaluation.target_score` for the arguments.
 
     Raises:
         InputError: a folder is missing or cannot be read, or holds no image.

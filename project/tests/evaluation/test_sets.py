@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 from cwdm.images.cases import write_nifti
 from cwdm.cli import app
 from cwdm.errors import InputError, WeightsError
-from cwdm.generation_metrics import (
+from cwdm.evaluation.sets import (
     ENOUGH,
     draw_pairs,
     evaluate_generated,

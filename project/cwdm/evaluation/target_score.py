@@ -13,7 +13,7 @@ from scipy import ndimage
 from cwdm import metrics
 from cwdm.images.cases import Affine, Image, Volume, in_order_of, list_folder, read_grid
 from cwdm.errors import CaseError, InputError, SettingsError
-from cwdm.scoring import Pair, Score
+from cwdm.evaluation.score import Pair, Score
 
 Mask = metrics.Mask
 

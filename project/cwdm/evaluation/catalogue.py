@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from cwdm.segment import REGIONS
+from cwdm.evaluation.segmenters import REGIONS
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from typer.testing import CliRunner
 from cwdm.images.cases import write_nifti
 from cwdm.cli import app
 from cwdm.errors import InputError, SettingsError
-from cwdm.scoring import Pair, Score, score_pairs
-from cwdm.target_scoring import body_mask, find_translated, otsu_threshold, score_translated
+from cwdm.evaluation.score import Pair, Score, score_pairs
+from cwdm.evaluation.target_score import body_mask, find_translated, otsu_threshold, score_translated
 
 SHAPE = (24, 28, 20)
 AFFINE = np.array([[-1.0, 0, 0, 9], [0, -1.1, 0, 4], [0, 0, 1.4, -60], [0, 0, 0, 1]])

@@ -26,7 +26,7 @@ from cwdm.images.cases import (
 )
 from cwdm.errors import CaseError, CwdmError, InputError, OutputError, SettingsError
 from cwdm.images.geometry import brain_mask, normalise
-from cwdm.segment import (
+from cwdm.evaluation.segmenters import (
     SCHEMES,
     TODAY,
     Labels,
