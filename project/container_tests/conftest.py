@@ -16,7 +16,7 @@ from engine import IMAGE, ROOT, STATE, Engine, NoEngine, build_context, build_im
 
 from cwdm.images.cases import find_cases
 from cwdm.checkpoint import Record
-from cwdm.drop import drop_modalities
+from cwdm.prepare.drop import drop_modalities
 from cwdm.phantoms.scanner import write_phantoms
 from cwdm.unet import UNetConfig
 from cwdm.weights.untrained import write_untrained

@@ -16,7 +16,7 @@ from conftest import CWDM, REAL, Clients, assert_same_images, fingerprint, infer
 from engine import ROOT, Engine, build_image
 
 from cwdm.images.cases import CaseFolder, find_cases
-from cwdm.drop import drop_modalities
+from cwdm.prepare.drop import drop_modalities
 
 ORGANISER = ("--network=none", "--memory=16G", "--shm-size=4G")
 

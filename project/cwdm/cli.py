@@ -277,7 +277,7 @@ def drop(
     copy: Annotated[bool, typer.Option("--copy", help="Copy the files instead of linking to them.")] = False,
 ) -> None:
     """Take one modality away from every complete case, to test against the truth."""
-    from cwdm.drop import drop_modalities
+    from cwdm.prepare.drop import drop_modalities
 
     for case, modality in drop_modalities(data_path, out, seed, copy):
         _say(f"{case}: {modality} taken away")
@@ -293,7 +293,7 @@ def complete(
     copy: Annotated[bool, typer.Option("--copy", help="Copy the files instead of linking to them.")] = False,
 ) -> None:
     """Put original and synthesised images together for a segmenter, with a record of which is which."""
-    from cwdm.complete import complete_cases
+    from cwdm.prepare.complete import complete_cases
     from cwdm.progress import CohortProgress
 
     failed = 0
@@ -624,7 +624,7 @@ def lidc(
 ) -> None:
     """CT from DICOM: 1 mm, 256³ around the centre, -1000 HU to the 0.999 quantile as [0, 1]."""
     try:
-        from cwdm.lidc import prepare_lidc
+        from cwdm.prepare.lidc import prepare_lidc
     except ModuleNotFoundError as error:
         raise CwdmError(f"{error.name} is missing; pip install 'cwdm[train]' brings what this needs") from error
     if prepare_lidc(dicom, out, _say):

@@ -7,7 +7,7 @@ import numpy as np
 
 from cwdm.images.cases import CaseFolder, case_folder, find_cases, list_folder, output_name, read_case, read_volume
 from cwdm.inference.cohort import synthesise_cohort
-from cwdm.drop import drop_modalities
+from cwdm.prepare.drop import drop_modalities
 from cwdm.errors import CaseError, InputError
 from cwdm.metrics import psnr, ssim
 from cwdm.phantoms.scanner import write_phantoms

@@ -12,7 +12,7 @@ import pytest
 from conftest import TINY
 
 from cwdm.checkpoint import Record
-from cwdm.drop import drop_modalities
+from cwdm.prepare.drop import drop_modalities
 from cwdm.errors import SettingsError
 from cwdm.weights.untrained import write_untrained
 from cwdm.inference.parallel.processes import count_workers

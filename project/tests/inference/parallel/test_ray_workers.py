@@ -16,7 +16,7 @@ from cwdm.images.cases import find_cases
 from cwdm.checkpoint import Record
 from cwdm.inference.cohort import synthesise_cohort
 from cwdm.config import load_settings
-from cwdm.drop import drop_modalities
+from cwdm.prepare.drop import drop_modalities
 from cwdm.errors import CwdmError, OutputError, WeightsError
 from cwdm.progress import CohortProgress
 from cwdm.inference.synthesizer import Synthesizer

@@ -15,7 +15,7 @@ from cwdm.checkpoint import Record
 from cwdm.cli import app
 from cwdm.training.datasets import decode, find_subjects
 from cwdm.errors import CaseError, InputError
-from cwdm.lidc import LAS, find_series, prepare, prepare_lidc, read_series
+from cwdm.prepare.lidc import LAS, find_series, prepare, prepare_lidc, read_series
 from cwdm.training.settings import DataSettings
 
 SPACING_MM = (0.8, 0.8, 2.5)
