@@ -1,5 +1,5 @@
 """`python -m cwdm` is the `cwdm` command."""
 
-from cwdm.cli import main
+from cwdm.cli.app import main
 
 main()

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from cwdm.cli import main as run
+from cwdm.cli.app import main as run
 from cwdm.weights.folder import BUNDLED
 
 MEDPERF = "mlcommons/volumes"

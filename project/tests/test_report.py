@@ -22,7 +22,7 @@ from typer.testing import CliRunner, Result
 from cwdm import checkpoint
 from cwdm.images.cases import find_cases, read_grid, write_nifti
 from cwdm.checkpoint import Record, load_published
-from cwdm.cli import app
+from cwdm.cli.app import app
 from cwdm.errors import InputError
 from cwdm.report import write_report
 from cwdm.report_data import Places, read_records, read_shown

@@ -15,7 +15,7 @@ from skimage.measure import label
 from typer.testing import CliRunner
 
 from cwdm.images.cases import MODALITIES, read_volume, write_nifti
-from cwdm.cli import app
+from cwdm.cli.app import app
 from cwdm.errors import CaseError, SettingsError
 from cwdm.evaluation.score import find_pairs, score_pair
 from cwdm.evaluation.segmenters import (

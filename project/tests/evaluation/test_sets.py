@@ -19,7 +19,7 @@ from scipy.stats import ortho_group
 from typer.testing import CliRunner
 
 from cwdm.images.cases import write_nifti
-from cwdm.cli import app
+from cwdm.cli.app import app
 from cwdm.errors import InputError, WeightsError
 from cwdm.evaluation.sets import (
     ENOUGH,

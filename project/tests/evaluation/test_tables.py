@@ -19,7 +19,7 @@ from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from typer.testing import CliRunner
 
 from cwdm.images.cases import MODALITIES, Image, read_grid, write_nifti
-from cwdm.cli import app
+from cwdm.cli.app import app
 from cwdm.errors import CaseError, InputError
 from cwdm.evaluation.tables import summaries, summarise, tables
 from cwdm.evaluation.catalogue import FIGURES, RULES

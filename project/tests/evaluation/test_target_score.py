@@ -13,7 +13,7 @@ from skimage.metrics import structural_similarity
 from typer.testing import CliRunner
 
 from cwdm.images.cases import write_nifti
-from cwdm.cli import app
+from cwdm.cli.app import app
 from cwdm.errors import InputError, SettingsError
 from cwdm.evaluation.score import Pair, Score, score_pairs
 from cwdm.evaluation.target_score import body_mask, find_translated, otsu_threshold, score_translated

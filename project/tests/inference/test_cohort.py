@@ -21,7 +21,7 @@ from cwdm import Synthesizer, checkpoint
 from cwdm.images import cases as brats
 from cwdm.images.cases import find_cases
 from cwdm.checkpoint import ANY, Record
-from cwdm.cli import app, main
+from cwdm.cli.app import app, main
 from cwdm.inference.cohort import device_works, synthesise_cohort
 from cwdm.config import load_settings
 from cwdm.errors import CaseError, DeviceLostError

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from cwdm import checkpoint
 from cwdm.images.cases import write_nifti
 from cwdm.checkpoint import Record, load_published
-from cwdm.cli import app
+from cwdm.cli.app import app
 from cwdm.config import load_settings
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.inference.generate import Generator

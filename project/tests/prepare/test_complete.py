@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from cwdm import __version__
 from cwdm.images.cases import find_cases, output_name, read_case, read_volume, write_nifti, write_volume
-from cwdm.cli import app
+from cwdm.cli.app import app
 from cwdm.prepare.complete import Completed, complete_cases
 from cwdm.prepare.drop import drop_modalities
 from cwdm.errors import InputError

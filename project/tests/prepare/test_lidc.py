@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from cwdm.images.cases import write_nifti
 from cwdm.checkpoint import Record
-from cwdm.cli import app
+from cwdm.cli.app import app
 from cwdm.training.datasets import decode, find_subjects
 from cwdm.errors import CaseError, InputError
 from cwdm.prepare.lidc import LAS, find_series, prepare, prepare_lidc, read_series

@@ -157,7 +157,7 @@ def test_download_takes_the_repositorys_file_that_is_there_already(hub: Hub, tmp
 
 
 def test_command_says_that_a_file_is_kept(hub: Hub, tmp_path: Path) -> None:
-    from cwdm.cli import app
+    from cwdm.cli.app import app
 
     (tmp_path / "t1_gen.pt").write_bytes(b"own")
     command = ["weights", "download", str(tmp_path), "--repo", "someone/weights", "--file", "t1_gen.pt"]
@@ -242,7 +242,7 @@ def test_notice_becomes_a_warning(tmp_path: Path) -> None:
 
 
 def test_convert_list_and_verify_from_the_shell(published_file: Path, tmp_path: Path) -> None:
-    from cwdm.cli import app
+    from cwdm.cli.app import app
 
     shell = CliRunner()
     source, target = tmp_path / "flair_gen.pt", tmp_path / "ours" / "t2f.safetensors"

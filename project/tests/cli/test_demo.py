@@ -4,7 +4,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from cwdm.demo import run_demo
+from cwdm.cli.demo import run_demo
 from cwdm.errors import InputError
 from cwdm.report import Comparison, draw_comparisons
 

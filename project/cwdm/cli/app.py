@@ -469,7 +469,7 @@ def demo(
 ) -> None:
     """Try everything on synthetic patients: make, drop, synthesise, compare, and draw a picture."""
     try:
-        from cwdm.demo import run_demo
+        from cwdm.cli.demo import run_demo
     except ModuleNotFoundError as error:
         raise CwdmError(
             f"{error.name} is missing; pip install 'cwdm[report,eval]' brings what the demo needs"
