@@ -34,7 +34,7 @@ from rich.table import Table
 from cwdm import Synthesizer, checkpoint
 from cwdm.images.cases import MODALITIES, NEAREST, CaseFolder, find_cases, read_case, read_grid
 from cwdm.checkpoint import ANY
-from cwdm.config import load_settings
+from cwdm.settings import load_settings
 from cwdm.metrics import psnr, ssim
 from cwdm.phantoms.scanner import WIDE, write_phantoms
 from cwdm.images.geometry import normalise

@@ -27,7 +27,7 @@ from rich.table import Table
 from cwdm import Synthesizer
 from cwdm.images.cases import case_folder, find_cases, output_name, read_grid
 from cwdm.inference.cohort import Outcome, synthesise_cohort
-from cwdm.config import load_settings
+from cwdm.settings import load_settings
 from cwdm.prepare.drop import drop_modalities
 from cwdm.metrics import psnr, ssim
 from cwdm.phantoms.scanner import write_phantoms

@@ -26,7 +26,7 @@ from scipy.stats import spearmanr
 
 from cwdm import Synthesizer
 from cwdm.images.cases import MODALITIES, case_folder, output_name, read_case, read_grid
-from cwdm.config import load_settings
+from cwdm.settings import load_settings
 from cwdm.phantoms.scanner import write_phantoms
 from cwdm.images.geometry import normalise
 from cwdm.weights.folder import BUNDLED

@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 __all__ = ["Pipeline", "Settings", "Synthesizer", "__version__"]
 
 if TYPE_CHECKING:
-    from cwdm.config import Settings
+    from cwdm.settings import Settings
     from cwdm.pipeline import Pipeline
     from cwdm.inference.synthesizer import Synthesizer
 
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
 
         return Pipeline
     if name == "Settings":
-        from cwdm.config import Settings
+        from cwdm.settings import Settings
 
         return Settings
     raise AttributeError(f"module 'cwdm' has no attribute '{name}'")

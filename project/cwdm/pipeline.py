@@ -19,7 +19,7 @@ from torch import Tensor
 from cwdm import checkpoint as checkpoints
 from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import Checkpoint
-from cwdm.config import Settings
+from cwdm.settings import Settings
 from cwdm.device import choose_device, device_name
 from cwdm.diffusion import PUBLISHED, SCHEDULES
 from cwdm.errors import SettingsError, WeightsError
@@ -77,7 +77,7 @@ class Pipeline:
             weights: file or folder, or "bundled" for the small ones that come with cwdm; None for `$CWDM_WEIGHTS` or
                 what `cwdm weights download` fetched.
             modality: t1n, t1c, t2w or t2f; None for a file whose network makes one kind of volume.
-            settings: precision, noise and sampler are used; see `cwdm.config.Settings`.
+            settings: precision, noise and sampler are used; see `cwdm.settings.Settings`.
             device: see `cwdm.device.choose_device`.
             sampler: in place of the one that settings or weights name.
 

@@ -9,7 +9,7 @@ from conftest import TINY
 
 from cwdm import Pipeline, checkpoint
 from cwdm.checkpoint import ANY, Record, load_published
-from cwdm.config import load_settings
+from cwdm.settings import load_settings
 from cwdm.diffusion import SCHEDULES
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.pipeline import clamped_denoiser

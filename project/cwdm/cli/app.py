@@ -178,7 +178,7 @@ def infer(
     """
     from cwdm.images.cases import find_cases
     from cwdm.inference.cohort import check_labels, plan_tasks
-    from cwdm.config import load_settings
+    from cwdm.settings import load_settings
     from cwdm.inference.parallel.dispatch import Work
     from cwdm.progress import CohortProgress
     from cwdm.inference.parallel.shard import share
@@ -572,7 +572,7 @@ def sample(
     ] = None,
 ) -> None:
     """Generate whole volumes. Those that are there already stay, so a stopped run goes on where it was."""
-    from cwdm.config import load_settings
+    from cwdm.settings import load_settings
     from cwdm.inference.generate import Generator, write_samples
     from cwdm.precision import warn_of_precision
     from cwdm.progress import CohortProgress
@@ -603,7 +603,7 @@ def translate(
     ] = None,
 ) -> None:
     """Make CT from MR, or whatever else a network was trained on. A stopped run goes on where it was."""
-    from cwdm.config import load_settings
+    from cwdm.settings import load_settings
     from cwdm.precision import warn_of_precision
     from cwdm.progress import CohortProgress
     from cwdm.inference.translate import Translator, translate

@@ -18,7 +18,7 @@ import torch
 from cwdm import __version__
 from cwdm.images.cases import MARK, MODALITIES, CaseFolder, output_name, read_case, read_description, write_volume
 from cwdm.checkpoint import read_record, sha256
-from cwdm.config import Settings
+from cwdm.settings import Settings
 from cwdm.errors import CaseError, CwdmError, DeviceLostError, NameInUseError, OutputError, WeightsError
 from cwdm.files import check_writable, output_errors, remove_stale, write_json
 from cwdm.pipeline import is_out_of_memory

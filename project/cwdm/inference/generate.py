@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from cwdm import __version__
 from cwdm.images.cases import write_nifti
-from cwdm.config import Settings
+from cwdm.settings import Settings
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.files import check_writable, remove_stale, write_json
 from cwdm.pipeline import Pipeline
@@ -28,7 +28,7 @@ class Generator:
 
     Args:
         weights: the file.
-        settings: seed, precision, noise and sampler are used; see `cwdm.config.Settings`.
+        settings: seed, precision, noise and sampler are used; see `cwdm.settings.Settings`.
         size: voxels of a volume; None for what the network was trained on.
         device: see `cwdm.device.choose_device`.
 

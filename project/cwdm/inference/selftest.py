@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from cwdm.images.cases import MODALITIES, case_folder
-from cwdm.config import load_settings
+from cwdm.settings import load_settings
 from cwdm.errors import WeightsError
 from cwdm.phantoms.scanner import write_phantoms
 from cwdm.inference.synthesizer import Synthesizer

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cwdm.images.cases import MODALITIES, Case, CaseFolder, case_folder, read_case, write_volume
 from cwdm.checkpoint import ANY, Checkpoint
-from cwdm.config import Settings
+from cwdm.settings import Settings
 from cwdm.device import choose_device, device_name
 from cwdm.errors import CaseError, WeightsError
 from cwdm.pipeline import Pipeline
@@ -117,7 +117,7 @@ class Synthesizer:
     Args:
         weights: folder or file, or "bundled" for the small ones that come with cwdm; None for `$CWDM_WEIGHTS` or
             what `cwdm weights download` fetched.
-        settings: see `cwdm.config.Settings`.
+        settings: see `cwdm.settings.Settings`.
         device: "cuda" or "cuda:1" demands a GPU, "auto" takes one if there is one; see `cwdm.device.choose_device`.
         sampler: a function like those of `cwdm.samplers`, in place of the one that settings or weights name.
 

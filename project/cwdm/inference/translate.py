@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from cwdm import __version__
 from cwdm.images.cases import LONGEST_NAME, write_nifti
-from cwdm.config import Settings
+from cwdm.settings import Settings
 from cwdm.training.datasets import list_subjects
 from cwdm.errors import CaseError, OutputError, WeightsError
 from cwdm.files import check_apart, check_writable, remove_stale
@@ -50,7 +50,7 @@ class Translator:
 
     Args:
         weights: the file that `cwdm train` with `layout: files` wrote; it says which images the network needs.
-        settings: seed, precision, noise and sampler are used; see `cwdm.config.Settings`.
+        settings: seed, precision, noise and sampler are used; see `cwdm.settings.Settings`.
         device: see `cwdm.device.choose_device`.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from cwdm.checkpoint import orthogonal_wavelet
-from cwdm.config import StrictSettings, read_settings
+from cwdm.settings import StrictSettings, read_settings
 from cwdm.diffusion import PUBLISHED, known_schedule
 from cwdm.errors import SettingsError
 from cwdm.samplers import known_sampler

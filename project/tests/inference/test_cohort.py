@@ -23,7 +23,7 @@ from cwdm.images.cases import find_cases
 from cwdm.checkpoint import ANY, Record
 from cwdm.cli.app import app, main
 from cwdm.inference.cohort import device_works, synthesise_cohort
-from cwdm.config import load_settings
+from cwdm.settings import load_settings
 from cwdm.errors import CaseError, DeviceLostError
 from cwdm.inference.provenance import read_provenance
 from cwdm.report_data import Places, read_records, read_shown

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from cwdm import checkpoint
 from cwdm.checkpoint import Checkpoint, Record, load_published
 from cwdm.cli.app import app
-from cwdm.config import load_settings
+from cwdm.settings import load_settings
 from cwdm.errors import CwdmError, SettingsError, WeightsError
 from cwdm.inference.generate import Generator, check_same_origin, trained_grid, write_samples
 from cwdm.pipeline import clamped_denoiser

@@ -11,7 +11,7 @@ from cwdm import Settings, Synthesizer, checkpoint
 from cwdm.images.cases import MODALITIES, NEAREST, read_case
 from cwdm.images.cases import case_folder as find_case
 from cwdm.checkpoint import Record, load_published
-from cwdm.config import load_settings
+from cwdm.settings import load_settings
 from cwdm.errors import CaseError, WeightsError
 from cwdm.images.geometry import choose_window, normalise
 from cwdm.samplers import ddim

@@ -11,7 +11,7 @@ from cwdm import checkpoint
 from cwdm.images.cases import write_nifti
 from cwdm.checkpoint import Record, load_published
 from cwdm.cli.app import app
-from cwdm.config import load_settings
+from cwdm.settings import load_settings
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.inference.generate import Generator
 from cwdm.training.settings import load_training_settings

@@ -20,7 +20,7 @@ from tensorboardX.proto.event_pb2 import Event
 from cwdm import Synthesizer, checkpoint, progress
 from cwdm.images.cases import write_nifti
 from cwdm.checkpoint import ANY
-from cwdm.config import load_settings
+from cwdm.settings import load_settings
 from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import CwdmError, InputError, OutputError, SettingsError
 from cwdm.inference.generate import Generator

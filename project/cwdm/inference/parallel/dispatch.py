@@ -15,7 +15,7 @@ import torch
 
 from cwdm.images.cases import CaseFolder
 from cwdm.inference.cohort import Outcome, Runner, cohort_run, device_works, plan_tasks
-from cwdm.config import Settings
+from cwdm.settings import Settings
 from cwdm.errors import CwdmError, DeviceLostError
 from cwdm.precision import warn_of_precision
 from cwdm.progress import CohortProgress

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from cwdm.images.cases import CaseFolder
 from cwdm.inference.cohort import Outcome
-from cwdm.config import Settings
+from cwdm.settings import Settings
 from cwdm.inference.parallel.dispatch import ATTEMPTS, IDLE, STARTS, Lost, Message, Work, synthesise_among
 from cwdm.errors import CwdmError, DeviceLostError, OutputError
 from cwdm.progress import CohortProgress

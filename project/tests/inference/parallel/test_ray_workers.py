@@ -15,7 +15,7 @@ from conftest import TINY
 from cwdm.images.cases import find_cases
 from cwdm.checkpoint import Record
 from cwdm.inference.cohort import synthesise_cohort
-from cwdm.config import load_settings
+from cwdm.settings import load_settings
 from cwdm.prepare.drop import drop_modalities
 from cwdm.errors import CwdmError, OutputError, WeightsError
 from cwdm.progress import CohortProgress

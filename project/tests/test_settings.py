@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cwdm.config import Settings, load_settings
+from cwdm.settings import Settings, load_settings
 from cwdm.errors import SettingsError
 from cwdm.training.settings import load_training_settings
 
