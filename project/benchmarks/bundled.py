@@ -32,16 +32,15 @@ from rich.progress import track
 from rich.table import Table
 
 from cwdm import Synthesizer, checkpoint
-from cwdm.images.cases import MODALITIES, NEAREST, CaseFolder, find_cases, read_case, read_grid
 from cwdm.checkpoint import ANY
-from cwdm.settings import load_settings
+from cwdm.images import MODALITIES, NEAREST, CaseFolder, find_cases, normalise, read_case, read_grid
+from cwdm.inference import Prepared
 from cwdm.metrics import psnr, ssim
-from cwdm.phantoms.scanner import WIDE, write_phantoms
-from cwdm.images.geometry import normalise
-from cwdm.inference.synthesizer import Prepared
-from cwdm.training.settings import load_training_settings
+from cwdm.phantoms import WIDE, write_phantoms
+from cwdm.settings import load_settings
+from cwdm.training import load_training_settings
 from cwdm.training import train as run_training
-from cwdm.weights.folder import BUNDLED, folder_of, record
+from cwdm.weights import BUNDLED, folder_of, record
 
 WIDE_PHANTOMS, USUAL_PHANTOMS, TRAIN_SEED, VALIDATION_SEED = 40, 80, 1001, 2002
 FIT_CASES, FIT_EVERY = 8, 50

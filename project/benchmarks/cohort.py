@@ -25,14 +25,13 @@ from rich.console import Console
 from rich.table import Table
 
 from cwdm import Synthesizer
-from cwdm.images.cases import case_folder, find_cases, output_name, read_grid
-from cwdm.inference.cohort import Outcome, synthesise_cohort
-from cwdm.settings import load_settings
-from cwdm.prepare.drop import drop_modalities
+from cwdm.images import case_folder, find_cases, normalise, output_name, read_grid
+from cwdm.inference import Outcome, synthesise_cohort
 from cwdm.metrics import psnr, ssim
-from cwdm.phantoms.scanner import write_phantoms
-from cwdm.images.geometry import normalise
-from cwdm.weights.folder import BUNDLED
+from cwdm.phantoms import write_phantoms
+from cwdm.prepare import drop_modalities
+from cwdm.settings import load_settings
+from cwdm.weights import BUNDLED
 
 SEED = 6006
 ROWS = ("samples=1", "sampler.preset=fast", "sampler.preset=balanced")

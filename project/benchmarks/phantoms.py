@@ -25,9 +25,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cwdm.images.cases import MODALITIES, find_cases, read_grid
-from cwdm.phantoms.scanner import WIDE, make_phantom
-from cwdm.images.geometry import Orientation, brain_mask, normalise
+from cwdm.images import MODALITIES, Orientation, brain_mask, find_cases, normalise, read_grid
+from cwdm.phantoms import WIDE, make_phantom
 
 SEED = 5005
 PAIRS = tuple(combinations(MODALITIES, 2))

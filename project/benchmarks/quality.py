@@ -18,10 +18,9 @@ from rich.progress import track
 from rich.table import Table
 from scipy import ndimage
 
-from cwdm.images.cases import MODALITIES, NEAREST
-from cwdm.phantoms.scanner import WIDE, make_phantom
-from cwdm.images.geometry import brain_mask, normalise
-from cwdm.inference.quality import VERDICTS, Quality, assess
+from cwdm.images import MODALITIES, NEAREST, brain_mask, normalise
+from cwdm.inference import VERDICTS, Quality, assess
+from cwdm.phantoms import WIDE, make_phantom
 
 Volume = npt.NDArray[np.float32]
 SEED = 4004

@@ -20,10 +20,9 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cwdm.images.cases import MODALITIES, CaseFolder, find_cases, output_name
+from cwdm.images import MODALITIES, CaseFolder, find_cases, output_name
 from cwdm.unet import UNetConfig
-from cwdm.weights.untrained import untrained_state
-from cwdm.weights.folder import PUBLISHED_FILES
+from cwdm.weights import PUBLISHED_FILES, untrained_state
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ from cwdm.checkpoint import load_published
 from cwdm.fused import LAYOUT
 from cwdm.precision import has_bf16
 from cwdm.unet import UNet, UNetConfig
-from cwdm.weights.untrained import untrained_state
+from cwdm.weights import untrained_state
 
 CONFIG = UNetConfig(in_channels=32)
 REFERENCE, BFLOAT16 = "published way, float32", "cwdm, bfloat16"

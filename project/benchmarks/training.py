@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from cwdm.phantoms.scanner import write_phantoms
+from cwdm.phantoms import write_phantoms
 
 VARIANTS = {
     "float32": [],

@@ -25,11 +25,10 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from cwdm import Synthesizer
-from cwdm.images.cases import MODALITIES, case_folder, output_name, read_case, read_grid
+from cwdm.images import MODALITIES, case_folder, normalise, output_name, read_case, read_grid
+from cwdm.phantoms import write_phantoms
 from cwdm.settings import load_settings
-from cwdm.phantoms.scanner import write_phantoms
-from cwdm.images.geometry import normalise
-from cwdm.weights.folder import BUNDLED
+from cwdm.weights import BUNDLED
 
 SEED = 5005
 TENTHS = 10

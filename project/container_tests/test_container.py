@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import yaml
-from conftest import CWDM, REAL, Clients, assert_same_images, fingerprint, infer_bare, names, readable
+from clients import CWDM, REAL, Clients, assert_same_images, fingerprint, infer_bare, names, readable
 from engine import ROOT, Engine, build_image
 
 from cwdm.images.cases import CaseFolder, find_cases

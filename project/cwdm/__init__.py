@@ -10,15 +10,15 @@ __version__ = "0.1.0"
 __all__ = ["Pipeline", "Settings", "Synthesizer", "__version__"]
 
 if TYPE_CHECKING:
-    from cwdm.settings import Settings
+    from cwdm.inference import Synthesizer
     from cwdm.pipeline import Pipeline
-    from cwdm.inference.synthesizer import Synthesizer
+    from cwdm.settings import Settings
 
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: `cwdm --help` should not wait for PyTorch.
     if name == "Synthesizer":
-        from cwdm.inference.synthesizer import Synthesizer
+        from cwdm.inference import Synthesizer
 
         return Synthesizer
     if name == "Pipeline":

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from cwdm.cli.app import main as run
-from cwdm.weights.folder import BUNDLED
+from cwdm.weights import BUNDLED
 
 MEDPERF = "mlcommons/volumes"
 MOUNTS = (("input", "output"), (f"{MEDPERF}/data", f"{MEDPERF}/predictions"))

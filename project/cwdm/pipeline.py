@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from cwdm import checkpoint as checkpoints
-from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import Checkpoint
-from cwdm.settings import Settings
 from cwdm.device import choose_device, device_name
 from cwdm.diffusion import PUBLISHED, SCHEDULES
 from cwdm.errors import SettingsError, WeightsError
+from cwdm.images import MODALITIES
 from cwdm.precision import choose_dtype, exact_float32
 from cwdm.samplers import SAMPLERS, Denoise, Sampler, normal_noise, spaced_timesteps
+from cwdm.settings import Settings
 from cwdm.wavelet import dwt, idwt
-from cwdm.weights.folder import folder_of, load_for
+from cwdm.weights import folder_of, load_for
 
 GPU_BATCH = 4
 """Samples in a network pass on a GPU. On a CPU a batch is no faster and rounds differently."""

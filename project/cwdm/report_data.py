@@ -10,20 +10,25 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
-from cwdm.images.cases import (
+from cwdm.errors import CaseError, InputError
+from cwdm.images import (
     MODALITIES,
+    ORIENTATION,
     CaseFolder,
+    ClipRange,
+    Orientation,
+    brain_mask,
     case_folder,
     check_same_grid,
+    clip_range,
     nearest_of,
+    normalise,
     output_name,
     read_case,
     read_grid,
 )
-from cwdm.errors import CaseError, InputError
+from cwdm.inference import VERDICTS, Verdict
 from cwdm.metrics import psnr, ssim
-from cwdm.images.geometry import ORIENTATION, ClipRange, Orientation, brain_mask, clip_range, normalise
-from cwdm.inference.quality import VERDICTS, Verdict
 
 Volume = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, golden, golden_model
+from support import TINY, golden, golden_model
 
 from cwdm import checkpoint
 from cwdm.checkpoint import Record, load_published
 from cwdm.diffusion import SCHEDULES
 from cwdm.errors import WeightsError
 from cwdm.unet import UNet, UNetConfig
-from cwdm.weights.untrained import untrained_state
 from cwdm.weights.folder import BUNDLED, folder_of
+from cwdm.weights.untrained import untrained_state
 
 SMALL = UNetConfig(in_channels=8, model_channels=32, channel_mult=(1, 2), skips="wavelet")
 

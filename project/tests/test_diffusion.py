@@ -1,10 +1,10 @@
 import numpy as np
 import pytest
 import torch
-from conftest import golden, golden_model
+from support import golden, golden_model
 
-from cwdm.images.cases import MODALITIES
 from cwdm.diffusion import SCHEDULES, add_noise, subband_losses
+from cwdm.images.cases import MODALITIES
 
 
 @pytest.mark.parametrize("name", golden("loss.json"))

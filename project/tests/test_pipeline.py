@@ -5,15 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY
+from support import TINY
 
 from cwdm import Pipeline, checkpoint
 from cwdm.checkpoint import ANY, Record, load_published
-from cwdm.settings import load_settings
 from cwdm.diffusion import SCHEDULES
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.pipeline import clamped_denoiser
 from cwdm.samplers import SAMPLERS, ddim, ddpm
+from cwdm.settings import load_settings
 from cwdm.unet import UNetConfig
 from cwdm.weights.untrained import untrained_state
 

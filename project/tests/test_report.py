@@ -12,18 +12,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import TINY, link_case
 from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
+from support import TINY, link_case
 from typer.testing import CliRunner, Result
 
 from cwdm import checkpoint
-from cwdm.images.cases import find_cases, read_grid, write_nifti
 from cwdm.checkpoint import Record, load_published
 from cwdm.cli.app import app
 from cwdm.errors import InputError
+from cwdm.images.cases import find_cases, read_grid, write_nifti
 from cwdm.report import write_report
 from cwdm.report_data import Places, read_records, read_shown
 from cwdm.weights.untrained import untrained_state

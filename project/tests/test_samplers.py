@@ -3,9 +3,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, golden, golden_model
 from hypothesis import given
 from hypothesis import strategies as st
+from support import GOLDEN, golden, golden_model
 
 from cwdm.checkpoint import Checkpoint, Record
 from cwdm.diffusion import PUBLISHED, SCHEDULES, Schedule

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from cwdm.settings import Settings, load_settings
 from cwdm.errors import SettingsError
+from cwdm.settings import Settings, load_settings
 from cwdm.training.settings import load_training_settings
 
 EVERYTHING = """

@@ -3,7 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import GOLDEN, TINY, golden, golden_model
+from support import GOLDEN, TINY, golden, golden_model
 
 from cwdm.diffusion import PUBLISHED
 from cwdm.fused import LAYOUT

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import GOLDEN, golden, golden_model
+from support import GOLDEN, golden, golden_model
 from torch import Tensor, nn
 
 from cwdm import winograd

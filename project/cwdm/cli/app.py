@@ -26,10 +26,9 @@ from cwdm.signals import handled
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from cwdm.images.cases import CaseFolder
-    from cwdm.inference.cohort import Outcome
-    from cwdm.inference.parallel.dispatch import Work
-    from cwdm.evaluation.tables import Evaluation
+    from cwdm.evaluation import Evaluation
+    from cwdm.images import CaseFolder
+    from cwdm.inference import Outcome, Work
     from cwdm.progress import CohortProgress
 
 app = typer.Typer(
@@ -176,13 +175,11 @@ def infer(
     trained for that. Cases that are done already
     are skipped, so a stopped run goes on where it was.
     """
-    from cwdm.images.cases import find_cases
-    from cwdm.inference.cohort import check_labels, plan_tasks
-    from cwdm.settings import load_settings
-    from cwdm.inference.parallel.dispatch import Work
+    from cwdm.images import find_cases
+    from cwdm.inference import Work, check_labels, plan_tasks, share
     from cwdm.progress import CohortProgress
-    from cwdm.inference.parallel.shard import share
-    from cwdm.weights.folder import check_usable, folder_of
+    from cwdm.settings import load_settings
+    from cwdm.weights import check_usable, folder_of
 
     loaded = load_settings(parameters_file, settings or ())
     # A cluster's workers are not in this folder.
@@ -227,14 +224,13 @@ def _synthesise(
     if ray is not None:
         return _synthesise_on_ray(folders, work, progress, devices, ray)
     if devices is not None:
-        from cwdm.inference.parallel.processes import count_workers, synthesise_on_workers
+        from cwdm.inference import count_workers, synthesise_on_workers
 
         count = min(count_workers(devices, work.device), max(1, len(folders)))
         progress.log(f"{len(folders)} cases; {count} workers")
         return synthesise_on_workers(folders, work, progress, count)
-    from cwdm.inference.cohort import synthesise_cohort
+    from cwdm.inference import Synthesizer, synthesise_cohort
     from cwdm.precision import warn_of_precision
-    from cwdm.inference.synthesizer import Synthesizer
 
     synthesizer = Synthesizer(work.weights, work.settings, work.device)
     progress.log(f"{len(folders)} cases; {synthesizer.summary()}")
@@ -248,8 +244,7 @@ def _synthesise_on_ray(
     folders: "Sequence[CaseFolder]", work: "Work", progress: "CohortProgress", devices: str | None, address: str
 ) -> "list[Outcome]":
     try:
-        from cwdm.inference.parallel.ray_workers import synthesise_on_ray
-        from cwdm.inference.parallel.processes import count_workers
+        from cwdm.inference import count_workers, synthesise_on_ray
     except ModuleNotFoundError as error:
         raise CwdmError(f"{error.name} is missing; pip install 'cwdm[ray]' brings what --ray needs") from error
     count = None if devices in (None, "all") else count_workers(str(devices), "cpu")  # not this machine's GPUs
@@ -277,7 +272,7 @@ def drop(
     copy: Annotated[bool, typer.Option("--copy", help="Copy the files instead of linking to them.")] = False,
 ) -> None:
     """Take one modality away from every complete case, to test against the truth."""
-    from cwdm.prepare.drop import drop_modalities
+    from cwdm.prepare import drop_modalities
 
     for case, modality in drop_modalities(data_path, out, seed, copy):
         _say(f"{case}: {modality} taken away")
@@ -293,7 +288,7 @@ def complete(
     copy: Annotated[bool, typer.Option("--copy", help="Copy the files instead of linking to them.")] = False,
 ) -> None:
     """Put original and synthesised images together for a segmenter, with a record of which is which."""
-    from cwdm.prepare.complete import complete_cases
+    from cwdm.prepare import complete_cases
     from cwdm.progress import CohortProgress
 
     failed = 0
@@ -358,7 +353,7 @@ def evaluate(
 
     With --out, a stopped evaluation goes on where it was.
     """
-    from cwdm.evaluation.tables import contrasts, translations
+    from cwdm.evaluation import contrasts, translations
 
     for_contrasts = (seg, segmenter, segmenter_bundle, labels)
     if truth_file and any(for_contrasts):
@@ -373,11 +368,9 @@ def evaluate(
 
 
 def _evaluate(evaluation: "Evaluation", out: Path | None, workers: int | None, overwrite: bool) -> None:
-    from cwdm.evaluation.tables import tables, write_evaluation
+    from cwdm.evaluation import ScoreCache, score_pairs, tables, write_evaluation
     from cwdm.files import check_apart, check_writable, remove_stale
     from cwdm.progress import CohortProgress
-    from cwdm.evaluation.cache import ScoreCache
-    from cwdm.evaluation.score import score_pairs
 
     cache = None
     if out:
@@ -419,8 +412,8 @@ def evaluate_samples(
     """Score generated volumes as a set: FID to the real ones, and MS-SSIM among themselves."""
     from dataclasses import asdict
 
+    from cwdm.evaluation import evaluate_generated
     from cwdm.files import check_apart, check_writable, write_json
-    from cwdm.evaluation.sets import evaluate_generated
     from cwdm.progress import CohortProgress
 
     for kept in (generated, real):
@@ -454,7 +447,7 @@ def phantom(
     wide: Annotated[bool, typer.Option("--wide", help="Let them differ more than patients do, for training.")] = False,
 ) -> None:
     """Make synthetic patients: four contrasts and a segmentation each, in the BraTS layout."""
-    from cwdm.phantoms.scanner import WIDE, write_phantoms
+    from cwdm.phantoms import WIDE, write_phantoms
 
     write_phantoms(out, cases, seed, variation=WIDE if wide else None, on_case=_say)
 
@@ -529,8 +522,8 @@ def self_test(
     modality: Annotated[list[Modality] | None, typer.Option(help="Repeat for several. Default: all four.")] = None,
 ) -> None:
     """Load the weights of every contrast and synthesise a tiny phantom: a minute that saves a submission."""
-    from cwdm.images.cases import MODALITIES
-    from cwdm.inference.selftest import self_test as check
+    from cwdm.images import MODALITIES
+    from cwdm.inference import self_test as check
 
     check(weights, [m.value for m in modality] if modality else MODALITIES, print)
 
@@ -548,7 +541,7 @@ def train(
 
     Several GPUs: devices=8; several machines: start it with torchrun or Slurm. A stopped run goes on with --resume.
     """
-    from cwdm.training.settings import load_training_settings
+    from cwdm.training import load_training_settings
 
     loaded = load_training_settings(config, settings or [])
     try:
@@ -572,10 +565,10 @@ def sample(
     ] = None,
 ) -> None:
     """Generate whole volumes. Those that are there already stay, so a stopped run goes on where it was."""
-    from cwdm.settings import load_settings
-    from cwdm.inference.generate import Generator, write_samples
+    from cwdm.inference import Generator, write_samples
     from cwdm.precision import warn_of_precision
     from cwdm.progress import CohortProgress
+    from cwdm.settings import load_settings
 
     generator = Generator(weights, load_settings(None, settings or ()), size, device.value)
     with CohortProgress(count) as progress:
@@ -603,10 +596,10 @@ def translate(
     ] = None,
 ) -> None:
     """Make CT from MR, or whatever else a network was trained on. A stopped run goes on where it was."""
-    from cwdm.settings import load_settings
+    from cwdm.inference import Translator, translate
     from cwdm.precision import warn_of_precision
     from cwdm.progress import CohortProgress
-    from cwdm.inference.translate import Translator, translate
+    from cwdm.settings import load_settings
 
     translator = Translator(weights, load_settings(None, settings or ()), device.value)
     with CohortProgress(0) as progress:
@@ -624,7 +617,7 @@ def lidc(
 ) -> None:
     """CT from DICOM: 1 mm, 256³ around the centre, -1000 HU to the 0.999 quantile as [0, 1]."""
     try:
-        from cwdm.prepare.lidc import prepare_lidc
+        from cwdm.prepare import prepare_lidc
     except ModuleNotFoundError as error:
         raise CwdmError(f"{error.name} is missing; pip install 'cwdm[train]' brings what this needs") from error
     if prepare_lidc(dicom, out, _say):
@@ -639,7 +632,7 @@ def untrained(
     """Write untrained weights for every contrast, to try a set-up or to time it: their images mean nothing."""
     from cwdm.checkpoint import Record
     from cwdm.unet import UNetConfig
-    from cwdm.weights.untrained import write_untrained
+    from cwdm.weights import write_untrained
 
     try:
         config = UNetConfig(in_channels=32, model_channels=width)
@@ -659,8 +652,8 @@ def download(
     ] = None,
 ) -> None:
     """Fetch the published weights (4 × 326 MB) and record their checksums; exit code 1 if a file of yours is kept."""
-    from cwdm.weights.folder import PUBLISHED_FILES, default_folder
-    from cwdm.weights.folder import download as fetch
+    from cwdm.weights import PUBLISHED_FILES, default_folder
+    from cwdm.weights import download as fetch
 
     names, kept = tuple(file or PUBLISHED_FILES.values()), list[str]()
     for path in fetch(folder or default_folder(), repo, revision, names, kept.append):
@@ -699,14 +692,14 @@ def convert(
     """Write a checkpoint as safetensors, with configuration, modality and recommended sampler in its header."""
     import torch
 
-    from cwdm.weights.folder import convert as write
+    from cwdm.weights import convert as write
 
     _say(write(source, target, modality and modality.value, getattr(torch, dtype.value)))
 
 
 def _show_weights(weights: Path | None) -> bool:
     """Print a table of weights files; whether all of them are sound."""
-    from cwdm.weights.folder import folder_of, inspect, modality_of
+    from cwdm.weights import folder_of, inspect, modality_of
 
     weights = folder_of(weights)
     marks: dict[bool | None, str] = {True: "as recorded", False: "DIFFERS", None: "none recorded"}

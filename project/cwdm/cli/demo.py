@@ -5,16 +5,24 @@ from pathlib import Path
 
 import numpy as np
 
-from cwdm.images.cases import CaseFolder, case_folder, find_cases, list_folder, output_name, read_case, read_volume
-from cwdm.inference.cohort import synthesise_cohort
-from cwdm.prepare.drop import drop_modalities
 from cwdm.errors import CaseError, InputError
+from cwdm.images import (
+    CaseFolder,
+    brain_mask,
+    case_folder,
+    find_cases,
+    list_folder,
+    normalise,
+    output_name,
+    read_case,
+    read_volume,
+)
+from cwdm.inference import Synthesizer, synthesise_cohort
 from cwdm.metrics import psnr, ssim
-from cwdm.phantoms.scanner import write_phantoms
-from cwdm.images.geometry import brain_mask, normalise
+from cwdm.phantoms import write_phantoms
+from cwdm.prepare import drop_modalities
 from cwdm.report import Comparison, draw_comparisons
-from cwdm.inference.synthesizer import Synthesizer
-from cwdm.weights.folder import BUNDLED
+from cwdm.weights import BUNDLED
 
 SEED = 20
 NAME = "BraTS-PHANTOM-"

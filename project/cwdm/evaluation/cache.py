@@ -10,8 +10,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from cwdm import __version__
 from cwdm.evaluation.catalogue import RULES
-from cwdm.files import write_json
 from cwdm.evaluation.score import Pair, Score, Scorer, score_pair
+from cwdm.files import write_json
 
 _SCORE = TypeAdapter(Score)
 

@@ -12,20 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from cwdm import metrics
-from cwdm.images.cases import (
-    MODALITIES,
-    CaseFolder,
-    Image,
-    Volume,
-    find_cases,
-    in_order_of,
-    list_folder,
-    output_name,
-    read_grid,
-    write_nifti,
-)
 from cwdm.errors import CaseError, CwdmError, InputError, OutputError, SettingsError
-from cwdm.images.geometry import brain_mask, normalise
 from cwdm.evaluation.segmenters import (
     SCHEMES,
     TODAY,
@@ -37,6 +24,20 @@ from cwdm.evaluation.segmenters import (
     label_doubt,
     labels_of,
     segment_pair,
+)
+from cwdm.images import (
+    MODALITIES,
+    CaseFolder,
+    Image,
+    Volume,
+    brain_mask,
+    find_cases,
+    in_order_of,
+    list_folder,
+    normalise,
+    output_name,
+    read_grid,
+    write_nifti,
 )
 
 MOST_WORKERS = 8

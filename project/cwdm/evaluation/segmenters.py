@@ -15,9 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import ndimage
 
-from cwdm.images.cases import MODALITIES, Image, Volume, case_folder, output_name, read_grid
 from cwdm.errors import CaseError, InputError, SettingsError
-from cwdm.images.geometry import bounding_box
+from cwdm.images import MODALITIES, Image, Volume, bounding_box, case_folder, output_name, read_grid
 
 Labels = npt.NDArray[np.uint8]
 Mask = npt.NDArray[np.bool_]

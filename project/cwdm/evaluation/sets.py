@@ -19,11 +19,10 @@ import torch
 from nibabel import orientations
 from torch import Tensor, nn
 
-from cwdm.images.cases import Volume, find_cases, read_grid
 from cwdm.device import choose_device
 from cwdm.errors import InputError, SettingsError, WeightsError
+from cwdm.images import Orientation, Volume, block_means, find_cases, normalise, read_grid
 from cwdm.precision import exact_float32
-from cwdm.images.geometry import Orientation, block_means, normalise
 
 FEATURES = 2048
 

@@ -17,8 +17,6 @@ from rich.text import Text
 from cwdm import __version__
 from cwdm.errors import SettingsError
 from cwdm.evaluation.catalogue import FIGURES, Figure
-from cwdm.files import check_writable, write_atomically, write_json
-from cwdm.progress import printable
 from cwdm.evaluation.score import Pair, Score, Scorer, find_pairs, score_pair
 from cwdm.evaluation.segmenters import (
     REGIONS,
@@ -30,6 +28,8 @@ from cwdm.evaluation.segmenters import (
     program_files,
 )
 from cwdm.evaluation.target_score import find_translated, score_translated
+from cwdm.files import check_writable, write_atomically, write_json
+from cwdm.progress import printable
 
 Summary = dict[str, dict[str, Any]]
 

@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from scipy import ndimage
 
 from cwdm import metrics
-from cwdm.images.cases import Affine, Image, Volume, in_order_of, list_folder, read_grid
 from cwdm.errors import CaseError, InputError, SettingsError
 from cwdm.evaluation.score import Pair, Score
+from cwdm.images import Affine, Image, Volume, in_order_of, list_folder, read_grid
 
 Mask = metrics.Mask
 
@@ -127,8 +127,7 @@ def otsu_threshold(volume: Volume) -> float:
 
 def _true_files(truth: Path, *patterns: str | None) -> dict[str, tuple[Path, ...]]:
     """Case -> its files, by the patterns, of all cases that have the first."""
-    from cwdm.training.datasets import list_subjects  # PyTorch, which nothing else here needs
-    from cwdm.training.settings import DataSettings
+    from cwdm.training import DataSettings, list_subjects
 
     list_folder(truth, "true images")
     images = [{"file": pattern} for pattern in patterns if pattern]

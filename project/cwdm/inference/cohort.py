@@ -16,17 +16,17 @@ from typing import Literal, TypeVar, cast
 import torch
 
 from cwdm import __version__
-from cwdm.images.cases import MARK, MODALITIES, CaseFolder, output_name, read_case, read_description, write_volume
 from cwdm.checkpoint import read_record, sha256
-from cwdm.settings import Settings
 from cwdm.errors import CaseError, CwdmError, DeviceLostError, NameInUseError, OutputError, WeightsError
 from cwdm.files import check_writable, output_errors, remove_stale, write_json
-from cwdm.pipeline import is_out_of_memory
-from cwdm.progress import CohortProgress
+from cwdm.images import MARK, MODALITIES, CaseFolder, output_name, read_case, read_description, write_volume
 from cwdm.inference.provenance import provenance, read_provenance, short
 from cwdm.inference.quality import Quality
 from cwdm.inference.synthesizer import Prepared, Samples, Synthesizer
-from cwdm.weights.folder import find, modality_of
+from cwdm.pipeline import is_out_of_memory
+from cwdm.progress import CohortProgress
+from cwdm.settings import Settings
+from cwdm.weights import find, modality_of
 
 PROGRAM = f"cwdm {__version__}"
 

@@ -10,12 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from cwdm import __version__
-from cwdm.images.cases import write_nifti
-from cwdm.settings import Settings
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.files import check_writable, remove_stale, write_json
+from cwdm.images import MOST_WINDOW_VOXELS, write_nifti
 from cwdm.pipeline import Pipeline
-from cwdm.images.geometry import MOST_WINDOW_VOXELS
+from cwdm.settings import Settings
 
 Size = tuple[int, int, int]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cwdm.images.cases import read_description
+from cwdm.images import read_description
 
 _MARK = re.compile(r"weights ([0-9a-f]{12}), settings ([0-9a-f]{8})")
 

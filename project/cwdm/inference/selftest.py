@@ -7,11 +7,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from cwdm.images.cases import MODALITIES, case_folder
-from cwdm.settings import load_settings
 from cwdm.errors import WeightsError
-from cwdm.phantoms.scanner import write_phantoms
+from cwdm.images import MODALITIES, case_folder
 from cwdm.inference.synthesizer import Synthesizer
+from cwdm.phantoms import write_phantoms
+from cwdm.settings import load_settings
 
 SHAPE, SPACING_MM = (44, 52, 40), 4.5
 

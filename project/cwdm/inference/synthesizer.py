@@ -12,29 +12,34 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from cwdm.images.cases import MODALITIES, Case, CaseFolder, case_folder, read_case, write_volume
 from cwdm.checkpoint import ANY, Checkpoint
-from cwdm.settings import Settings
 from cwdm.device import choose_device, device_name
 from cwdm.errors import CaseError, WeightsError
-from cwdm.pipeline import Pipeline
-from cwdm.precision import choose_dtype
-from cwdm.images.geometry import (
+from cwdm.images import (
+    MODALITIES,
     ORIENTATION,
+    Case,
+    CaseFolder,
     ClipRange,
     Orientation,
     Window,
     brain_mask,
+    case_folder,
     choose_window,
     denormalise,
     foreground,
     normalise,
+    read_case,
     tight_window,
+    write_volume,
 )
 from cwdm.inference.provenance import provenance
 from cwdm.inference.quality import Quality, assess
+from cwdm.pipeline import Pipeline
+from cwdm.precision import choose_dtype
 from cwdm.samplers import Sampler
-from cwdm.weights.folder import find, folder_of, load_for, modality_of
+from cwdm.settings import Settings
+from cwdm.weights import find, folder_of, load_for, modality_of
 
 Volume = npt.NDArray[np.float32]
 

@@ -12,16 +12,13 @@ import torch
 from pydantic import ValidationError
 
 from cwdm import __version__
-from cwdm.images.cases import LONGEST_NAME, write_nifti
-from cwdm.settings import Settings
-from cwdm.training.datasets import list_subjects
 from cwdm.errors import CaseError, OutputError, WeightsError
 from cwdm.files import check_apart, check_writable, remove_stale
+from cwdm.images import LONGEST_NAME, MOST_WINDOW_VOXELS, centre, centred_start, write_nifti
 from cwdm.inference.generate import check_same_origin, check_size, describe_volumes
 from cwdm.pipeline import Pipeline
-from cwdm.images.geometry import MOST_WINDOW_VOXELS, centre, centred_start
-from cwdm.training.settings import DataSettings
-from cwdm.training.volume_cache import Grid, Subject, decode
+from cwdm.settings import Settings
+from cwdm.training import DataSettings, Grid, Subject, decode, list_subjects
 
 RECORD = "translations.json"
 MOST_VOXELS = 8 * MOST_WINDOW_VOXELS

@@ -22,6 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from cwdm.files import output_errors
+from cwdm.images import MODALITIES, output_name, write_nifti
 from cwdm.phantoms.anatomy import (
     Anatomy,
     AnatomyVariation,
@@ -35,8 +37,6 @@ from cwdm.phantoms.anatomy import (
     make_anatomy,
     smooth_noise,
 )
-from cwdm.images.cases import MODALITIES, output_name, write_nifti
-from cwdm.files import output_errors
 
 GD_R1 = 4.5  # relaxivity of gadolinium chelates at 3 T, 1 / (mM s)
 

@@ -7,16 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from cwdm import __version__
-from cwdm.images.cases import (
-    CaseFolder,
-    case_files,
-    check_same_grid,
-    find_cases,
-    nearest_of,
-    output_name,
-    read_description,
-    read_grid,
-)
 from cwdm.errors import CaseError, CwdmError, InputError
 from cwdm.files import (
     check_apart,
@@ -26,6 +16,16 @@ from cwdm.files import (
     put_files,
     sha256,
     write_json,
+)
+from cwdm.images import (
+    CaseFolder,
+    case_files,
+    check_same_grid,
+    find_cases,
+    nearest_of,
+    output_name,
+    read_description,
+    read_grid,
 )
 
 NOTICE = "holds a synthesised image, which is no substitute for an acquisition"

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from cwdm.images.cases import CaseFolder, case_files, find_cases
 from cwdm.errors import CaseError, InputError, SettingsError
 from cwdm.files import check_apart, check_no_source_in, check_replaceable, put_files
+from cwdm.images import CaseFolder, case_files, find_cases
 
 DRAWN_FROM = ("t1c", "t1n", "t2f", "t2w")
 """In the order of the published script, so that its seed makes its choice."""

@@ -12,10 +12,9 @@ import numpy.typing as npt
 import pydicom
 from scipy import ndimage
 
-from cwdm.images.cases import write_nifti
 from cwdm.errors import CaseError, CwdmError, InputError
 from cwdm.files import check_apart, check_writable, remove_stale
-from cwdm.images.geometry import centre
+from cwdm.images import centre, write_nifti
 
 AIR_HU = -1000.0
 UPPER_QUANTILE = 0.999

@@ -4,7 +4,6 @@
 `state` what is kept, `log` what a person sees.
 """
 
-from cwdm.training.launch import TrainingError
-from cwdm.training.loop import train
+import lazy_loader
 
-__all__ = ["TrainingError", "train"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

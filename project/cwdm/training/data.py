@@ -11,6 +11,9 @@ from lightning_fabric import Fabric
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from cwdm.errors import CaseError, InputError
+from cwdm.files import check_apart, check_writable, remove_stale
+from cwdm.progress import to_stderr
 from cwdm.training.datasets import (
     Found,
     SampleNumbers,
@@ -22,11 +25,8 @@ from cwdm.training.datasets import (
     leave_out,
     read_batches,
 )
-from cwdm.errors import CaseError, InputError
-from cwdm.files import check_apart, check_writable, remove_stale
-from cwdm.progress import to_stderr
-from cwdm.training.settings import TrainingSettings
 from cwdm.training.launch import check_shapes, gather, processes, together
+from cwdm.training.settings import TrainingSettings
 from cwdm.training.state import Run
 from cwdm.training.volume_cache import Cache, CachedSubject, Subject
 from cwdm.wavelet import dwt

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from cwdm.images.cases import MODALITIES, find_cases
 from cwdm.diffusion import TIMESTEPS
 from cwdm.errors import CaseError, CwdmError, InputError, SettingsError
+from cwdm.images import MODALITIES, find_cases
 from cwdm.training.settings import DataSettings
 from cwdm.training.volume_cache import Cache, CachedSubject, Subject
 

@@ -20,15 +20,15 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint as recompute
 
-from cwdm.training.datasets import STOPPING, assemble
 from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import SettingsError
 from cwdm.files import write_json
 from cwdm.progress import bars
-from cwdm.training.settings import TrainingSettings
 from cwdm.training import data, state, validate
+from cwdm.training.datasets import STOPPING, assemble
 from cwdm.training.launch import TrainingError, largest, launch, together
 from cwdm.training.log import TrainingLog
+from cwdm.training.settings import TrainingSettings
 from cwdm.training.state import Run
 from cwdm.unet import ResBlock, UNet
 from cwdm.wavelet import LLL_DIVISOR

@@ -7,10 +7,10 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from cwdm.checkpoint import orthogonal_wavelet
-from cwdm.settings import StrictSettings, read_settings
 from cwdm.diffusion import PUBLISHED, known_schedule
 from cwdm.errors import SettingsError
 from cwdm.samplers import known_sampler
+from cwdm.settings import StrictSettings, read_settings
 from cwdm.unet import UNetConfig
 
 Size = Annotated[list[Annotated[int, Field(ge=2, le=1024)]], Field(min_length=3, max_length=3)]
@@ -266,10 +266,13 @@ class TrainingSettings(StrictSettings):
         return UNetConfig(in_channels=8 * (1 + self.channels), targets=targets, **shape)
 
 
+_CONFIGURATIONS = files("cwdm.training") / "configs"
+
+
 def ready_configurations() -> list[str]:
     """Names of the configurations that come with the package."""
     return sorted(
-        entry.name.removesuffix(".yaml") for entry in files("cwdm.configs").iterdir() if entry.name[-5:] == ".yaml"
+        entry.name.removesuffix(".yaml") for entry in _CONFIGURATIONS.iterdir() if entry.name.endswith(".yaml")
     )
 
 
@@ -280,7 +283,7 @@ def load_training_settings(config: str, overrides: list[str]) -> TrainingSetting
         SettingsError: no such configuration, or a key or value in it is wrong.
     """
     ready = ready_configurations()
-    path = Path(str(files("cwdm.configs") / f"{config}.yaml")) if config in ready else Path(config)
+    path = Path(str(_CONFIGURATIONS / f"{config}.yaml")) if config in ready else Path(config)
     if not path.is_file():
         raise SettingsError(f"no configuration '{config}': neither a file nor one of {', '.join(ready)}")
     return read_settings(TrainingSettings, path, overrides)

@@ -20,12 +20,12 @@ from cwdm import __version__, checkpoint
 from cwdm.checkpoint import ANY, Record, write_tensors
 from cwdm.diffusion import PUBLISHED
 from cwdm.errors import SettingsError
-from cwdm.images.geometry import PUBLISHED_WINDOW
-from cwdm.training.settings import DataSettings, TrainingSettings
+from cwdm.images import PUBLISHED_WINDOW
 from cwdm.training.launch import together
 from cwdm.training.log import TrainingLog
-from cwdm.unet import UNet
+from cwdm.training.settings import DataSettings, TrainingSettings
 from cwdm.training.volume_cache import Cache, CachedSubject
+from cwdm.unet import UNet
 
 KEPT_STATES = 2
 RUNNING_MEAN, RAW = "running mean, the default for inference", "raw, as those of the published checkpoints"

@@ -21,10 +21,9 @@ import numpy.typing as npt
 import safetensors
 import safetensors.numpy
 
-from cwdm.images.cases import check_same_grid, read_grid
 from cwdm.errors import CaseError, CwdmError, OutputError
 from cwdm.files import check_writable, write_atomically, write_json
-from cwdm.images.geometry import (
+from cwdm.images import (
     ORIENTATION,
     Mask,
     Orientation,
@@ -33,8 +32,10 @@ from cwdm.images.geometry import (
     bounding_box,
     centre,
     centred_start,
+    check_same_grid,
     choose_window,
     clip_range,
+    read_grid,
     tight_window,
 )
 from cwdm.progress import tracked

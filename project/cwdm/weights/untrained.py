@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from cwdm import checkpoint
-from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import Record, load_published
 from cwdm.errors import WeightsError
 from cwdm.files import check_writable
+from cwdm.images import MODALITIES
 from cwdm.published import published_names
 from cwdm.unet import UNet, UNetConfig
 

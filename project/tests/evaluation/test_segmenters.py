@@ -14,7 +14,6 @@ from monai.metrics import compute_dice, compute_hausdorff_distance
 from skimage.measure import label
 from typer.testing import CliRunner
 
-from cwdm.images.cases import MODALITIES, read_volume, write_nifti
 from cwdm.cli.app import app
 from cwdm.errors import CaseError, SettingsError
 from cwdm.evaluation.score import find_pairs, score_pair
@@ -30,6 +29,7 @@ from cwdm.evaluation.segmenters import (
     lesionwise,
     segment_pair,
 )
+from cwdm.images.cases import MODALITIES, read_volume, write_nifti
 
 SHAPE = (13, 17, 11)
 SPACING = (1.0, 1.5, 0.8)

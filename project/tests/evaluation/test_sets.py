@@ -18,7 +18,6 @@ from scipy.ndimage import convolve1d, zoom
 from scipy.stats import ortho_group
 from typer.testing import CliRunner
 
-from cwdm.images.cases import write_nifti
 from cwdm.cli.app import app
 from cwdm.errors import InputError, WeightsError
 from cwdm.evaluation.sets import (
@@ -33,6 +32,7 @@ from cwdm.evaluation.sets import (
     onto_grid,
     to_unit,
 )
+from cwdm.images.cases import write_nifti
 
 AFFINE = np.array([[-1.0, 0, 0, 3], [0, 1.1, 0, 5], [0, 0, 0.9, -7], [0, 0, 0, 1]])
 SHAPE = (20, 18, 16)

@@ -18,14 +18,14 @@ from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from typer.testing import CliRunner
 
-from cwdm.images.cases import MODALITIES, Image, read_grid, write_nifti
 from cwdm.cli.app import app
 from cwdm.errors import CaseError, InputError
-from cwdm.evaluation.tables import summaries, summarise, tables
-from cwdm.evaluation.catalogue import FIGURES, RULES
 from cwdm.evaluation.cache import ScoreCache
+from cwdm.evaluation.catalogue import FIGURES, RULES
 from cwdm.evaluation.score import Pair, Score, Scorer, find_pairs, score_pair, score_pairs
 from cwdm.evaluation.segmenters import SCHEMES, Segmenter
+from cwdm.evaluation.tables import summaries, summarise, tables
+from cwdm.images.cases import MODALITIES, Image, read_grid, write_nifti
 
 SHAPE = (22, 26, 20)
 AFFINE = np.array([[-1.0, 0, 0, 11], [0, -1.2, 0, 7], [0, 0, 0.9, -30], [0, 0, 0, 1]])
@@ -396,7 +396,7 @@ def test_scores_by_an_older_rule_are_made_again(folders: tuple[Path, Path], tmp_
 
 
 def test_rules_and_their_versions(folders: tuple[Path, Path]) -> None:
-    """Where a value differs, its rule has changed: raise the figure's version here and in `cwdm.evaluation.catalogue`."""
+    """Where a value differs, its rule has changed: raise its version here and in `evaluation.catalogue`."""
 
     def segment(case: str, folder: Path) -> Image:
         image = read_grid(next(folder.glob("*-t1n.nii.gz")))

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from scipy.spatial.transform import Rotation
 
 from cwdm import __version__
+from cwdm.errors import CaseError, InputError
 from cwdm.images.cases import (
     MODALITIES,
     NEAREST,
@@ -35,9 +36,8 @@ from cwdm.images.cases import (
     read_case,
     write_volume,
 )
-from cwdm.errors import CaseError, InputError
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
+SHARED = Path(__file__).resolve().parents[4] / "shared"
 SHAPE = (12, 10, 9)
 AFFINE = np.array([[-1.0, 0, 0, 5], [0, -1, 0, 239], [0, 0, 1, -7], [0, 0, 0, 1]])
 NAME = "BraTS-GLI-00001-000"
@@ -279,7 +279,7 @@ def test_what_may_not_be_read(tmp_path: Path) -> None:
         make_case(top, name="a")
         make_case(top, name="b").chmod(0)
         (make_case(top, name="c") / "c-t2w.nii.gz").chmod(0)
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
         command = [sys.executable, "-c", UNREADABLE, name]
         found = subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.splitlines()
         (top / "b").chmod(0o755)

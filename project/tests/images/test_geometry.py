@@ -27,7 +27,7 @@ from cwdm.images.geometry import (
     tight_window,
 )
 
-SHARED = Path(__file__).resolve().parents[3] / "shared"
+SHARED = Path(__file__).resolve().parents[4] / "shared"
 PUBLISHED = Window((8, 8, 0), (224, 224, 160), (240, 240, 155))
 shapes = st.tuples(*[st.integers(1, 9)] * 3)
 volumes = hnp.arrays(

@@ -14,20 +14,20 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import link_case
+from support import link_case
 from typer.testing import CliRunner, Result
 
 from cwdm import Synthesizer, checkpoint
-from cwdm.images import cases as brats
-from cwdm.images.cases import find_cases
 from cwdm.checkpoint import ANY, Record
 from cwdm.cli.app import app, main
-from cwdm.inference.cohort import device_works, synthesise_cohort
-from cwdm.settings import load_settings
 from cwdm.errors import CaseError, DeviceLostError
+from cwdm.images import cases as brats
+from cwdm.images.cases import find_cases
+from cwdm.inference.cohort import device_works, synthesise_cohort
 from cwdm.inference.provenance import read_provenance
-from cwdm.report_data import Places, read_records, read_shown
 from cwdm.inference.synthesizer import choose_dtype
+from cwdm.report_data import Places, read_records, read_shown
+from cwdm.settings import load_settings
 from cwdm.unet import UNet, UNetConfig
 
 CWDM = [sys.executable, "-m", "cwdm"]

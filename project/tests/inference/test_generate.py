@@ -4,21 +4,21 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import golden, golden_model
+from support import GOLDEN, golden, golden_model
 from typer.testing import CliRunner
 
 from cwdm import checkpoint
 from cwdm.checkpoint import Checkpoint, Record, load_published
 from cwdm.cli.app import app
-from cwdm.settings import load_settings
 from cwdm.errors import CwdmError, SettingsError, WeightsError
 from cwdm.inference.generate import Generator, check_same_origin, trained_grid, write_samples
 from cwdm.pipeline import clamped_denoiser
 from cwdm.samplers import ddpm, spaced_timesteps
+from cwdm.settings import load_settings
 from cwdm.unet import UNetConfig
-from cwdm.weights.untrained import untrained_state
 from cwdm.wavelet import idwt
 from cwdm.weights.folder import convert
+from cwdm.weights.untrained import untrained_state
 
 CONFIG = UNetConfig(in_channels=8, model_channels=32, channel_mult=(1, 2), skips="additive")
 SIZE = (16, 12, 8)
@@ -40,7 +40,7 @@ def test_golden_runs_come_out_of_a_published_file(name: str, tmp_path: Path) -> 
     size = tuple(2 * n for n in run["wavelet_shape"])
     settings = load_settings(None, [f"seed={run['seed']}", f"sampler.steps={run['steps']}", "sampler.name=ddpm"])
     volume = Generator(tmp_path / "w.pt", settings, size, "cpu")(0)
-    expected = np.load(Path(__file__).parent / "golden" / f"{name}.npz")["volume"]
+    expected = np.load(GOLDEN / f"{name}.npz")["volume"]
     np.testing.assert_allclose(2 * volume - 1, expected[0, 0], atol=1e-4, rtol=0)
 
 

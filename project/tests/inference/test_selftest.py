@@ -1,13 +1,13 @@
 from pathlib import Path
 
 import pytest
-from conftest import TINY
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from support import TINY
 
-from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import Record
 from cwdm.errors import WeightsError
+from cwdm.images.cases import MODALITIES
 from cwdm.inference.selftest import self_test
 from cwdm.weights.untrained import write_untrained
 

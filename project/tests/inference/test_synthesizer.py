@@ -5,17 +5,17 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import CASES, SHAPE, SHARED, TINY, golden, link_case, needs_cases
+from support import CASES, SHAPE, SHARED, TINY, golden, link_case, needs_cases
 
 from cwdm import Settings, Synthesizer, checkpoint
+from cwdm.checkpoint import Record, load_published
+from cwdm.errors import CaseError, WeightsError
 from cwdm.images.cases import MODALITIES, NEAREST, read_case
 from cwdm.images.cases import case_folder as find_case
-from cwdm.checkpoint import Record, load_published
-from cwdm.settings import load_settings
-from cwdm.errors import CaseError, WeightsError
 from cwdm.images.geometry import choose_window, normalise
-from cwdm.samplers import ddim
 from cwdm.inference.synthesizer import Samples
+from cwdm.samplers import ddim
+from cwdm.settings import load_settings
 from cwdm.weights.untrained import untrained_state
 
 FOUR_STEPS = "sampler.timesteps=[3, 2, 1, 0]"

@@ -8,19 +8,19 @@ import pytest
 from typer.testing import CliRunner
 
 from cwdm import checkpoint
-from cwdm.images.cases import write_nifti
 from cwdm.checkpoint import Record, load_published
 from cwdm.cli.app import app
-from cwdm.settings import load_settings
 from cwdm.errors import SettingsError, WeightsError
+from cwdm.images.cases import write_nifti
 from cwdm.inference.generate import Generator
-from cwdm.training.settings import load_training_settings
-from cwdm.training import train
 from cwdm.inference.translate import Translator
-from cwdm.unet import UNetConfig
-from cwdm.weights.untrained import untrained_state
+from cwdm.settings import load_settings
+from cwdm.training import train
+from cwdm.training.settings import load_training_settings
 from cwdm.training.volume_cache import Subject, decode
+from cwdm.unet import UNetConfig
 from cwdm.weights.folder import load_for
+from cwdm.weights.untrained import untrained_state
 
 PAIRS = """
 data:

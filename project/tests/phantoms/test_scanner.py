@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cwdm.phantoms.anatomy import Anatomy, make_anatomy
-from cwdm.images.cases import MODALITIES
 from cwdm.errors import OutputError
+from cwdm.images.cases import MODALITIES
+from cwdm.phantoms.anatomy import Anatomy, make_anatomy
 from cwdm.phantoms.scanner import (
     GD_R1,
     TISSUES,

@@ -10,12 +10,12 @@ from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 from scipy import ndimage
 from typer.testing import CliRunner
 
-from cwdm.images.cases import write_nifti
 from cwdm.checkpoint import Record
 from cwdm.cli.app import app
-from cwdm.training.datasets import decode, find_subjects
 from cwdm.errors import CaseError, InputError
+from cwdm.images.cases import write_nifti
 from cwdm.prepare.lidc import LAS, find_series, prepare, prepare_lidc, read_series
+from cwdm.training.datasets import decode, find_subjects
 from cwdm.training.settings import DataSettings
 
 SPACING_MM = (0.8, 0.8, 2.5)

@@ -9,11 +9,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE
+from support import SHAPE
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from cwdm.errors import CaseError, InputError, SettingsError
 from cwdm.images.cases import read_volume
+from cwdm.images.geometry import centre, choose_window, normalise
 from cwdm.training.datasets import (
     ReadingError,
     SampleNumbers,
@@ -25,8 +27,6 @@ from cwdm.training.datasets import (
     find_subjects,
     read_batches,
 )
-from cwdm.errors import CaseError, InputError, SettingsError
-from cwdm.images.geometry import centre, choose_window, normalise
 from cwdm.training.settings import DataSettings
 from cwdm.training.volume_cache import Cache, decode
 

@@ -12,21 +12,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SHAPE, link_case
 from safetensors import safe_open
 from safetensors.torch import load_file
+from support import SHAPE, link_case
 from tensorboardX.proto.event_pb2 import Event
 
 from cwdm import Synthesizer, checkpoint, progress
-from cwdm.images.cases import write_nifti
 from cwdm.checkpoint import ANY
-from cwdm.settings import load_settings
 from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import CwdmError, InputError, OutputError, SettingsError
+from cwdm.images.cases import write_nifti
 from cwdm.inference.generate import Generator
-from cwdm.training.settings import RecordSettings, TrainingSettings, load_training_settings, ready_configurations
+from cwdm.settings import load_settings
 from cwdm.training import TrainingError, data, loop, state, train, validate
 from cwdm.training.launch import launch
+from cwdm.training.settings import RecordSettings, TrainingSettings, load_training_settings, ready_configurations
 from cwdm.training.state import Run
 
 COMMAND = [sys.executable, "-m", "cwdm", "train"]
@@ -160,8 +160,8 @@ def test_training_lowers_the_loss(small: Path, tmp_path: Path) -> None:
 def test_the_loss_that_is_logged_is_the_published_one(schedule: str, small: Path, tmp_path: Path) -> None:
     """Computed again by `subband_losses`, which the golden losses hold, from the first weights and samples."""
     from cwdm.training.datasets import Samples, Sampling, assemble, find_subjects
-    from cwdm.unet import UNet
     from cwdm.training.volume_cache import Cache
+    from cwdm.unet import UNet
 
     chosen = ("steps=1", "log_every=1", "loss.over=coefficients", f"loss.schedule={schedule}")
     config = settings(small, tmp_path / "run", *chosen)

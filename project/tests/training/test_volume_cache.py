@@ -7,13 +7,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from conftest import SHAPE
+from support import SHAPE
 
-from cwdm.training import volume_cache
-from cwdm.images.cases import MODALITIES, read_volume
-from cwdm.training.datasets import find_subjects
 from cwdm.errors import CaseError, OutputError
+from cwdm.images.cases import MODALITIES, read_volume
 from cwdm.images.geometry import normalise
+from cwdm.training import volume_cache
+from cwdm.training.datasets import find_subjects
 from cwdm.training.settings import DataSettings
 from cwdm.training.volume_cache import Cache, CachedSubject, decode
 

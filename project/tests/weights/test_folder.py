@@ -8,17 +8,17 @@ from threading import Thread
 
 import pytest
 import torch
-from conftest import TINY
+from support import TINY
 from typer.testing import CliRunner
 
 from cwdm import Synthesizer, checkpoint
-from cwdm.weights import folder as weights
-from cwdm.images.cases import MODALITIES
 from cwdm.checkpoint import ANY, Record, load_published
 from cwdm.errors import WeightsError
+from cwdm.images.cases import MODALITIES
 from cwdm.unet import UNet, UNetConfig
-from cwdm.weights.untrained import untrained_state
+from cwdm.weights import folder as weights
 from cwdm.weights.folder import BUNDLED, PUBLISHED_FILES, folder_of, inspect, load_for
+from cwdm.weights.untrained import untrained_state
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 

@@ -1,1 +1,1 @@
-"""TODO."""
+"""A cohort shared among workers: shards, processes of this machine, a Ray cluster."""

@@ -1,7 +1,6 @@
 """A cohort among several workers: each gets more when it has done what it has, and a lost one is replaced.
 
-Who the workers are is the crew's business: processes of this machine (`cwdm.inference.parallel.processes`) or of a Ray cluster
-(`cwdm.inference.parallel.ray_workers`).
+Who the workers are is the crew's business: processes of this machine (`processes`) or of a Ray cluster (`ray_workers`).
 """
 
 from collections import Counter, deque
@@ -13,14 +12,14 @@ from typing import Protocol
 
 import torch
 
-from cwdm.images.cases import CaseFolder
-from cwdm.inference.cohort import Outcome, Runner, cohort_run, device_works, plan_tasks
-from cwdm.settings import Settings
 from cwdm.errors import CwdmError, DeviceLostError
+from cwdm.images import CaseFolder
+from cwdm.inference.cohort import Outcome, Runner, cohort_run, device_works, plan_tasks
+from cwdm.inference.synthesizer import Synthesizer
 from cwdm.precision import warn_of_precision
 from cwdm.progress import CohortProgress
-from cwdm.inference.synthesizer import Synthesizer
-from cwdm.weights.folder import BUNDLED, folder_of
+from cwdm.settings import Settings
+from cwdm.weights import BUNDLED, folder_of
 
 ATTEMPTS = 3
 """Workers that may be lost over one case before it counts as failed: it may be the one that kills them."""

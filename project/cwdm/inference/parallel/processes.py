@@ -15,11 +15,11 @@ from typing import NoReturn
 
 import torch
 
-from cwdm.images.cases import CaseFolder
-from cwdm.inference.cohort import Outcome
 from cwdm.device import choose_device
-from cwdm.inference.parallel.dispatch import Lost, Message, Work, serve, synthesise_among
 from cwdm.errors import CwdmError, DeviceLostError, SettingsError
+from cwdm.images import CaseFolder
+from cwdm.inference.cohort import Outcome
+from cwdm.inference.parallel.dispatch import Lost, Message, Work, serve, synthesise_among
 from cwdm.progress import CohortProgress
 
 DEVICE_LOST = 4
@@ -34,7 +34,9 @@ PATIENCE_S = 20
 Serve = Callable[[Iterator[list[CaseFolder]], Callable[[Message], None]], None]
 """What a worker does with the tasks that it is given, and a function that posts what comes of them."""
 
-_CHILD = "import sys; sys.path[:] = sys.argv[2:]; from cwdm.inference.parallel.processes import live; live(int(sys.argv[1]))"
+_CHILD = (
+    "import sys; sys.path[:] = sys.argv[2:]; from cwdm.inference.parallel.processes import live; live(int(sys.argv[1]))"
+)
 
 
 def count_workers(devices: str, device: str) -> int:

@@ -16,10 +16,10 @@ import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayActorError, WorkerCrashedError
 from ray.exceptions import RayError as AnyRayError
 
-from cwdm.images.cases import CaseFolder
+from cwdm.errors import CwdmError, DeviceLostError, SettingsError
+from cwdm.images import CaseFolder
 from cwdm.inference.cohort import Outcome, Runner
 from cwdm.inference.parallel.dispatch import IDLE, Lost, Message, Work, start_synthesizer, synthesise_among
-from cwdm.errors import CwdmError, DeviceLostError, SettingsError
 from cwdm.progress import CohortProgress
 from cwdm.signals import deferred, handled
 

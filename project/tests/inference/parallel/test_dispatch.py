@@ -10,13 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cwdm.errors import CwdmError, DeviceLostError, OutputError
 from cwdm.images.cases import CaseFolder
 from cwdm.inference.cohort import Outcome
-from cwdm.settings import Settings
 from cwdm.inference.parallel.dispatch import ATTEMPTS, IDLE, STARTS, Lost, Message, Work, synthesise_among
-from cwdm.errors import CwdmError, DeviceLostError, OutputError
-from cwdm.progress import CohortProgress
 from cwdm.inference.parallel.processes import LocalCrew
+from cwdm.progress import CohortProgress
+from cwdm.settings import Settings
 
 
 def folder(name: str, missing: str = "t1n") -> CaseFolder:

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TINY
+from support import TINY
 
 from cwdm.checkpoint import Record
-from cwdm.prepare.drop import drop_modalities
 from cwdm.errors import SettingsError
-from cwdm.weights.untrained import write_untrained
 from cwdm.inference.parallel.processes import count_workers
+from cwdm.prepare.drop import drop_modalities
+from cwdm.weights.untrained import write_untrained
 
 
 @pytest.fixture(scope="module")

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import psutil
 import pytest
-from conftest import TINY
+from support import TINY
 
-from cwdm.images.cases import find_cases
 from cwdm.checkpoint import Record
-from cwdm.inference.cohort import synthesise_cohort
-from cwdm.settings import load_settings
-from cwdm.prepare.drop import drop_modalities
 from cwdm.errors import CwdmError, OutputError, WeightsError
-from cwdm.progress import CohortProgress
+from cwdm.images.cases import find_cases
+from cwdm.inference.cohort import synthesise_cohort
 from cwdm.inference.synthesizer import Synthesizer
+from cwdm.prepare.drop import drop_modalities
+from cwdm.progress import CohortProgress
+from cwdm.settings import load_settings
 from cwdm.weights.untrained import write_untrained
 
 pytest.importorskip("ray", reason="needs the extra 'ray'")

@@ -1,0 +1,14 @@
+from .folder import BUNDLED as BUNDLED
+from .folder import PUBLISHED_FILES as PUBLISHED_FILES
+from .folder import check_usable as check_usable
+from .folder import convert as convert
+from .folder import default_folder as default_folder
+from .folder import download as download
+from .folder import find as find
+from .folder import folder_of as folder_of
+from .folder import inspect as inspect
+from .folder import load_for as load_for
+from .folder import modality_of as modality_of
+from .folder import record as record
+from .untrained import untrained_state as untrained_state
+from .untrained import write_untrained as write_untrained
