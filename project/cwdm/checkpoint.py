@@ -81,6 +81,16 @@ class Record(BaseModel):
         data = settings.get("data") if isinstance(settings, dict) else None
         return data if isinstance(data, dict) else {}
 
+    def to_range(self, unit: Tensor) -> Tensor:
+        """Volumes in [0, 1], in the `value_range` that the network sees and makes."""
+        low, high = self.value_range
+        return unit * (high - low) + low
+
+    def from_range(self, values: Tensor) -> Tensor:
+        """The inverse of `to_range`."""
+        low, high = self.value_range
+        return (values - low) / (high - low)
+
     @field_validator("sampler")
     @classmethod
     def _known(cls, name: str) -> str:

@@ -140,16 +140,16 @@ class Pipeline:
     @torch.inference_mode()
     def encode(self, unit: Tensor) -> Tensor:
         """Coefficients (B, 8 N, X/2, Y/2, Z/2) on the device of volumes (B, N, X, Y, Z) in [0, 1]."""
-        low, high = self.checkpoint.record.value_range
+        record = self.checkpoint.record
         with exact_float32():
-            return dwt(unit.to(self.device) * (high - low) + low, self.checkpoint.record.wavelet)
+            return dwt(record.to_range(unit.to(self.device)), record.wavelet)
 
     @torch.inference_mode()
     def decode(self, coefficients: Tensor) -> Tensor:
         """Volumes (B, N, X, Y, Z) in [0, 1] of coefficients (B, 8 N, X/2, Y/2, Z/2); the inverse of `encode`."""
-        low, high = self.checkpoint.record.value_range
+        record = self.checkpoint.record
         with exact_float32():
-            return (idwt(coefficients, self.checkpoint.record.wavelet) - low) / (high - low)
+            return record.from_range(idwt(coefficients, record.wavelet))
 
     def sample(
         self,

@@ -1,7 +1,7 @@
 """Signals that stop a run: caught for the length of a block, and put back behind it."""
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -11,8 +11,8 @@ Handler = Callable[[int, FrameType | None], object]
 
 
 @contextmanager
-def handled(handler: Handler | None = None) -> Iterator[None]:
-    """SIGINT and SIGTERM go to `handler` inside the block, and behind it to whoever had them before.
+def handled(handler: Handler | None = None, signals: Collection[signal.Signals] = STOPPING) -> Iterator[None]:
+    """SIGINT and SIGTERM, or other signals, go to `handler` inside the block, and behind it to whoever had them before.
 
     A signal that is ignored stays ignored: that is how a shell starts a script's background jobs.
 
@@ -20,7 +20,7 @@ def handled(handler: Handler | None = None) -> Iterator[None]:
         handler: None leaves the signals where they are, for a block of foreign code that takes them for itself.
     """
     # None stands for a handler that was not set from Python and could not be put back.
-    before = {n: old for n in STOPPING if (old := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
+    before = {n: old for n in signals if (old := signal.getsignal(n)) not in (signal.SIG_IGN, None)}
     for number in before if handler else ():
         signal.signal(number, handler)
     try:
