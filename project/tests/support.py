@@ -9,6 +9,10 @@ from hypothesis import settings
 
 from cwdm.checkpoint import load_published
 from cwdm.images.cases import MODALITIES
+from cwdm.training.cache import Cache
+from cwdm.training.cases import find_subjects
+from cwdm.training.data import Samples
+from cwdm.training.settings import DataSettings, TrainingSettings
 from cwdm.unet import UNet, UNetConfig
 from cwdm.weights.untrained import untrained_state
 
@@ -55,3 +59,12 @@ def link_case(source: Path, target: Path, missing: str, name: str | None = None)
         if modality != missing:
             (case / f"{case.name}-{modality}.nii.gz").symlink_to(source / f"{source.name}-{modality}.nii.gz")
     return case
+
+
+def samples(data: DataSettings, cache: Path, **changes: Any) -> Samples:
+    """Samples of a training run on all cases of a folder."""
+    chosen = {"data": data, "out": cache, "network": {"channel_mult": [1]}, "seed": 3, **changes}
+    settings = TrainingSettings.model_validate(chosen)
+    held, subjects = Cache(cache, data, 4), find_subjects(data.path, data).subjects
+    digests = held.digests(subjects)
+    return Samples([held.prepare(subject, digests) for subject in subjects], held, settings)

@@ -1,7 +1,7 @@
 """Devices and processes of a training run, and what they do together."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -14,7 +14,6 @@ from torch import Tensor
 
 from cwdm.errors import CwdmError, SettingsError
 from cwdm.training.settings import TrainingSettings
-from cwdm.training.volume_cache import CachedSubject
 
 T = TypeVar("T")
 
@@ -32,7 +31,7 @@ def launch(settings: TrainingSettings) -> Fabric:
     _check_shares(settings, devices * nodes)
     # Ranks wait for each other while one decodes, validates or saves.
     strategy: Any = DDPStrategy(timeout=timedelta(days=1)) if devices * nodes > 1 else "auto"
-    precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed"}[settings.precision]
+    precision: Any = "bf16-mixed" if settings.precision == "bf16" else "32-true"
     # In a batch script Slurm's variables are there too, and Fabric would wait for tasks that no one started.
     alone: Any = LightningEnvironment() if "SLURM_NTASKS" in os.environ and not _is_task_of_slurm() else None
     try:
@@ -60,17 +59,12 @@ def _check_shares(settings: TrainingSettings, processes: int) -> None:
         )
 
 
-def check_shapes(settings: TrainingSettings, processes: int, subjects: Sequence[CachedSubject]) -> None:
-    """Windows follow the brain, and volumes that are computed together must be of one size."""
-    share = settings.optimiser.batch_size // processes
-    if settings.data.crop or share == settings.optimiser.accumulate:
-        return
-    shapes = {subject.shape for subject in subjects}
-    if len(shapes) > 1:
-        raise SettingsError(
-            f"the volumes differ in size ({min(shapes)} to {max(shapes)}), so that whole ones cannot be computed "
-            f"together; give data.crop, or optimiser.accumulate={share}"
-        )
+def processes(settings: TrainingSettings) -> tuple[int, int]:
+    """Devices of each machine, and machines: as `torchrun` or Slurm started them, else as the settings say."""
+    if torch.distributed.is_torchelastic_launched():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        return devices, int(os.environ["WORLD_SIZE"]) // devices
+    return _tasks_of_slurm() if _is_task_of_slurm() else (settings.devices, settings.nodes)
 
 
 def _is_task_of_slurm() -> bool:
@@ -78,19 +72,13 @@ def _is_task_of_slurm() -> bool:
     return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
 
 
-def processes(settings: TrainingSettings) -> tuple[int, int]:
-    """Devices of each machine, and machines: as `torchrun` or Slurm started them, else as the settings say."""
-    environment = os.environ
-    if torch.distributed.is_torchelastic_launched():
-        devices = int(environment["LOCAL_WORLD_SIZE"])
-        return devices, int(environment["WORLD_SIZE"]) // devices
-    if _is_task_of_slurm():
-        nodes = int(environment["SLURM_NNODES"])
-        return int(environment["SLURM_NTASKS"]) // nodes, nodes
-    return settings.devices, settings.nodes
+def _tasks_of_slurm() -> tuple[int, int]:
+    """Tasks on each machine, and machines."""
+    nodes = int(os.environ["SLURM_NNODES"])
+    return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
 
 
-def together(fabric: Fabric, work: Callable[[], T]) -> T:
+def on_all_ranks(fabric: Fabric, work: Callable[[], T]) -> T:
     """Do something in every process; if it fails in one, the others stop too instead of waiting for ever."""
     fault: Exception | None = None
     try:

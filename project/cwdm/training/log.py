@@ -2,7 +2,8 @@
 
 import resource
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,22 @@ class TrainingLog:
 
     def _start_window(self) -> None:
         """Forget the steps that were written."""
-        self.waited = 0.0
+        self._waited = 0.0
         self._bands: list[Tensor] = []
         self._t: list[Tensor] = []
         self._norms: list[float] = []
         self._bad = self._volumes = 0
         self._since = time.perf_counter()
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """The time inside the block is spent on waiting for data."""
+        start = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - start
+
     def say(self, line: str) -> None:
+        """Show a line above the progress bar."""
         self.console.print(line, markup=False, soft_wrap=True)
 
     def add(self, bands: Tensor, t: Tensor, norm: float, finite: bool) -> None:
@@ -59,7 +68,7 @@ class TrainingLog:
     def write(self, step: int, lr: float) -> None:
         """Means since the last call, over the steps that were finite."""
         elapsed = time.perf_counter() - self._since
-        rate, waiting = self._volumes / elapsed, self.waited / elapsed
+        rate, waiting = self._volumes / elapsed, self._waited / elapsed
         memory_gib = (
             torch.cuda.max_memory_allocated() / 2**30 or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         )
@@ -92,6 +101,7 @@ class TrainingLog:
         return means
 
     def scores(self, step: int, mean_psnr: float, mean_ssim: float) -> None:
+        """Means of a validation."""
         if self._alive():
             self.writer.add_scalar("validation/PSNR dB", mean_psnr, step)
             self.writer.add_scalar("validation/SSIM", mean_ssim, step)

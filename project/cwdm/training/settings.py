@@ -1,14 +1,17 @@
 """Settings of a training run: a YAML file of ours or yours, then `key=value` overrides."""
 
+from dataclasses import fields
 from importlib.resources import files
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+import torch
+from pydantic import AfterValidator, Field, create_model, model_validator
 
-from cwdm.checkpoint import orthogonal_wavelet
+from cwdm.checkpoint import ANY, Record, orthogonal_wavelet
 from cwdm.diffusion import PUBLISHED, known_schedule
 from cwdm.errors import SettingsError
+from cwdm.images import PUBLISHED_WINDOW
 from cwdm.samplers import known_sampler
 from cwdm.settings import StrictSettings, read_settings
 from cwdm.unet import UNetConfig
@@ -63,9 +66,10 @@ class DataSettings(StrictSettings):
     Attributes:
         path: folder of the cases.
         validation_path: folder of held-out cases; None: no validation.
-        layout: `brats` for case folders with the four contrasts, `files` for images described one by one.
-        target, condition_on: for `brats`: the contrast to synthesise; the contrasts it is made from, "any" for one
-            network that makes each of the four from the others, or nothing for an unconditional network.
+        layout: `brats` for case folders with the four modalities, `files` for images described one by one.
+        target: for `brats`: the modality to synthesise.
+        condition_on: what it is made from: the others; "any" for one network that makes each of the four from the
+            others; "nothing" for an unconditional network.
         most_missing: with "any", how many of the four may be missing at once.
         images: for `files`: the target first, then the conditions.
         window: voxels that are kept of a volume, in its centre and, with conditions in the layout `brats`, moved or
@@ -73,7 +77,7 @@ class DataSettings(StrictSettings):
         downsample: edge in voxels of the cubes that are averaged, as WDM does for 128³.
         crop: size of the random part that is trained on; None: everything.
         mirror: left and right change places at random.
-        jitter: standard deviation, in gamma's logarithm, of a random change of contrast of each condition.
+        jitter: each condition, in [0, 1], is raised to a random power, whose logarithm has this standard deviation.
         cache: folder for the decoded volumes, which any number of runs can share; None: `cache` in the run's folder.
         workers: processes that read.
         skip_bad: cases that are damaged or incomplete are left out, each named, instead of ending the run's start.
@@ -102,11 +106,13 @@ class DataSettings(StrictSettings):
                 raise ValueError("layout 'files' needs 'images', the target (no label map) first")
             if self.condition_on == "any" or self.target is not None:
                 raise ValueError("'target' and condition_on 'any' belong to layout 'brats'")
+            if self.condition_on == "nothing" and self.images[1:]:
+                raise ValueError("with condition_on 'nothing' only the target belongs into 'images'")
         elif (self.target is None) != (self.condition_on == "any"):
             raise ValueError("layout 'brats' needs a 'target', and with condition_on 'any' none")
         guided = self.layout == "brats" and self.condition_on != "nothing"
         if guided and self.downsample > 1:
-            raise ValueError("'downsample' is for other data: inference gives a network of contrasts all voxels")
+            raise ValueError("'downsample' is for other data: inference gives a network of modalities all voxels")
         if self.window == "brain" and not guided:
             raise ValueError("window 'brain' needs layout 'brats' with conditions")
         if self.crop and isinstance(self.window, list):
@@ -118,16 +124,29 @@ class DataSettings(StrictSettings):
         return self
 
 
-class NetworkSettings(StrictSettings):
-    """Shape of the network; see `cwdm.unet.UNetConfig`."""
+_OF_THE_DATA = ("in_channels", "out_channels", "targets")
+_TYPES: dict[Any, Any] = {int: Positive, tuple[int, ...]: list[Positive]}
+_Shape: Any = create_model(
+    "_Shape",
+    __base__=StrictSettings,
+    **{  # type: ignore[call-overload]
+        field.name: (
+            _TYPES.get(field.type, field.type),
+            list(field.default) if isinstance(field.default, tuple) else field.default,
+        )
+        for field in fields(UNetConfig)
+        if field.name not in _OF_THE_DATA
+    },
+)
 
-    model_channels: Positive = 64
-    channel_mult: list[Positive] = Field(default=[1, 2, 2, 4, 4])
-    num_res_blocks: Positive = 2
-    norm: Literal["group", "voxel"] = "group"
-    groups: Positive = 32
-    skips: Literal["concat", "additive", "wavelet"] = "concat"
-    regression: bool = False
+
+class NetworkSettings(_Shape):  # type: ignore[misc]
+    """Shape of the network: the fields of `cwdm.unet.UNetConfig` that do not follow from the data, and its wavelet.
+
+    Attributes:
+        wavelet: an orthogonal one of PyWavelets.
+    """
+
     wavelet: Annotated[str, AfterValidator(orthogonal_wavelet)] = "haar"
 
 
@@ -135,6 +154,8 @@ class OptimiserSettings(StrictSettings):
     """AdamW, with what happens to its results.
 
     Attributes:
+        lr: learning rate.
+        weight_decay: decoupled from the gradient (Loshchilov and Hutter, 2019).
         batch_size: volumes a step, over all devices together.
         accumulate: parts that a device's share of them is computed in.
         warmup_steps: steps in which the learning rate rises from 0.
@@ -178,7 +199,8 @@ class RecordSettings(StrictSettings):
     """What the weights will say about themselves.
 
     Attributes:
-        sampler, steps: recommended for inference.
+        sampler: recommended for inference.
+        steps: of the sampler.
         notice: what every user of their images must know.
     """
 
@@ -191,22 +213,34 @@ class TrainingSettings(StrictSettings):
     """A whole run.
 
     Attributes:
+        data: what is trained on.
         out: folder of the run.
+        network: its shape.
+        optimiser: AdamW and the running mean.
+        loss: what is minimised.
+        record: what the weights will say about themselves.
         samples: volumes that the network sees, over all steps.
         steps: of the optimiser; by default as many as make up the samples.
         value_range: of the volumes that the network sees and makes.
-        precision: bf16 keeps weights in float32 and multiplies in bfloat16.
+        seed: of the first weights and of every sample.
+        device: `auto` takes a GPU if there is one.
+        devices: of each machine; what `torchrun` or Slurm started wins.
+        nodes: machines; what `torchrun` or Slurm started wins.
+        precision: `fp32` multiplies all 24 bits of float32; `tf32` leaves it to PyTorch, which as a rule rounds to 10
+            bits in the convolutions on a GPU, as the published weights were trained; `bf16` keeps weights in float32
+            and multiplies in bfloat16.
         noise: where a sample's noise is drawn, from its own seed: on the CPU, the same for every device, or on the
             device, which saves 32 MiB a full-size sample on the way there.
         recompute: activations of residual blocks are computed a second time instead of kept.
-        devices, nodes: of each machine, and machines; what `torchrun` or Slurm started wins.
-        log_every, validate_every: steps.
+        log_every: steps between lines of the log.
+        validate_every: steps between validations.
         save_minutes: between states from which the run can go on; they are written while it trains, one is written
             when it ends or is stopped, too.
         save_every: steps after which there is a state as well.
-        validation_cases: at most so many are synthesised, shared among the processes, in `precision`.
-        validation_sampler, validation_steps: how; by default as `record` recommends if that takes at most ten steps,
-            else dpmpp in ten.
+        validation_cases: at most so many are synthesised, shared among the processes, in bfloat16 with `bf16` and else
+            in float32.
+        validation_sampler: by default as `record` recommends if that takes at most ten steps, else dpmpp.
+        validation_steps: of this sampler; by default as `record` recommends, at most ten.
     """
 
     data: DataSettings
@@ -222,7 +256,7 @@ class TrainingSettings(StrictSettings):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     devices: Positive = 1
     nodes: Positive = 1
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     noise: Literal["cpu", "device"] = "cpu"
     recompute: bool = False
     log_every: Positive = 50
@@ -257,6 +291,27 @@ class TrainingSettings(StrictSettings):
         if data.layout == "brats":
             return {"others": 3, "any": 4, "nothing": 0}[data.condition_on]
         return sum(1 if image.labels is None else len(image.labels) for image in (data.images or [])[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the network multiplies in."""
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+    def to_record(self) -> Record:
+        """What the weights say about themselves before anything is known of their training."""
+        data, (low, high) = self.data, self.value_range
+        window = data.window if isinstance(data.window, str) else (data.window[0], data.window[1], data.window[2])
+        return Record(
+            modality=ANY if data.condition_on == "any" else data.target,
+            window="published" if window == PUBLISHED_WINDOW else window,
+            wavelet=self.network.wavelet,
+            value_range=(low, high),
+            schedule=self.loss.schedule,
+            sampler=self.record.sampler,
+            steps=self.record.steps,
+            notice=self.record.notice,
+            most_missing=data.most_missing,
+        )
 
     def unet(self) -> UNetConfig:
         """The network's configuration."""

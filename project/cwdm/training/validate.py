@@ -12,9 +12,10 @@ from cwdm.checkpoint import Checkpoint
 from cwdm.metrics import psnr, ssim
 from cwdm.pipeline import Pipeline
 from cwdm.samplers import SAMPLERS, spaced_timesteps
-from cwdm.training.launch import largest, together
-from cwdm.training.state import Run, describe, save_weights
-from cwdm.training.volume_cache import CachedSubject
+from cwdm.training.cache import CachedSubject
+from cwdm.training.launch import largest, on_all_ranks
+from cwdm.training.saving import save_best
+from cwdm.training.state import Run, describe
 
 
 class _Stopped(Exception):
@@ -34,7 +35,7 @@ def validate(run: Run) -> None:
     Without conditions there is no right answer: then a sample is drawn beside each case, for the eye.
     """
     scores = torch.zeros(3, dtype=torch.float64, device=run.fabric.device)
-    together(run.fabric, lambda: _score_share(run, _network(run), scores))
+    on_all_ranks(run.fabric, lambda: _score_share(run, _network(run), scores))
     if run.fabric.world_size > 1:
         scores = cast(Tensor, run.fabric.all_reduce(scores, reduce_op="sum"))
     if any(largest(run.fabric, run.stopped_by)):
@@ -43,15 +44,16 @@ def validate(run: Run) -> None:
     if not run.settings.channels:
         return
     mean_psnr, mean_ssim = (float(value / scores[2]) for value in scores[:2])
-    together(run.fabric, lambda: run.log.scores(run.step, mean_psnr, mean_ssim))
+    on_all_ranks(run.fabric, lambda: run.log.scores(run.step, mean_psnr, mean_ssim))
     if mean_psnr > run.best:
         run.best = mean_psnr
-        together(run.fabric, lambda: save_weights(run, run.settings.out / "best"))
+        on_all_ranks(run.fabric, lambda: save_best(run))
 
 
 def _network(run: Run) -> Checkpoint:
     """The running mean of the weights, in the type that training multiplies in."""
-    model = run.ema if run.settings.precision == "fp32" else copy.deepcopy(run.ema).to(torch.bfloat16)
+    dtype = run.settings.dtype
+    model = run.ema if dtype == torch.float32 else copy.deepcopy(run.ema).to(dtype)
     return Checkpoint(model, describe(run))
 
 
@@ -62,25 +64,25 @@ def _score_share(run: Run, network: Checkpoint, scores: Tensor) -> None:
             truth, synthesis, mask = _synthesise(run, network, subject, number)
             run.log.picture(run.step, subject.name, truth, synthesis)
             if run.settings.channels:
-                figures = psnr(synthesis, truth, mask), ssim(synthesis, truth, mask)
-                scores += torch.tensor([*figures, 1.0], dtype=torch.float64, device=scores.device)
+                metrics = psnr(synthesis, truth, mask), ssim(synthesis, truth, mask)
+                scores += torch.tensor([*metrics, 1.0], dtype=torch.float64, device=scores.device)
 
 
 def _synthesise(run: Run, network: Checkpoint, subject: CachedSubject, number: int) -> tuple[Any, Any, Any]:
     """Truth, synthesis and mask of a held-out case, (X, Y, Z) in [0, 1]."""
     settings, (sampler, steps) = run.settings, run.settings.validation_plan
-    unit = run.cache.load(subject).unit()
+    unit = run.samples.cache.load(subject).unit()
     target = number % len(unit) if settings.data.condition_on == "any" else 0
     conditions = unit.copy() if settings.data.condition_on == "any" else unit[1:]
     if settings.data.condition_on == "any":
         conditions[target] = 0
-    # Contrasts of a head without its skull show where the brain is; other images count everywhere.
+    # Modalities of a head without its skull show where the brain is; other images count everywhere.
     brains = settings.data.layout == "brats" and len(conditions) > 0
     mask = conditions.any(axis=0) if brains else np.ones(unit.shape[1:], np.bool_)
     pipeline = Pipeline(
         checkpoint=network,
         device=run.fabric.device,
-        dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[settings.precision],
+        dtype=settings.dtype,
         sampler=SAMPLERS[sampler],
         timesteps=tuple(spaced_timesteps(steps)),
         target=target,

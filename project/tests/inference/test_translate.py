@@ -17,7 +17,7 @@ from cwdm.inference.translate import Translator
 from cwdm.settings import load_settings
 from cwdm.training import train
 from cwdm.training.settings import load_training_settings
-from cwdm.training.volume_cache import Subject, decode
+from cwdm.training.volumes import Subject, decode
 from cwdm.unet import UNetConfig
 from cwdm.weights.folder import load_for
 from cwdm.weights.untrained import untrained_state

@@ -15,8 +15,9 @@ from cwdm.cli.app import app
 from cwdm.errors import CaseError, InputError
 from cwdm.images.cases import write_nifti
 from cwdm.prepare.lidc import LAS, find_series, prepare, prepare_lidc, read_series
-from cwdm.training.datasets import decode, find_subjects
+from cwdm.training.cases import find_subjects
 from cwdm.training.settings import DataSettings
+from cwdm.training.volumes import decode
 
 SPACING_MM = (0.8, 0.8, 2.5)
 

@@ -12,10 +12,11 @@ from support import SHAPE
 from cwdm.errors import CaseError, OutputError
 from cwdm.images.cases import MODALITIES, read_volume
 from cwdm.images.geometry import normalise
-from cwdm.training import volume_cache
-from cwdm.training.datasets import find_subjects
+from cwdm.training import cache as cache_module
+from cwdm.training.cache import Cache, CachedSubject
+from cwdm.training.cases import find_subjects
 from cwdm.training.settings import DataSettings
-from cwdm.training.volume_cache import Cache, CachedSubject, decode
+from cwdm.training.volumes import decode
 
 
 @pytest.fixture
@@ -155,7 +156,7 @@ def test_room_is_forecast_and_looked_for_before_all_is_decoded(
 ) -> None:
     data = DataSettings(path=phantoms, target="t2w", window="brain", workers=0)
     cache, subjects, said = Cache(tmp_path, data, 4), find_subjects(phantoms, data).subjects, []
-    monkeypatch.setattr(volume_cache, "FORECAST_FROM", 1)
+    monkeypatch.setattr(cache_module, "FORECAST_FROM", 1)
     digests = cache.digests(subjects)
     assert len(cache.forecast(subjects, digests, said.append)) == 1
     assert len(entries(tmp_path)) == 4

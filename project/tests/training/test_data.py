@@ -1,48 +1,27 @@
-import multiprocessing
-import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from support import SHAPE
+from support import SHAPE, samples
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from cwdm.errors import CaseError, InputError, SettingsError
+from cwdm.errors import CaseError, InputError
 from cwdm.images.cases import read_volume
 from cwdm.images.geometry import centre, choose_window, normalise
-from cwdm.training.datasets import (
-    ReadingError,
-    SampleNumbers,
-    Samples,
-    Sampling,
-    assemble,
-    check_shared_memory,
-    draw_noise,
-    find_subjects,
-    read_batches,
-)
+from cwdm.training.cases import find_subjects
+from cwdm.training.data import Samples, assemble, draw_noise
 from cwdm.training.settings import DataSettings
-from cwdm.training.volume_cache import Cache, decode
+from cwdm.training.volumes import decode
 
 AFFINE = np.array([[-2.0, 0, 0, 5], [0, -2, 0, 7], [0, 0, 3, -4], [0, 0, 0, 1]])
 
 
-def samples(data: DataSettings, cache: Path, **changes) -> Samples:
-    sampling = Sampling(data, **{"seed": 3, "value_range": (0.0, 1.0), "timestep_power": 1.0, **changes})
-    held, subjects = Cache(cache, data, 4), find_subjects(data.path, data).subjects
-    digests = held.digests(subjects)
-    return Samples([held.prepare(subject, digests) for subject in subjects], held, sampling)
-
-
 def sample(source: Samples, n: int) -> dict[str, Tensor]:
     """What the network would get of one sample."""
-    batch = assemble(default_collate([source[n]]), source.sampling, torch.device("cpu"))
+    batch = assemble(default_collate([source[n]]), source.settings, torch.device("cpu"))
     return {name: tensor[0] for name, tensor in batch.items()}
 
 
@@ -90,7 +69,7 @@ def test_any_target_is_taken_out_of_the_conditions(phantoms: Path, tmp_path: Pat
 
 def test_timesteps_cover_the_schedule_and_can_lean_towards_noise(phantoms: Path, tmp_path: Path) -> None:
     data = DataSettings(path=phantoms, target="t1n", window="brain", crop=[4, 4, 4])
-    uniform, leaning = samples(data, tmp_path), samples(data, tmp_path, timestep_power=3.0)
+    uniform, leaning = samples(data, tmp_path), samples(data, tmp_path, loss={"timestep_power": 3.0})
     even = np.array([int(uniform[n]["t"]) for n in range(200)])
     noisy = np.array([int(leaning[n]["t"]) for n in range(200)])
     assert even.min() >= 0
@@ -101,7 +80,7 @@ def test_timesteps_cover_the_schedule_and_can_lean_towards_noise(phantoms: Path,
 
 def test_value_range_of_wdm(phantoms: Path, tmp_path: Path) -> None:
     data = DataSettings(path=phantoms, target="t1n", condition_on="nothing", window=[32, 32, 32], downsample=2)
-    found = sample(samples(data, tmp_path, value_range=(-1.0, 1.0)), 0)
+    found = sample(samples(data, tmp_path, value_range=[-1.0, 1.0]), 0)
     assert found["volume"].shape == (1, 16, 16, 16)
     assert found["conditions"].shape[0] == 0
     assert found["volume"].min() == -1
@@ -183,9 +162,9 @@ def test_what_is_wrong_with_paired_data_is_said(tmp_path: Path) -> None:
 def test_conditions_and_target_are_scaled_where_the_network_is(tmp_path: Path) -> None:
     """From whole numbers, with padding and a range that does not begin at 0, in two batches of other value ranges."""
     data = paired(tmp_path / "data", np.random.default_rng(0)).model_copy(update={"jitter": 0.2, "mirror": True})
-    source = samples(data, tmp_path / "cache", value_range=(-1.0, 1.0))
+    source = samples(data, tmp_path / "cache", value_range=[-1.0, 1.0])
     batch = default_collate([source[n] for n in range(4)])
-    made = assemble(batch, source.sampling, torch.device("cpu"))
+    made = assemble(batch, source.settings, torch.device("cpu"))
     for i in range(4):
         n = np.random.default_rng([3, i // 2, 1]).permutation(2)[i % 2]
         unit = decode(find_subjects(data.path, data).subjects[n], data).unit()
@@ -212,71 +191,3 @@ def test_noise_on_the_device_is_of_the_samples_own_seed(phantoms: Path, tmp_path
     drawn = draw_noise(int(there[5]["seed"]), there[5]["voxels"].shape[1:], torch.device("cpu"))
     assert sample(there, 5)["noise"].equal(drawn)
     assert sample(here, 5)["noise"].equal(drawn)
-
-
-def test_samples_are_counted_and_not_listed() -> None:
-    numbers = iter(SampleNumbers(range(3, 10**12), batch_size=8, first=4, share=2))
-    assert [next(numbers) for _ in range(5)] == [28, 29, 36, 37, 44]
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_come_in_order_from_any_number_of_processes(phantoms: Path, tmp_path: Path, workers: int) -> None:
-    source = samples(
-        DataSettings(path=phantoms, target="t2w", crop=[8, 8, 8], window="brain", workers=workers), tmp_path
-    )
-    found = list(read_batches(source, SampleNumbers(range(2), 4, 0, 4), 2, pinned=False))
-    expected = [default_collate([source[n], source[n + 1]]) for n in (0, 2, 4, 6)]
-    assert len(found) == len(expected)
-    for batch, other in zip(found, expected, strict=True):
-        assert all(batch[name].equal(other[name]) for name in other)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_case_that_is_lost_on_the_way_is_named(phantoms: Path, tmp_path: Path, workers: int) -> None:
-    shutil.copytree(phantoms, tmp_path / "data")
-    data = DataSettings(path=tmp_path / "data", target="t2w", window="brain", workers=workers)
-    source = samples(data, tmp_path / "cache")
-    shutil.rmtree(tmp_path / "data")
-    shutil.rmtree(tmp_path / "cache")
-    with pytest.raises(CaseError, match=r"^BraTS-PHANTOM.*cannot be read") as caught:
-        next(read_batches(source, [0], 1, pinned=False))
-    assert "Traceback" not in str(caught.value)
-
-
-def test_a_reading_process_that_dies_is_told_with_what_to_do(phantoms: Path, tmp_path: Path) -> None:
-    source = samples(DataSettings(path=phantoms, target="t2w", window="brain", workers=1), tmp_path)
-    handler = signal.getsignal(signal.SIGCHLD)
-    batches = read_batches(source, SampleNumbers(range(10**6), 1, 0, 1), 1, pinned=False)
-    next(batches)
-    # Whatever torch does when a child dies would happen in the middle of a step.
-    assert signal.getsignal(signal.SIGCHLD) == handler
-    for process in multiprocessing.active_children():
-        process.kill()
-    with pytest.raises(ReadingError, match=r"stopped by SIGKILL.*data.workers=0.*--shm-size"):
-        list(batches)
-
-
-def test_readers_do_not_keep_a_program_from_its_end(phantoms: Path, tmp_path: Path) -> None:
-    """Whatever still refers to the batches, as an error's traceback may."""
-    program = f"""
-from pathlib import Path
-from cwdm.training.datasets import *
-data = DataSettings(path=Path({str(phantoms)!r}), target="t2w", window="brain", workers=2)
-cache, subjects = Cache(Path({str(tmp_path)!r}), data, 4), find_subjects(data.path, data).subjects
-samples = Samples([cache.prepare(subject, {{}}) for subject in subjects], cache, Sampling(data, 3, (0.0, 1.0), 1.0))
-batches = read_batches(samples, range(10**6), 1, pinned=False)
-next(batches)
-raise SystemExit(5)
-"""
-    result = subprocess.run([sys.executable, "-c", program], timeout=60, check=False)
-    assert result.returncode == 5
-
-
-def test_shared_memory_is_looked_at_before_the_first_step(phantoms: Path, tmp_path: Path) -> None:
-    data = DataSettings(path=phantoms, target="t2w", window="brain", workers=64)
-    source = samples(data, tmp_path)
-    check_shared_memory(source, source.subjects, 1, 1, 1)
-    with pytest.raises(SettingsError, match=r"--shm-size=\d+m or more, or give (data.workers=\d+, or )?data.workers=0"):
-        check_shared_memory(source, source.subjects, 10**9, 1, 8)
-    none = samples(data.model_copy(update={"workers": 0}), tmp_path)
-    check_shared_memory(none, none.subjects, 10**9, 1, 8)

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,12 @@ from cwdm.errors import CwdmError, InputError, OutputError, SettingsError
 from cwdm.images.cases import write_nifti
 from cwdm.inference.generate import Generator
 from cwdm.settings import load_settings
-from cwdm.training import TrainingError, data, loop, state, train, validate
+from cwdm.training import TrainingError, loop, saving, train, validate
 from cwdm.training.launch import launch
+from cwdm.training.loader import batches_of_steps
 from cwdm.training.settings import RecordSettings, TrainingSettings, load_training_settings, ready_configurations
-from cwdm.training.state import Run
+from cwdm.training.start import start as start_run
+from cwdm.training.state import Run, load_state
 
 COMMAND = [sys.executable, "-m", "cwdm", "train"]
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cwdm"]
@@ -159,8 +162,9 @@ def test_training_lowers_the_loss(small: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_loss_that_is_logged_is_the_published_one(schedule: str, small: Path, tmp_path: Path) -> None:
     """Computed again by `subband_losses`, which the golden losses hold, from the first weights and samples."""
-    from cwdm.training.datasets import Samples, Sampling, assemble, find_subjects
-    from cwdm.training.volume_cache import Cache
+    from cwdm.training.cache import Cache
+    from cwdm.training.cases import find_subjects
+    from cwdm.training.data import Samples, assemble
     from cwdm.unet import UNet
 
     chosen = ("steps=1", "log_every=1", "loss.over=coefficients", f"loss.schedule={schedule}")
@@ -169,12 +173,11 @@ def test_the_loss_that_is_logged_is_the_published_one(schedule: str, small: Path
     torch.manual_seed(config.seed)
     model = UNet(config.unet())
     cache = Cache(tmp_path / "cache", config.data, 4)
-    sampling = Sampling(config.data, config.seed, (0.0, 1.0), config.loss.timestep_power)
     subjects = find_subjects(config.data.path, config.data).subjects
-    samples = Samples([cache.prepare(subject, {}) for subject in subjects], cache, sampling)
+    samples = Samples([cache.prepare(subject, {}) for subject in subjects], cache, config)
     expected = []
     for n in range(2):
-        s = assemble({name: tensor[None] for name, tensor in samples[n].items()}, sampling, torch.device("cpu"))
+        s = assemble({name: tensor[None] for name, tensor in samples[n].items()}, config, torch.device("cpu"))
         bands = subband_losses(
             lambda x, t, s=s: model(x, t, s["target"]),
             s["volume"],
@@ -306,11 +309,11 @@ def test_steps_are_saved_when_the_data_are_lost(small: Path, phantoms: Path, tmp
         small, tmp_path / "run", f"data.path={folder}", f"data.cache={tmp_path / 'copies'}", "save_every=9"
     )
     run = start(config)
-    for _, parts in zip(range(3), data.batches(run), strict=False):
-        loop._step(run, parts)
+    for _, parts in zip(range(3), steps_of(run), strict=False):
+        loop.step(run, parts)
     lost = lose(folder, tmp_path / "copies")
     with pytest.raises((OSError, CwdmError)):
-        loop._loop(run)
+        loop.go_on(run)
     assert newest_state(tmp_path / "run") == "000000003.safetensors"
     lost.rename(folder)
     train(config, resume=True)
@@ -329,7 +332,7 @@ def test_steps_are_saved_when_a_step_fails_before_it_changes_the_weights(
     run = start(config)
     handle = run.model.register_forward_hook(fail)
     with pytest.raises(MemoryError):
-        loop._loop(run)
+        loop.go_on(run)
     handle.remove()
     assert newest_state(tmp_path / "run") == "000000002.safetensors"
     train(config, resume=True)
@@ -338,7 +341,7 @@ def test_steps_are_saved_when_a_step_fails_before_it_changes_the_weights(
     run = start(settings(small, tmp_path / "half", "save_every=9"))
     run.optimiser.optimizer.register_step_post_hook(fail)
     with pytest.raises(MemoryError):
-        loop._loop(run)
+        loop.go_on(run)
     assert newest_state(tmp_path / "half") == ""
     assert "step 2 could not be saved: the weights were being changed" in capsys.readouterr().err
 
@@ -347,7 +350,7 @@ def test_a_run_that_fails_at_its_first_step_leaves_no_state(small: Path, tmp_pat
     run = start(settings(small, tmp_path / "run"))
     run.model.register_forward_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        loop._loop(run)
+        loop.go_on(run)
     assert newest_state(tmp_path / "run") == ""
 
 
@@ -380,12 +383,12 @@ def test_states_are_kept_by_time_without_being_asked_for(small: Path, tmp_path: 
 
 def test_a_state_is_that_of_its_step_though_training_goes_on_meanwhile(small: Path, tmp_path: Path) -> None:
     run = start(settings(small, tmp_path / "run"))
-    batches = data.batches(run)
-    loop._step(run, next(batches))
+    batches = steps_of(run)
+    loop.step(run, next(batches))
     expected = {f"model.{name}": parameter.detach().clone() for name, parameter in run.model.named_parameters()}
     expected |= {f"ema.{name}": parameter.clone() for name, parameter in run.ema.named_parameters()}
-    write = state._writing(run, run.optimiser.state_dict()["state"])
-    loop._step(run, next(batches))
+    write = saving._writing(run, run.optimiser.state_dict()["state"])
+    loop.step(run, next(batches))
     write()
     saved = weights_of(tmp_path / "run")
     assert all(torch.equal(saved[name], tensor) for name, tensor in expected.items())
@@ -419,9 +422,9 @@ def test_resumed_moments_lie_in_memory_like_their_weights(small: Path, tmp_path:
     train(settings(small, tmp_path / "run"))
     run = start(settings(small, tmp_path / "other"))
     run.model.to(memory_format=torch.channels_last_3d)
-    found = state.newest_whole_state(tmp_path / "run", print)
+    found = saving.newest_whole_state(tmp_path / "run", print)
     assert found is not None
-    state.resume(run, found)
+    load_state(run, found.tensors)
     last = 0
     for name, parameter in run.model.named_parameters():
         moments = run.optimiser.state[parameter]
@@ -435,8 +438,8 @@ def test_resumed_moments_lie_in_memory_like_their_weights(small: Path, tmp_path:
 def test_the_running_mean_is_the_exponential_one(small: Path, tmp_path: Path) -> None:
     run = start(settings(small, tmp_path / "run", "optimiser.ema_decay=0.25"))
     expected = [parameter.clone() for parameter in run.ema.parameters()]
-    for parts, decay in zip(data.batches(run), (1 / 10, 2 / 11, 0.25, 0.25), strict=False):
-        loop._step(run, parts)
+    for parts, decay in zip(steps_of(run), (1 / 10, 2 / 11, 0.25, 0.25), strict=False):
+        loop.step(run, parts)
         for mean, value in zip(expected, run.model.parameters(), strict=True):
             mean.lerp_(value.detach(), 1 - decay)
         assert all(torch.equal(a, b) for a, b in zip(expected, run.ema.parameters(), strict=True))
@@ -530,9 +533,16 @@ def test_a_loss_that_stays_infinite_ends_the_run(small: Path, tmp_path: Path) ->
     assert not list((tmp_path / "run" / "states").iterdir())
 
 
+def steps_of(run: Run) -> Iterator[list[dict[str, torch.Tensor]]]:
+    """The parts of each step that is left."""
+    batches = batches_of_steps(run.samples, run.fabric, range(run.step, run.settings.steps))
+    while True:
+        yield loop.next_parts(run, batches)
+
+
 def start(config: TrainingSettings) -> Run:
     """A run whose steps a test takes itself."""
-    return loop._prepare(config, launch(config), resume=False)
+    return start_run(config, launch(config), resume=False)
 
 
 def test_a_step_that_is_not_finite_is_counted_and_named_and_changes_nothing(
@@ -540,16 +550,15 @@ def test_a_step_that_is_not_finite_is_counted_and_named_and_changes_nothing(
 ) -> None:
     run = start(settings(small, tmp_path / "run", "log_every=3"))
     before = [parameter.clone() for parameter in run.model.parameters()]
-    for number, parts in zip(range(3), data.batches(run), strict=False):
+    for number, parts in zip(range(3), steps_of(run), strict=False):
         if number == 0:
             parts[0]["noise"][1] = math.inf  # the second of the batch of two
-        loop._step(run, parts)
+        loop.step(run, parts)
         if number == 0:
             assert all(torch.equal(a, b) for a, b in zip(before, run.model.parameters(), strict=True))
     run.log.close()
-    subjects = data.samples(run.settings, run.subjects, run.cache)
     said = capsys.readouterr().err
-    assert f"step 1 passed over, loss or gradient not finite; its cases: {subjects.subject(1).name}\n" in said
+    assert f"step 1 passed over, loss or gradient not finite; its cases: {run.samples.subject(1).name}\n" in said
     assert "step 3: loss" in said
     assert ", 1 of 3 steps not finite, " in said
     assert np.isfinite(losses(tmp_path / "run")).all()

@@ -1,0 +1,91 @@
+"""How a run starts: its cases, its network, and the state that it goes on from."""
+
+import copy
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning_fabric import Fabric
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint as recompute
+from torch.utils.data import default_collate
+
+from cwdm.diffusion import SCHEDULES
+from cwdm.errors import SettingsError
+from cwdm.files import write_json
+from cwdm.training import saving
+from cwdm.training.cases import decode_all, find_all
+from cwdm.training.data import Samples, assemble
+from cwdm.training.launch import on_all_ranks
+from cwdm.training.log import TrainingLog
+from cwdm.training.settings import TrainingSettings
+from cwdm.training.state import Run
+from cwdm.unet import ResBlock, UNet
+from cwdm.wavelet import dwt
+
+REGRESSION_SAMPLES = 480
+
+
+def start(settings: TrainingSettings, fabric: Fabric, resume: bool) -> Run:
+    """A run before its first step, or after the step of the newest state; raises what `train` does."""
+    out = settings.out
+    found = on_all_ranks(fabric, lambda: find_all(settings))
+    if not resume and saving.states(out):
+        raise SettingsError(f"{out} holds a run already; give --resume to go on with it, or another folder")
+    samples, held_out = decode_all(settings, fabric, *found)
+    log = TrainingLog(out / "log", fabric.is_global_zero)
+    state = saving.newest_whole_state(out, log.say) if resume else None
+    torch.manual_seed(settings.seed)
+    model = UNet(settings.unet(), SCHEDULES[settings.loss.schedule])
+    if model.config.regression and state is None:
+        model.regression.fit(_examples(samples))
+    layout = torch.channels_last_3d if fabric.device.type == "cuda" else torch.contiguous_format
+    # Before the optimiser: a sharded one takes the device of its processes' messages from its parameters.
+    model.to(fabric.device, memory_format=layout)  # type: ignore[call-overload]
+    ema = copy.deepcopy(model).requires_grad_(False).eval()
+    if settings.recompute:
+        _recompute_activations(model)
+    wrapped, optimiser = fabric.setup(model, _optimiser(settings, model, fabric.world_size))
+    run = Run(settings, fabric, log, samples, held_out, model, wrapped, ema, optimiser)
+    if resume:
+        saving.resume(run, state)
+    if fabric.is_global_zero:
+        write_json(out / "settings.json", settings.model_dump(mode="json"))
+    return run
+
+
+def _examples(samples: Samples) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
+    """Coefficients of conditions and target of the run's first samples, for `Regression.fit`.
+
+    Learned from are those whose eight voxels all lie in the brain: at its rim every modality falls to 0 at once, which
+    says much of the rim and nothing of how one modality follows from the others.
+    """
+    settings = samples.settings
+    wavelet, background = settings.network.wavelet, settings.value_range[0]
+    for n in range(REGRESSION_SAMPLES):
+        sample = assemble(default_collate([samples[n]]), settings, torch.device("cpu"))
+        conditions = sample["conditions"]
+        outside = (conditions == background).all(1).float()
+        inside = F.max_pool3d(outside, 2)[0] == 0
+        yield dwt(conditions, wavelet)[0], dwt(sample["volume"], wavelet)[0], inside, int(sample["target"])
+
+
+def _recompute_activations(model: UNet) -> None:
+    """Residual blocks compute their activations again for the gradients, instead of keeping them."""
+    for block in model.modules():
+        if isinstance(block, ResBlock):
+            block.forward = partial(recompute, block.forward, use_reentrant=False)  # type: ignore[method-assign]
+
+
+def _optimiser(settings: TrainingSettings, model: UNet, processes: int) -> torch.optim.Optimizer:
+    """AdamW, whose moments each process keeps whole or, `sharded`, its part of."""
+    options: dict[str, Any] = {"lr": settings.optimiser.lr, "weight_decay": settings.optimiser.weight_decay}
+    if next(model.parameters()).device.type == "cuda":
+        options["fused"] = True  # one pass over the memory; not on the CPU, where runs keep their bits
+    if settings.optimiser.sharded and processes > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # compiles optimisers when imported
+
+        return ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **options)
+    return torch.optim.AdamW(model.parameters(), **options)
