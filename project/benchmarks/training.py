@@ -1,4 +1,4 @@
-"""What does a training step cost, and what do bfloat16 and recomputed activations save?
+"""What does a training step cost, and what do TF32, bfloat16 and recomputed activations save?
 
     python training.py [--device cpu] [--crop 64 64 64] [--steps 6]
 
@@ -23,6 +23,7 @@ from cwdm.phantoms import write_phantoms
 VARIANTS = {
     "float32": [],
     "float32, recomputed": ["recompute=true"],
+    "TF32": ["precision=tf32"],
     "bfloat16": ["precision=bf16"],
     "bfloat16, recomputed": ["precision=bf16", "recompute=true"],
 }

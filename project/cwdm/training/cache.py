@@ -24,16 +24,7 @@ from cwdm.errors import CaseError, OutputError
 from cwdm.files import check_writable, sha256, write_atomically, write_json
 from cwdm.progress import tracked
 from cwdm.training.settings import DataSettings, ImageSettings
-from cwdm.training.volumes import (
-    DecodedFile,
-    Grid,
-    Subject,
-    Triple,
-    Volumes,
-    decode_file,
-    images_of,
-    in_window,
-)
+from cwdm.training.volumes import DecodedFile, Grid, Subject, Triple, Volumes, decode_file, images_of, in_window
 
 FORMAT = 2
 """The entries' format; a new number makes old entries worthless."""
@@ -82,6 +73,7 @@ class Cache:
 
     def __init__(self, folder: Path, data: DataSettings, multiple: int) -> None:
         self.folder, self.data, self.multiple = folder, data, multiple
+        self.threads = max(data.workers, 1)  # as many as may read during training
         check_writable(folder)
 
     def digests(self, subjects: Sequence[Subject], shown: bool = False) -> dict[Path, str]:
@@ -99,11 +91,6 @@ class Cache:
         if any(known.get(path) != list(entry) for path, entry in entries.items()):
             write_json(index, {**_read_index(index), **entries})  # read again: another run may have written since
         return {file: digest for file, (_, _, digest) in seen.items()}
-
-    @property
-    def threads(self) -> int:
-        """As many as may read during training."""
-        return max(self.data.workers, 1)
 
     def prepare(self, subject: Subject, digests: Mapping[Path, str]) -> CachedSubject:
         """Decode the files that are not there yet, and lay the window.

@@ -81,7 +81,7 @@ def decode_all(
 ) -> tuple[Samples, list[CachedSubject]]:
     """What is trained on, and the held-out cases, decoded; what is wrong with any of them is said at once."""
     data, zero = settings.data, fabric.is_global_zero
-    say = partial(to_stderr().print, markup=False, soft_wrap=True) if zero else _say_nothing
+    say = partial(to_stderr().print, markup=False, soft_wrap=True) if zero else lambda _: None
     subjects, faults = [*found.subjects, *held_out.subjects], [*found.faults, *held_out.faults]
     cases = len(subjects) + len(faults)
     if faults:
@@ -101,10 +101,6 @@ def decode_all(
     samples = Samples(sound, cache, settings)
     on_all_ranks(fabric, lambda: _check_memory(samples, fabric))
     return samples, kept_out
-
-
-def _say_nothing(_: str) -> None:
-    pass
 
 
 def _decode(

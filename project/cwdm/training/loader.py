@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 from collections.abc import Iterable, Iterator
-from functools import partial
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from cwdm import signals
 from cwdm.errors import CwdmError, SettingsError
 from cwdm.training.data import Samples
+from cwdm.training.launch import TrainingError
 
 SHARED_MEMORY = Path("/dev/shm")  # where processes that read put what they have read
 READ_AHEAD = 2
@@ -29,10 +29,6 @@ READ_AHEAD = 2
 
 STOPPING = (*signals.STOPPING, signal.SIGUSR1)
 """Signals that stop a run; Slurm sends SIGUSR1 before a job's time is up, where `--signal=USR1@120` asks for it."""
-
-
-class ReadingError(CwdmError):
-    """The processes that read cannot go on."""
 
 
 def batches_of_steps(samples: Samples, fabric: Fabric, steps: range) -> Iterator[dict[str, Tensor]]:
@@ -76,7 +72,7 @@ def read_batches(samples: Samples, numbers: Iterable[list[int]], pinned: bool = 
 
     Raises:
         CaseError, OutputError: see `Cache.load`.
-        ReadingError: a process died, or there is too little memory.
+        TrainingError: a process died, or there is too little memory.
     """
     workers, handler = samples.settings.data.workers, signal.getsignal(signal.SIGCHLD)
     loader: DataLoader[Any] = DataLoader(
@@ -93,9 +89,13 @@ def read_batches(samples: Samples, numbers: Iterable[list[int]], pinned: bool = 
     readers = set(multiprocessing.active_children()) - others
     # torch would raise wherever the loop is when a reader dies, be it in the middle of the optimiser's step.
     signal.signal(signal.SIGCHLD, handler)
+
     # Python ends daemons with the SIGTERM that they ignore, and would wait for them for ever.
-    stop = partial(_kill, readers)
-    atexit.register(stop)
+    @atexit.register
+    def stop() -> None:
+        for reader in readers:
+            reader.kill()
+
     try:
         while (batch := _next(batches, readers)) is not None:
             yield batch
@@ -121,11 +121,6 @@ def _next(batches: Iterator[Any], readers: Iterable[BaseProcess]) -> dict[str, T
     return batch
 
 
-def _kill(processes: Iterable[BaseProcess]) -> None:
-    for process in processes:
-        process.kill()
-
-
 _TROUBLE = re.compile(r"exited unexpectedly|shared memory|MemoryError|Too many open files|ancdata")
 
 
@@ -141,7 +136,7 @@ def _explained(error: Exception, readers: Iterable[BaseProcess]) -> Exception:
     said = [type(error).__name__, *str(error).split("\n")]
     what = f"stopped by {', '.join(signal.Signals(end).name for end in ends)}" if ends else [s for s in said if s][-1]
     free = f"{SHARED_MEMORY} has {_mib(shutil.disk_usage(SHARED_MEMORY).free)} free" if SHARED_MEMORY.exists() else ""
-    return ReadingError(
+    return TrainingError(
         f"a process that reads the data could not go on ({what}), most likely for lack of memory (SIGKILL) or of "
         f"shared memory (SIGBUS; {free}): give fewer data.workers, or data.workers=0; a container more --memory or "
         "--shm-size. --resume goes on from the newest state"

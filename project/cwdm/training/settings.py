@@ -124,23 +124,15 @@ class DataSettings(StrictSettings):
         return self
 
 
-_OF_THE_DATA = ("in_channels", "out_channels", "targets")
-_TYPES: dict[Any, Any] = {int: Positive, tuple[int, ...]: list[Positive]}
-_Shape: Any = create_model(
-    "_Shape",
-    __base__=StrictSettings,
-    **{  # type: ignore[call-overload]
-        field.name: (
-            _TYPES.get(field.type, field.type),
-            list(field.default) if isinstance(field.default, tuple) else field.default,
-        )
-        for field in fields(UNetConfig)
-        if field.name not in _OF_THE_DATA
-    },
-)
+_TYPES: dict[Any, Any] = {int: Positive, tuple[int, ...]: Annotated[tuple[Positive, ...], Field(strict=False)]}
+_OF_UNET: Any = {
+    field.name: (_TYPES.get(field.type, field.type), field.default)
+    for field in fields(UNetConfig)
+    if field.name not in ("in_channels", "out_channels", "targets")
+}
 
 
-class NetworkSettings(_Shape):  # type: ignore[misc]
+class NetworkSettings(create_model("_OfUNet", __base__=StrictSettings, **_OF_UNET)):  # type: ignore[misc]
     """Shape of the network: the fields of `cwdm.unet.UNetConfig` that do not follow from the data, and its wavelet.
 
     Attributes:
@@ -299,13 +291,13 @@ class TrainingSettings(StrictSettings):
 
     def to_record(self) -> Record:
         """What the weights say about themselves before anything is known of their training."""
-        data, (low, high) = self.data, self.value_range
-        window = data.window if isinstance(data.window, str) else (data.window[0], data.window[1], data.window[2])
+        data = self.data
+        window: Any = data.window if isinstance(data.window, str) else tuple(data.window)
         return Record(
             modality=ANY if data.condition_on == "any" else data.target,
             window="published" if window == PUBLISHED_WINDOW else window,
             wavelet=self.network.wavelet,
-            value_range=(low, high),
+            value_range=(self.value_range[0], self.value_range[1]),
             schedule=self.loss.schedule,
             sampler=self.record.sampler,
             steps=self.record.steps,
@@ -315,9 +307,8 @@ class TrainingSettings(StrictSettings):
 
     def unet(self) -> UNetConfig:
         """The network's configuration."""
-        network = self.network.model_dump(exclude={"wavelet"})
         targets = 4 if self.data.condition_on == "any" else 0
-        shape = {**network, "channel_mult": tuple(network["channel_mult"])}
+        shape = self.network.model_dump(exclude={"wavelet"})
         return UNetConfig(in_channels=8 * (1 + self.channels), targets=targets, **shape)
 
 

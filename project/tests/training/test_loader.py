@@ -10,7 +10,8 @@ from support import samples
 from torch.utils.data import default_collate
 
 from cwdm.errors import CaseError, SettingsError
-from cwdm.training.loader import ReadingError, batch_numbers, check_shared_memory, read_batches
+from cwdm.training import TrainingError
+from cwdm.training.loader import batch_numbers, check_shared_memory, read_batches
 from cwdm.training.settings import DataSettings
 
 TESTS = Path(__file__).parents[1]
@@ -56,7 +57,7 @@ def test_a_reading_process_that_dies_is_told_with_what_to_do(phantoms: Path, tmp
     assert signal.getsignal(signal.SIGCHLD) == handler
     for process in multiprocessing.active_children():
         process.kill()
-    with pytest.raises(ReadingError, match=r"stopped by SIGKILL.*data.workers=0.*--shm-size"):
+    with pytest.raises(TrainingError, match=r"stopped by SIGKILL.*data.workers=0.*--shm-size"):
         list(batches)
 
 

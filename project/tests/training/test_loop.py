@@ -7,12 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from pydantic import BaseModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support import SHAPE, link_case
@@ -28,9 +30,17 @@ from cwdm.settings import load_settings
 from cwdm.training import TrainingError, loop, saving, train, validate
 from cwdm.training.launch import launch
 from cwdm.training.loader import batches_of_steps
-from cwdm.training.settings import RecordSettings, TrainingSettings, load_training_settings, ready_configurations
+from cwdm.training.settings import (
+    DataSettings,
+    NetworkSettings,
+    RecordSettings,
+    TrainingSettings,
+    load_training_settings,
+    ready_configurations,
+)
 from cwdm.training.start import start as start_run
 from cwdm.training.state import Run, load_state
+from cwdm.unet import UNet, UNetConfig
 
 COMMAND = [sys.executable, "-m", "cwdm", "train"]
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cwdm"]
@@ -105,7 +115,7 @@ def test_ready_configurations_are_whole_and_describe_their_network(name: str) ->
         assert found.value_range == [-1, 1]
 
 
-def test_a_network_for_any_contrast_is_trained_and_synthesises_each_of_them(
+def test_a_network_for_any_modality_is_trained_and_synthesises_each_of_them(
     small: Path, phantoms: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
@@ -137,6 +147,36 @@ def test_a_network_for_any_contrast_is_trained_and_synthesises_each_of_them(
     assert len({volume.tobytes() for volume in volumes}) == 4
 
 
+def models_of(settings: type[BaseModel]) -> Iterator[type[BaseModel]]:
+    yield settings
+    for field in settings.model_fields.values():
+        for kind in (field.annotation, *typing.get_args(field.annotation)):
+            if isinstance(kind, type) and issubclass(kind, BaseModel):
+                yield from models_of(kind)
+
+
+def test_every_setting_is_explained() -> None:
+    for model in models_of(TrainingSettings):
+        told = f"{model.__doc__} {UNetConfig.__doc__ if model is NetworkSettings else ''}"
+        missing = [name for name in model.model_fields if f" {name}: " not in told.replace(", ", ": ")]
+        assert not missing, (model, missing)
+
+
+def test_the_network_s_settings_are_those_of_the_network() -> None:
+    config = TrainingSettings(data=DataSettings(path=Path(), target="t1n"), out=Path()).unet()
+    assert config == UNetConfig(in_channels=32)
+    with pytest.raises(SettingsError, match=r"network.channel_mult.1: .*greater than or equal to 1, found 0"):
+        load_training_settings("cwdm-t1n", ["data.path=in", "out=out", "network.channel_mult=[1, 0]"])
+    with pytest.raises(SettingsError, match="did you mean 'groups'"):
+        load_training_settings("cwdm-t1n", ["data.path=in", "out=out", "network.group=8"])
+
+
+def test_a_network_of_conditions_is_not_called_unconditional(small: Path, tmp_path: Path) -> None:
+    images = 'data.images=[{file: "{case}/a.nii"}, {file: "{case}/b.nii"}]'
+    with pytest.raises(SettingsError, match="only the target belongs into 'images'"):
+        settings(small, tmp_path, "data.layout=files", "data.condition_on=nothing", images)
+
+
 def test_bigger_batches_take_fewer_steps_for_the_published_number_of_samples() -> None:
     def steps(config: str, *overrides: str) -> int:
         return load_training_settings(config, ["data.path=in", "out=out", *overrides]).steps
@@ -165,7 +205,6 @@ def test_the_loss_that_is_logged_is_the_published_one(schedule: str, small: Path
     from cwdm.training.cache import Cache
     from cwdm.training.cases import find_subjects
     from cwdm.training.data import Samples, assemble
-    from cwdm.unet import UNet
 
     chosen = ("steps=1", "log_every=1", "loss.over=coefficients", f"loss.schedule={schedule}")
     config = settings(small, tmp_path / "run", *chosen)
@@ -463,6 +502,23 @@ def test_bfloat16_multiplies_and_float32_keeps(small: Path, tmp_path: Path) -> N
     assert losses(tmp_path / "bf16") == pytest.approx(losses(tmp_path / "fp32"), rel=0.02)
     assert losses(tmp_path / "bf16") != losses(tmp_path / "fp32")
     assert {tensor.dtype for tensor in weights_of(tmp_path / "bf16").values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("precision", "exact"), [("fp32", True), ("tf32", False), ("bf16", True)])
+def test_float32_is_rounded_to_tf32_only_where_it_was_asked_for(
+    precision: str, exact: bool, small: Path, tmp_path: Path
+) -> None:
+    def look(*_: object) -> None:
+        seen.append(torch._C._get_fp32_precision_getter("cuda", "conv"))
+
+    seen: list[str] = []
+    before = torch._C._get_fp32_precision_getter("cuda", "conv")
+    run = start(settings(small, tmp_path / "run", "steps=1", f"precision={precision}"))
+    run.model.register_forward_hook(look)
+    loop.go_on(run)
+    assert seen == ["ieee" if exact else before]
+    assert before != "ieee"
+    assert torch._C._get_fp32_precision_getter("cuda", "conv") == before
 
 
 def test_unconditional_training_makes_weights_that_sample(small: Path, phantoms: Path, tmp_path: Path) -> None:
