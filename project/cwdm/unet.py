@@ -15,12 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cwdm.diffusion import PUBLISHED, Schedule, alpha_bars_on
+from cwdm.diffusion import PUBLISHED, Schedule
 from cwdm.fused import LAYOUT, add_, fuses, group_norm_silu
+from cwdm.regression import Regression
 from cwdm.wavelet import LLL_DIVISOR, haar, inverse_haar
 from cwdm.winograd import Resample, convolve, pays, resize
-
-SMALLEST_DEVIATION = 1e-4  # of a regression's errors, so that half precision can hold it
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,8 @@ class UNet(nn.Module):
         self.body = WaveletBody(config) if config.skips == "wavelet" else SkipBody(config)
         self.head = NormSiLUConv(width, config.out_channels, config, zero=True)
         if config.regression:
-            self.regression = Regression(config, schedule)
+            given = config.in_channels - config.out_channels
+            self.regression = Regression(config.out_channels, given, max(config.targets, 1), schedule)
 
     def forward(self, x: Tensor, t: Tensor, target: Tensor | None = None) -> Tensor:
         multiple = self.config.size_multiple
@@ -126,86 +126,13 @@ class UNet(nn.Module):
                 raise ValueError(f"which of the {self.config.targets} targets? Give their numbers, (B,)")
             emb = emb + self.target_embed(target)
         if not self.config.regression:
-            output: Tensor = self.head(self.body(self.stem(x), x, emb))
-            return output
-        seen, mean, deviation = self.regression(x, t, target)
-        return torch.addcmul(mean, deviation, self.head(self.body(self.stem(seen), seen, emb)))
+            return self.denoise(x, emb)
+        network_input, mean, deviation = self.regression(x, t, target)
+        return torch.addcmul(mean, deviation, self.denoise(network_input, emb))
 
-
-class Regression(nn.Module):
-    """What a linear Gaussian model knows of the clean coefficients, voxel by voxel; the network learns the rest.
-
-    Given the conditions c, it takes the target's coefficients for W c + b, or 0 where all conditions are, plus normal
-    errors of each band's own `deviation`. The noisy coefficients then tell as much more as Bayes' rule allows: nothing
-    among pure noise, everything at the end. The network sees them, as it sees the conditions, in units of their
-    spread, and answers in standard deviations that are still left (after the preconditioning of Karras et al., 2022).
-    Until `fit`, which nothing trains on, W c is the conditions' mean and every spread 1.
-    """
-
-    def __init__(self, config: UNetConfig, schedule: Schedule = PUBLISHED) -> None:
-        super().__init__()
-        self.schedule = schedule
-        out, given, targets = config.out_channels, config.in_channels - config.out_channels, max(config.targets, 1)
-        mean = torch.eye(out).repeat(1, -(-given // out))[:, :given] * (out / given)
-        self.weight = nn.Parameter(mean.repeat(targets, 1, 1), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(targets, out), requires_grad=False)
-        self.deviation = nn.Parameter(torch.ones(targets, out), requires_grad=False)
-        self.magnitude = nn.Parameter(torch.ones(given), requires_grad=False)
-
-    def forward(self, x: Tensor, t: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What the network sees, the clean coefficients' mean and their standard deviation.
-
-        Args:
-            x: noisy coefficients and conditions (B, out + given, X, Y, Z).
-            t: (B,) integer timesteps.
-            target: (B,) the targets' numbers; None where there is one kind.
-
-        Returns:
-            (B, out + given, X, Y, Z), (B, out, X, Y, Z), (B, out, 1, 1, 1).
-        """
-        out = self.bias.shape[1]
-        noisy, conditions = x[:, :out], x[:, out:]
-        number = torch.zeros_like(t) if target is None else target
-        weight, bias = self.weight[number], self.bias[number]
-        expected = torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
-        expected = expected * conditions.any(1, keepdim=True)  # nothing outside the head
-        prior = self.deviation[number][..., None, None, None].float()
-        alpha_bar = alpha_bars_on(t.device, self.schedule)[t][:, None, None, None, None]
-        total = alpha_bar * prior**2 + 1 - alpha_bar
-        gain = (alpha_bar.sqrt() * prior / total).to(x.dtype)  # of the noisy coefficients, in units of `prior`
-        told = gain * (noisy - alpha_bar.sqrt().to(x.dtype) * expected)
-        seen = torch.cat((told, conditions / self.magnitude[:, None, None, None]), dim=1)
-        return seen, expected + prior.to(x.dtype) * told, (prior * ((1 - alpha_bar) / total).sqrt()).to(x.dtype)
-
-    @torch.no_grad()
-    def fit(self, examples: Iterable[tuple[Tensor, Tensor, Tensor, int]]) -> None:
-        """Least squares.
-
-        Args:
-            examples: conditions (given, X, Y, Z), what should come out (out, X, Y, Z), where to learn from it, bool
-                (X, Y, Z), and the target's number.
-        """
-        targets, out, given = self.weight.shape
-        # Products of conditions, a constant and what should come out, each with each.
-        sums = torch.zeros(targets, given + 1 + out, given + 1 + out, dtype=torch.float64)
-        voxels = torch.zeros(given, dtype=torch.float64)
-        for conditions, wanted, inside, target in examples:
-            x = F.pad(conditions[:, inside].double(), (0, 0, 0, 1), value=1.0)
-            rows = torch.cat((x, wanted[:, inside].double()))
-            sums[target] += rows @ rows.mT
-            voxels += inside.sum() * conditions.flatten(1).any(1)
-        squares, products = sums[:, : given + 1, : given + 1], sums[:, : given + 1, given + 1 :]
-        # A condition that is always 0, such as the target itself, gets the weight 0.
-        ridge = 1e-9 * squares.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(given + 1)
-        solution = torch.linalg.solve(squares + ridge + 1e-9 * torch.eye(given + 1), products)
-        self.weight.copy_(solution[:, :-1].mT)
-        self.bias.copy_(solution[:, -1])
-        left = sums.diagonal(dim1=1, dim2=2)[:, given + 1 :] - (solution * products).sum(1)
-        count = squares[:, -1, -1:]
-        deviation = (left.clamp(min=0) / count).sqrt().clamp(min=SMALLEST_DEVIATION)
-        self.deviation.copy_(deviation.where(count > 0, 1))
-        magnitude = (squares.diagonal(dim1=1, dim2=2)[:, :-1].sum(0) / voxels).sqrt()
-        self.magnitude.copy_(magnitude.where(magnitude > 0, 1))
+    def denoise(self, x: Tensor, emb: Tensor) -> Tensor:
+        output: Tensor = self.head(self.body(self.stem(x), x, emb))
+        return output
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
