@@ -16,10 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cwdm.diffusion import PUBLISHED, Schedule
-from cwdm.fused import LAYOUT, add_, fuses, group_norm_silu
+from cwdm.kernels import (
+    Features,
+    Resample,
+    concatenate,
+    conv3,
+    in_layout_of,
+    norm_silu_conv,
+    norm_silu_conv_shift,
+    shortcut,
+)
 from cwdm.regression import Regression
 from cwdm.wavelet import LLL_DIVISOR, haar, inverse_haar
-from cwdm.winograd import Resample, convolve, pays, resize
 
 
 @dataclass(frozen=True)
@@ -102,7 +110,7 @@ class UNet(nn.Module):
         )
         if config.targets:
             self.target_embed = nn.Embedding(config.targets, config.embedding)
-        self.stem = Conv3(config.in_channels, width)
+        self.stem = new_conv3(config.in_channels, width)
         self.body = WaveletBody(config) if config.skips == "wavelet" else SkipBody(config)
         self.head = NormSiLUConv(width, config.out_channels, config, zero=True)
         if config.regression:
@@ -116,8 +124,6 @@ class UNet(nn.Module):
                 f"expected (B, {self.config.in_channels}, X, Y, Z) with X, Y, Z multiples of {multiple}, "
                 f"got {tuple(x.shape)}"
             )
-        if fuses(x, self.head.norm):
-            x = x.contiguous(memory_format=LAYOUT)
         emb = timestep_embedding(t, self.config.model_channels).to(x.dtype)
         first, second = self.time_embed
         emb = second(F.silu(first(emb)))
@@ -131,7 +137,7 @@ class UNet(nn.Module):
         return torch.addcmul(mean, deviation, self.denoise(network_input, emb))
 
     def denoise(self, x: Tensor, emb: Tensor) -> Tensor:
-        output: Tensor = self.head(self.body(self.stem(x), x, emb))
+        output: Tensor = self.head(self.body(conv3(x, self.stem), x, emb))
         return output
 
 
@@ -143,55 +149,13 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
-class Conv3(nn.Conv3d):
+def new_conv3(in_channels: int, out_channels: int) -> nn.Conv3d:
     """3×3×3 convolution that keeps the size."""
-
-    bias: Tensor
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return convolve(x, self) if pays(x, self) else super().forward(plain_layout(x))
-
-
-def plain_layout(x: Tensor) -> Tensor:
-    """The layout in which PyTorch's own modules do well.
-
-    On the CPU, its GroupNorm of channels_last tensors sums carelessly (1e-3 wrong over a million voxels), and its
-    convolution spends more time on rearranging weights than on small tensors.
-    """
-    return x.contiguous() if x.device.type == "cpu" else x
-
-
-def change_size(x: Tensor, resample: Resample) -> Tensor:
-    """`resize` that keeps channels_last_3d.
-
-    On a GPU, PyTorch's pooling makes contiguous tensors of it, and its interpolation goes through them.
-    """
-    if resample is None or x.device.type == "cpu" or not x.is_contiguous(memory_format=LAYOUT):
-        return resize(x, resample)
-    return halve(x) if resample == "down" else double(x)
-
-
-def halve(x: Tensor) -> Tensor:
-    """Means of eight neighbours, (B, C, 2 X, 2 Y, 2 Z) -> (B, C, X, Y, Z), in channels_last_3d."""
-    pairs = x.movedim(1, -1).unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
-    return pairs.mean((2, 4, 6)).movedim(-1, 1)
-
-
-def double(x: Tensor) -> Tensor:
-    """Every voxel eight times, (B, C, X, Y, Z) -> (B, C, 2 X, 2 Y, 2 Z), in channels_last_3d."""
-    batch, channels, *sizes = x.shape
-    copies = x.movedim(1, -1)[:, :, None, :, None, :, None].expand(-1, -1, 2, -1, 2, -1, 2, -1)
-    return copies.reshape(batch, *(2 * n for n in sizes), channels).movedim(-1, 1)
+    return nn.Conv3d(in_channels, out_channels, 3, padding=1)
 
 
 def join_bands(bands: list[Tensor]) -> Tensor:
-    """`inverse_haar` that keeps channels_last_3d on a GPU, at the cost of a copy."""
-    x = inverse_haar(bands)
-    last = x.device.type != "cpu" and bands[0].is_contiguous(memory_format=LAYOUT)
-    return x.contiguous(memory_format=LAYOUT) if last else x
+    return in_layout_of(bands[0], inverse_haar(bands))
 
 
 class VoxelNorm(nn.Module):
@@ -214,22 +178,13 @@ class NormSiLUConv(nn.Module):
         super().__init__()
         per_voxel = config.norm == "voxel"
         self.norm = VoxelNorm(in_channels) if per_voxel else nn.GroupNorm(config.groups, in_channels)
-        self.conv = Conv3(in_channels, out_channels)
+        self.conv = new_conv3(in_channels, out_channels)
         if zero:
             nn.init.zeros_(self.conv.weight)
-            nn.init.zeros_(self.conv.bias)
+            nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
-    def forward(
-        self, x: Tensor, resample: Resample = None, add: Tensor | None = None, overwrite: bool = False
-    ) -> Tensor:
-        """(B, in, X, Y, Z) -> (B, out, X', Y', Z'), plus `add`, whose memory may be used if `overwrite`."""
-        if isinstance(self.norm, nn.GroupNorm) and pays(x, self.conv, resample):
-            return convolve(x, self.conv, self.norm, resample, add, overwrite)
-        h: Tensor = self.conv(change_size(self.activate(plain_layout(x)), resample))
-        return h if add is None else h + add
-
-    def activate(self, x: Tensor) -> Tensor:
-        return group_norm_silu(x, self.norm) if isinstance(self.norm, nn.GroupNorm) else F.silu(self.norm(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_silu_conv(x, self.norm, self.conv)
 
 
 class ResBlock(nn.Module):
@@ -243,42 +198,19 @@ class ResBlock(nn.Module):
         self.second = NormSiLUConv(out_channels, out_channels, config, zero=True)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if fuses(x, self.first.norm):
-            return self.fused(x, emb)
-        return self.join(change_size(x, self.resample), self.first(x, self.resample, self.timestep(emb)))
-
-    def fused(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
-        """`forward` where the kernels of `cwdm.fused` may be used, in channels_last_3d.
-
-        The last of the block's input channels may come apart, as `skip`: the two are never copied into one tensor.
-        And biases, for which PyTorch passes over the whole result of a convolution once more, wait for the next
-        kernel that reads it.
-        """
-        norms = cast(nn.GroupNorm, self.first.norm), cast(nn.GroupNorm, self.second.norm)
-        first, second = self.first.conv, self.second.conv
-        h = change_size(group_norm_silu(x, norms[0], skip=skip), self.resample)
-        shift = self.timestep(emb).flatten(1).float() + first.bias
-        h = group_norm_silu(F.conv3d(h, first.weight, padding=1), norms[1], shift)
-        h = F.conv3d(h, second.weight, padding=1)
-        x = change_size(x, self.resample)
-        if isinstance(self.shortcut, nn.Identity):  # never beside a skip, with which more channels come than go
-            return add_(h, second.bias, x)
-        pieces = [x] if skip is None else [x, skip]
-        weights = self.shortcut.weight.flatten(1).split([piece.shape[1] for piece in pieces], dim=1)
-        shortcuts = [F.linear(piece.movedim(1, -1), w).movedim(-1, 1) for piece, w in zip(pieces, weights, strict=True)]
-        return add_(h, second.bias.float() + cast(Tensor, self.shortcut.bias), *shortcuts)
+    def forward(self, x: Features, emb: Tensor) -> Tensor:
+        h = norm_silu_conv_shift(x, self.first.norm, self.first.conv, self.timestep(emb), self.resample)
+        return self.join(x, h, self.resample)
 
     def timestep(self, emb: Tensor) -> Tensor:
-        """What the embedding (B, embedding) adds to every voxel between the convolutions: (B, out, 1, 1, 1)."""
+        """What the embedding (B, embedding) adds to every voxel between the convolutions: (B, out)."""
         shift: Tensor = self.shift(F.silu(emb))
-        return shift[:, :, None, None, None]
+        return shift
 
-    def join(self, x: Tensor, h: Tensor) -> Tensor:
-        """Second half of the block: shortcut (B, in, X, Y, Z) and main branch (B, out, X, Y, Z)."""
-        shortcut = self.shortcut(x)
-        output: Tensor = self.second(h, add=shortcut, overwrite=shortcut is not x)
-        return output
+    def join(self, x: Features, h: Features, resample: Resample = None) -> Tensor:
+        """Second half of the block: shortcut (B, in, X, Y, Z) and main branch (B, out, X', Y', Z')."""
+        add = shortcut(x, self.shortcut, resample)
+        return norm_silu_conv(h, self.second.norm, self.second.conv, add=add, overwrite=add is not x)
 
 
 class SkipBody(nn.Module):
@@ -320,16 +252,11 @@ class SkipBody(nn.Module):
             h = block(h, emb)
         for blocks in self.decoder:
             for block in cast(Iterable[ResBlock], blocks):
-                if self.concat and block.resample is None and fuses(h, block.first.norm):
-                    h = block.fused(h, emb, skips.pop())
-                    continue
-                if block.resample is None:
-                    h = self.merge(h, skips.pop())
-                h = block(h, emb)
+                h = block(h if block.resample else self.merge(h, skips.pop()), emb)
         return h
 
-    def merge(self, h: Tensor, skip: Tensor) -> Tensor:
-        return torch.cat((h, skip), dim=1) if self.concat else (h + skip) / 2
+    def merge(self, h: Tensor, skip: Tensor) -> Features:
+        return concatenate(h, skip) if self.concat else (h + skip) / 2
 
 
 class WaveletBody(nn.Module):
@@ -373,14 +300,15 @@ class WaveletEncoderLevel(nn.Module):
         widths = [in_channels] + [out_channels] * config.num_res_blocks
         self.blocks = nn.ModuleList(ResBlock(a, b, config) for a, b in pairwise(widths))
         self.down = ResBlock(out_channels, out_channels, config)
-        self.pyramid = Conv3(8 * pyramid_channels, out_channels)
+        self.pyramid = new_conv3(8 * pyramid_channels, out_channels)
 
     def forward(self, h: Tensor, pyramid: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
         for block in self.blocks:
             h = block(h, emb)
         low, *high = haar(self.down.first(h))
-        h = self.down.join(haar(h)[0] / LLL_DIVISOR, low / LLL_DIVISOR + self.down.timestep(emb))
-        return h + self.pyramid(torch.cat(haar(pyramid), dim=1) / LLL_DIVISOR), high
+        shift = self.down.timestep(emb)[:, :, None, None, None]
+        h = self.down.join(haar(h)[0] / LLL_DIVISOR, low / LLL_DIVISOR + shift)
+        return h + conv3(torch.cat(haar(pyramid), dim=1) / LLL_DIVISOR, self.pyramid), high
 
 
 class WaveletDecoderLevel(nn.Module):
@@ -396,6 +324,6 @@ class WaveletDecoderLevel(nn.Module):
         # The published network runs the last block of a level twice, with the same weights.
         for block in [*self.blocks, self.blocks[-1]]:
             h = block(h, emb)
-        main = join_bands([self.up.first(h) * LLL_DIVISOR, *high]) + self.up.timestep(emb)
-        output: Tensor = self.up.join(join_bands([h * LLL_DIVISOR, *high]), main)
-        return output
+        shift = self.up.timestep(emb)[:, :, None, None, None]
+        main = join_bands([self.up.first(h) * LLL_DIVISOR, *high]) + shift
+        return self.up.join(join_bands([h * LLL_DIVISOR, *high]), main)

@@ -5,9 +5,10 @@ import pytest
 import torch
 from support import GOLDEN, TINY, golden, golden_model
 
-from cwdm.fused import LAYOUT
 from cwdm.published import published_config, published_names
-from cwdm.unet import UNet, UNetConfig, VoxelNorm, double, halve
+from cwdm.unet import UNet, UNetConfig, VoxelNorm
+
+LAYOUT = torch.channels_last_3d
 
 
 @pytest.mark.parametrize("name", golden("unet.json"))
@@ -130,11 +131,3 @@ def test_channels_last_stays_off_the_cpu(skips: str, norm: str) -> None:
     assert len(convolutions) > 10
     assert output.is_contiguous(memory_format=LAYOUT)
     assert not lost
-
-
-def test_halving_and_doubling_in_channels_last() -> None:
-    x = torch.randn(2, 3, 4, 6, 8).contiguous(memory_format=LAYOUT)
-    torch.testing.assert_close(halve(x), torch.nn.functional.avg_pool3d(x, 2))
-    assert torch.equal(double(x), torch.nn.functional.interpolate(x, scale_factor=2.0))
-    assert halve(x).is_contiguous(memory_format=LAYOUT)
-    assert double(x).is_contiguous(memory_format=LAYOUT)

@@ -17,14 +17,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cwdm import fused
-from cwdm.fused import DTYPES, LAYOUT, add_, fuses, group_norm_silu, plain
+from cwdm.kernels import triton_kernels as kernels
+from cwdm.kernels.ops import plain_norm_silu
+from cwdm.kernels.ops import triton_kernels as kernels_for
+from cwdm.kernels.triton_kernels import DTYPES, LAYOUT, can_use_triton, norm_silu, residual_add, self_check
 from cwdm.unet import UNet, UNetConfig
 
 Run = Callable[..., Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
-needs_triton = pytest.mark.skipif(fused.triton is None, reason="Triton is not installed")
+needs_triton = pytest.mark.skipif(kernels.triton is None, reason="Triton is not installed")
 needs_gpu = pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
 
 
@@ -50,11 +52,17 @@ def group_norm(channels: int, groups: int) -> nn.GroupNorm:
 
 
 def exact(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
-    """`group_norm_silu` in float64."""
+    """`norm_silu` in float64."""
     x = x.double() if skip is None else torch.cat((x, skip), dim=1).double()
     if shift is not None:
         x = x + shift.double()[:, :, None, None, None]
     return F.silu(F.group_norm(x, norm.num_groups, norm.weight.double(), norm.bias.double(), norm.eps))
+
+
+def plain(x: Tensor, norm: nn.GroupNorm, shift: Tensor | None = None, skip: Tensor | None = None) -> Tensor:
+    """The same in PyTorch's operations."""
+    x = x if skip is None else torch.cat((x, skip), dim=1)
+    return plain_norm_silu(x if shift is None else x + shift[:, :, None, None, None], norm)
 
 
 def errors(
@@ -66,19 +74,20 @@ def errors(
     they round to nearest; the interpreter cuts bfloat16 off.
     """
     torch.manual_seed(0)
-    fused.MOST_PARTS = parts
+    kernels.MOST_PARTS = parts
     batch, channels, *sizes = shape
     norm = group_norm(channels + skip, groups)
     layout = LAYOUT if last else torch.contiguous_format
     x = (torch.randn(shape, device=DEVICE) * 2 + mean).to(dtype).contiguous(memory_format=layout)
     more = torch.randn(batch, skip, *sizes, device=DEVICE).to(dtype) if skip else None
+    pieces = (x,) if more is None else (x, more)
     shift = torch.randn(batch, channels + skip, device=DEVICE)
     found = []
     with torch.no_grad():
-        assert fuses(x, norm)
+        assert can_use_triton(x)
         for given in (None, shift):
             reference = exact(x, norm, given, more)
-            result, again = group_norm_silu(x, norm, given, more), group_norm_silu(x, norm, given, more)
+            result, again = norm_silu(pieces, norm, given), norm_silu(pieces, norm, given)
             assert result.dtype == dtype
             assert result.is_contiguous(memory_format=LAYOUT)
             assert torch.equal(result, again)
@@ -124,7 +133,7 @@ def errors_far_from_zero(mean: float, sizes: tuple[int, ...]) -> tuple[float, fl
     x = torch.randn(1, 1, *sizes, device=DEVICE) + mean
     with torch.no_grad():
         reference = exact(x, norm)
-        found = group_norm_silu(x, norm), plain(x, norm, None, None)
+        found = norm_silu((x,), norm), plain(x, norm)
     return tuple(float((result - reference).abs().max()) for result in found)  # type: ignore[return-value]
 
 
@@ -137,17 +146,20 @@ def test_a_mean_far_from_zero_over_many_voxels(mean: float, sizes: tuple[int, ..
 
 
 def sums() -> float:
-    """Largest error of `add_`, one and two addends, the first of them not in channels_last."""
+    """Largest error of `residual_add`, one and two addends, the first of them not in channels_last."""
     torch.manual_seed(0)
     x, a, b = torch.randn(3, 2, 20, 5, 7, 6, device=DEVICE)
     bias = torch.randn(20, device=DEVICE)
     reference = x.double() + bias[:, None, None, None] + a
     last = x.contiguous(memory_format=LAYOUT)
-    one, two = add_(last.clone(), bias, a), add_(last.clone(), bias, a, b.contiguous(memory_format=LAYOUT))
-    in_place = add_(last, bias, a)
+    one, two = (
+        residual_add(last.clone(), bias, a),
+        residual_add(last.clone(), bias, a, b.contiguous(memory_format=LAYOUT)),
+    )
+    in_place = residual_add(last, bias, a)
     assert in_place.data_ptr() == last.data_ptr()
-    assert torch.equal(in_place, add_(x, bias, a))
-    half = add_(last.bfloat16(), bias, a.bfloat16())
+    assert torch.equal(in_place, residual_add(x, bias, a))
+    half = residual_add(last.bfloat16(), bias, a.bfloat16())
     assert half.dtype == torch.bfloat16
     return max(float((one - reference).abs().max()), float((two - reference - b).abs().max()))
 
@@ -157,54 +169,44 @@ def test_sum_in_one_pass(run: Run) -> None:
     assert run(sums) < 1e-6
 
 
-def network_error(skips: str) -> float:
-    """Largest difference of a small network's output with the kernels from that with PyTorch's modules."""
+def network_error(skips: str, norm: str) -> float:
+    """Largest error of a small network's output with the kernels, beside PyTorch's modules in float64."""
     torch.manual_seed(0)
     config = UNetConfig(
-        in_channels=8, model_channels=8, channel_mult=(1, 2), num_res_blocks=2, groups=4, skips=skips  # type: ignore[arg-type]
+        in_channels=8, model_channels=8, channel_mult=(1, 2), num_res_blocks=2, groups=4, skips=skips, norm=norm
     )  # fmt: skip
     model = UNet(config).requires_grad_(False)
     for parameter in model.parameters():
         parameter.normal_(std=0.2)
     model.to(DEVICE)
     x, t = torch.randn(2, 8, 4, 8, 4, device=DEVICE), torch.tensor([5, 900], device=DEVICE)
-    assert not fuses(x, model.head.norm)
-    reference = model(x, t)
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        assert fuses(x, model.head.norm)
-        return float((model(x, t) - reference).abs().max() / reference.abs().max())
+        reference = model.double()(x.double(), t)
+        assert kernels_for(x) is kernels
+        return float((model.float()(x, t) - reference).abs().max() / reference.abs().max())
 
 
 @needs_triton
+@pytest.mark.parametrize("norm", ["group", "voxel"])
 @pytest.mark.parametrize("skips", ["concat", "additive", "wavelet"])
-def test_whole_networks(skips: str, run: Run) -> None:
-    assert run(network_error, skips) < 1e-5
-
-
-@torch.no_grad()
-def test_plain_path_keeps_layout_and_type() -> None:
-    norm = group_norm(6, 3).cpu()
-    x, skip, shift = torch.randn(2, 4, 3, 5, 7), torch.randn(2, 2, 3, 5, 7), torch.randn(2, 6)
-    assert not fuses(x, norm)
-    for layout in (torch.contiguous_format, LAYOUT):
-        result = group_norm_silu(x.contiguous(memory_format=layout), norm, shift, skip)
-        assert result.is_contiguous(memory_format=layout)
-        torch.testing.assert_close(result, exact(x, norm.cpu(), shift, skip).float())
-    assert group_norm_silu(torch.cat((x, skip), dim=1).bfloat16(), norm.bfloat16()).dtype == torch.bfloat16
+def test_whole_networks(skips: str, norm: str, run: Run) -> None:
+    assert run(network_error, skips, norm) < 1e-5
 
 
 @needs_gpu
 @needs_triton
-def test_taken_in_inference_through_group_norms_on_a_gpu_only() -> None:
-    norm, x = group_norm(8, 4), torch.randn(1, 8, 4, 4, 4, device="cuda")
-    assert not fuses(x, norm)  # gradients
+def test_taken_in_inference_on_a_gpu_only() -> None:
+    x = torch.randn(1, 8, 4, 4, 4, device="cuda")
+    assert not can_use_triton(x)  # gradients
     with torch.no_grad():
-        assert fuses(x, norm)
-        assert not fuses(x.cpu(), norm)
-        assert not fuses(x.double(), norm)
-        assert not fuses(x, nn.Identity())
+        assert can_use_triton(x)
+        assert not can_use_triton(x.cpu())
+        assert not can_use_triton(x.double())
         with torch.autocast("cuda", torch.bfloat16):
-            assert not fuses(x, norm)
+            assert not can_use_triton(x)
+
+
+SUMS = ("means", "squares", "shift", "statistics", "bias")  # in float32
 
 
 @needs_triton
@@ -215,18 +217,18 @@ def test_kernels_compile_for_hopper(dtype: torch.dtype, tmp_path: Path, monkeypa
     from triton.compiler import ASTSource, compile
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tool = Path(fused.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    tool = Path(kernels.triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     data = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}[dtype]
-    tensors = {"x": data, "out": data, "weight": data, "first": data, "second": data}
+    tensors = dict.fromkeys(("x", "out", "weight", "first", "second"), data)
     tile = {"ROWS": 64, "CHANNELS": 64}
     for kernel, constants in (
-        (fused.measure, tile),
-        (fused.combine, {"BLOCK": 1024}),
-        (fused.normalise, tile),
-        (fused.accumulate, tile),
+        (kernels.measure, tile),
+        (kernels.combine, {"BLOCK": 1024}),
+        (kernels.normalise, tile),
+        (kernels.accumulate, tile),
     ):
         kinds = dict.fromkeys(kernel.arg_names, "i32")
-        kinds |= {name: "*fp32" for name in ("means", "squares", "shift", "statistics", "bias") if name in kinds}
+        kinds |= {name: "*fp32" for name in SUMS if name in kinds}
         kinds |= {name: kind for name, kind in tensors.items() if name in kinds}
         kinds |= {"first": "i32"} if "all_channels" in kinds else {}  # a column there, a tensor in `accumulate`
         kinds |= {"eps": "fp32"} if "eps" in kinds else {}
@@ -235,21 +237,21 @@ def test_kernels_compile_for_hopper(dtype: torch.dtype, tmp_path: Path, monkeypa
         binary = compile(
             ASTSource(kernel, kinds, constants, aligned),
             target=GPUTarget("cuda", 90, 32),
-            options={"num_warps": fused.WARPS},
+            options={"num_warps": kernels.WARPS},
         )
         path = tmp_path / f"{kernel.__name__}.cubin"
         path.write_bytes(binary.asm["cubin"])
         usage = subprocess.run([tool, "-res-usage", path], check=True, capture_output=True, text=True).stdout
         assert re.findall(r"(?:STACK|LOCAL):(\d+)", usage) == ["0", "0"], usage
-        if kernel is not fused.combine:
-            assert dtype != torch.bfloat16 or kernel is fused.measure or "cvt.rn.bf16x2" in binary.asm["ptx"]
+        if kernel is not kernels.combine:
+            assert dtype != torch.bfloat16 or kernel is kernels.measure or "cvt.rn.bf16x2" in binary.asm["ptx"]
             wide = binary.asm["ptx"].count("ld.global.v4.b32")
             assert wide >= 4 * dtype.itemsize // 4, f"{kernel.__name__}: {wide} loads of 16 bytes"
 
 
 def test_kernels_that_cannot_run_are_given_up(caplog: pytest.LogCaptureFixture) -> None:
     """On the CPU without the interpreter they cannot be launched, as on a GPU that they do not suit."""
-    if fused.triton is None or fused.INTERPRETED:
+    if kernels.triton is None or kernels.INTERPRETED:
         pytest.skip("needs Triton's compiler without a GPU for it")
-    assert not fused.trusted(torch.device("cpu"), torch.float32)
+    assert not self_check(torch.device("cpu"), torch.float32)
     assert "going on without them" in caplog.text
