@@ -2,7 +2,7 @@
 
 This is the only door to the kernels. A network says what it computes; here it is decided how:
 
-- on a GPU without gradients, by the Triton kernels: in channels_last_3d and in the tensor's own type;
+- on a GPU, by the Triton kernels: in channels_last_3d and in the tensor's own type, with gradients;
 - in float32 on the CPU without gradients, where a tensor is large enough, by the Winograd sweep;
 - everywhere else by PyTorch's modules.
 
