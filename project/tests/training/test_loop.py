@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,7 +25,7 @@ from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import CwdmError, InputError, OutputError, SettingsError
 from cwdm.images.cases import write_nifti
 from cwdm.inference.generate import Generator
-from cwdm.settings import load_settings
+from cwdm.settings import _leaves, load_settings
 from cwdm.training import TrainingError, loop, saving, train, validate
 from cwdm.training.launch import launch
 from cwdm.training.loader import batches_of_steps
@@ -150,7 +149,7 @@ def test_a_network_for_any_modality_is_trained_and_synthesises_each_of_them(
 def models_of(settings: type[BaseModel]) -> Iterator[type[BaseModel]]:
     yield settings
     for field in settings.model_fields.values():
-        for kind in (field.annotation, *typing.get_args(field.annotation)):
+        for kind in _leaves(field.annotation):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from models_of(kind)
 
