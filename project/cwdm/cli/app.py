@@ -26,7 +26,6 @@ from cwdm.signals import handled
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from cwdm.evaluation import Evaluation
     from cwdm.images import CaseFolder
     from cwdm.inference import Outcome, Work
     from cwdm.progress import CohortProgress
@@ -311,7 +310,7 @@ def evaluate(
     truth: Annotated[Path, typer.Argument(metavar="TRUTH", help="The true images: case folders, or flat like PRED.")],
     seg: Annotated[
         Path | None,
-        typer.Option(help="Folder of <case>-seg.nii.gz, flat or in case folders, for the tumour's figures."),
+        typer.Option(help="Folder of <case>-seg.nii.gz, flat or in case folders, for the tumour's metrics."),
     ] = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for evaluation.csv and .json, and images/ with a score each.")
@@ -353,45 +352,36 @@ def evaluate(
 
     With --out, a stopped evaluation goes on where it was.
     """
-    from cwdm.evaluation import contrasts, translations
-
-    for_contrasts = (seg, segmenter, segmenter_bundle, labels)
-    if truth_file and any(for_contrasts):
-        raise SettingsError("--truth-file is for other images; it excludes --seg, --segmenter(-bundle) and --labels")
-    if not truth_file and (mask_file or value_range):
-        raise SettingsError("--mask-file and --range are for images of 'cwdm translate'; add --truth-file")
-    if truth_file:
-        evaluation = translations(predictions, truth, truth_file, mask_file, value_range)
-    else:
-        evaluation = contrasts(predictions, truth, seg, segmenter, segmenter_bundle, labels or LabelScheme.today)
-    _evaluate(evaluation, out, workers, overwrite)
-
-
-def _evaluate(evaluation: "Evaluation", out: Path | None, workers: int | None, overwrite: bool) -> None:
-    from cwdm.evaluation import ScoreCache, score_pairs, tables, write_evaluation
-    from cwdm.files import check_apart, check_writable, remove_stale
+    from cwdm.evaluation import evaluate as evaluate_folder
+    from cwdm.evaluation import tables
     from cwdm.progress import CohortProgress
 
-    cache = None
-    if out:
-        for kept in evaluation.folders:
-            check_apart(out, kept)
-            check_apart(out / "images", kept)
-        check_writable(out / "images")
-        remove_stale(out / "images")
-        cache = ScoreCache(out / "images", evaluation.score, evaluation.means, evaluation.programs, renew=overwrite)
-    with CohortProgress(len(evaluation.pairs)) as progress:
-        scorer = cache.score if cache else evaluation.score
-        scores = score_pairs(evaluation.pairs, scorer, workers, lambda score: progress.end_case(score.line))
-    if cache and cache.used:
-        progress.log(f"{len(cache.used)} of {len(scores)} scores are from before (--overwrite makes them again)")
-    for table in tables(scores):
+    with CohortProgress(0) as progress:
+        evaluation = evaluate_folder(
+            predictions,
+            truth,
+            seg,
+            segmenter=segmenter,
+            bundle=segmenter_bundle,
+            labels=labels and labels.value,
+            truth_file=truth_file,
+            mask_file=mask_file,
+            value_range=value_range,
+            out=out,
+            workers=workers,
+            overwrite=overwrite,
+            expect=progress.expect,
+            on_score=lambda score: progress.end_case(score.line),
+        )
+    if evaluation.kept:
+        count = len(evaluation.scores)
+        progress.log(f"{evaluation.kept} of {count} scores are from before (--overwrite makes them again)")
+    for table in tables(evaluation.scores):
         Console().print(table)
-    if out:
-        for path in write_evaluation(out, scores, evaluation.record):
-            _say(path)
-    if failed := [score for score in scores if score.reason]:
-        progress.log(f"{len(failed)} of {len(scores)} FAILED and are in no mean")
+    for path in evaluation.files:
+        _say(path)
+    if failed := evaluation.failed:
+        progress.log(f"{len(failed)} of {len(evaluation.scores)} FAILED and are in no mean")
         for score in failed:
             progress.log(f"  {score.line}")
         raise typer.Exit(1)
@@ -423,7 +413,7 @@ def evaluate_samples(
         check_writable(out)
     progress = CohortProgress(0)
     score = evaluate_generated(generated, real, features, modality.value, pairs, seed, progress.log)
-    table = Table("figure", "value", title=f"{score.generated} generated, {score.real} real", caption_justify="left")
+    table = Table("metric", "value", title=f"{score.generated} generated, {score.real} real", caption_justify="left")
     table.add_row("FID, lower is closer", "" if score.fid is None else f"{score.fid:.4f}")
     spread = "" if score.ms_ssim_sd is None else f" ± {score.ms_ssim_sd:.4f}"
     mean = "" if score.ms_ssim is None else f"{score.ms_ssim:.4f}{spread}"
@@ -435,7 +425,7 @@ def evaluate_samples(
         write_json(out / "samples-evaluation.json", record)
         _say(out / "samples-evaluation.json")
     if score.failed:
-        progress.log(f"{len(score.failed)} volumes FAILED and are in no figure")
+        progress.log(f"{len(score.failed)} volumes FAILED and are in no metric")
         raise typer.Exit(1)
 
 
