@@ -290,15 +290,9 @@ def complete(
     from cwdm.prepare import complete_cases
     from cwdm.progress import CohortProgress
 
-    failed = 0
     progress = CohortProgress(0)
-    for done in complete_cases(data_path, synthesised, out, copy):
-        failed += bool(done.reason)
-        line = (
-            f"FAILED: {done.reason}" if done.reason else f"complete, with a synthesised {' and '.join(done.modalities)}"
-        )
-        progress.log(f"{done.case}: {line}")
-    if failed:
+    outcomes = complete_cases(data_path, synthesised, out, copy, lambda outcome: progress.log(outcome.line))
+    if any(outcome.status == "failed" for outcome in outcomes):
         raise typer.Exit(1)
 
 
@@ -610,7 +604,7 @@ def lidc(
         from cwdm.prepare import prepare_lidc
     except ModuleNotFoundError as error:
         raise CwdmError(f"{error.name} is missing; pip install 'cwdm[train]' brings what this needs") from error
-    if prepare_lidc(dicom, out, _say):
+    if any(outcome.status == "failed" for outcome in prepare_lidc(dicom, out, _say)):
         raise typer.Exit(1)
 
 
