@@ -84,7 +84,7 @@ def compare(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As sampler.steps=5.")] = None,
     most: int = 20,
 ) -> None:
-    """A row a contrast: nearest contrast, linear regression, bundled weights."""
+    """A row a modality: most similar modality, linear regression, bundled weights."""
     print_hardware()
     folders = find_cases(cases)[:most]
     synthesizer = Synthesizer(BUNDLED, load_settings(None, ["output.intensity=unit", *(settings or ())]), "cpu")
@@ -112,7 +112,7 @@ def compare(
                 inside = np.where(mask, np.clip(prediction, 0, 1), 0).astype(np.float32)
                 fitted = psnr(fit_to(inside, truth, mask), truth, mask)
                 scores[target, name].append((psnr(inside, truth, mask), ssim(inside, truth, mask), fitted))
-    columns = ("contrast", "nearest, rescaled", "linear regression", "bundled")
+    columns = ("modality", "nearest, rescaled", "linear regression", "bundled")
     table, fitted_table = Table(*columns, "seconds a case"), Table(*columns, title="each fitted to the truth first")
     for target in MODALITIES:
         means = [np.mean(scores[target, name], axis=0) for name in ("nearest", "regression", "bundled")]
@@ -141,7 +141,7 @@ def without(folder: CaseFolder, target: str) -> CaseFolder:
 
 
 def fit_regressions(folders: list[CaseFolder]) -> dict[str, np.ndarray]:
-    """Target -> weights of the other three contrasts and the constant, least squares over voxels of the brain."""
+    """Target -> weights of the other three modalities and the constant, least squares over voxels of the brain."""
     rows = []
     for folder in shown(folders, "regression"):
         volumes = np.stack([read_grid(folder.files[name])[0] for name in MODALITIES])
@@ -162,7 +162,7 @@ def steps(
     weights: str = BUNDLED,
     most: Annotated[int, typer.Option(help="Leave out what takes more steps.")] = 1000,
 ) -> None:
-    """Quality by sampler and steps: the first four cases, each without another contrast."""
+    """Quality by sampler and steps: the first four cases, each without another modality."""
     print_hardware()
     plans = [("ddpm", n) for n in (50, 250, 1000)]
     plans += [(name, n) for name in ("ddim", "dpmpp") for n in (1, 2, 5, 10, 20, 50)]

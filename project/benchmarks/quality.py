@@ -1,6 +1,6 @@
 """What the automatic check of outputs catches, and what it misses: true images of phantoms with one fault each.
 
-    python quality.py                  # six phantoms, each contrast in turn: 24 images a row, about ten minutes
+    python quality.py                  # six phantoms, each modality in turn: 24 images a row, about ten minutes
     python quality.py --cases 2
 
 A row a fault: how many of the images are rejected, how many are shown to someone, how many pass, and the reason that is
@@ -44,8 +44,11 @@ def faults(truth: Volume, nearest: Volume, mask: npt.NDArray[np.bool_], other: V
         yield f"shifted by {voxels} voxels", np.roll(truth, voxels, axis=1)
     yield "mirrored left to right", truth[::-1]
     yield "inverted contrast", 1 - truth
-    yield "nearest contrast copied", nearest
-    yield "nearest contrast copied, blurred, with noise", ndimage.gaussian_filter(nearest, 1.0) + 0.05 * (noise - 0.5)
+    yield "most similar modality copied", nearest
+    yield (
+        "most similar modality copied, blurred, with noise",
+        ndimage.gaussian_filter(nearest, 1.0) + 0.05 * (noise - 0.5),
+    )
     for factor in (0.3, 0.7, 1.5, 3):
         yield f"intensities × {factor}", truth * np.float32(factor)
     yield "blurred by 2 voxels", ndimage.gaussian_filter(truth, 2.0)
