@@ -25,7 +25,7 @@ from cwdm.evaluation.pairs import Pair, find_pairs
 from cwdm.evaluation.score import Score, Scorer, score_pair
 from cwdm.evaluation.segmenters import Segmenter
 from cwdm.evaluation.tables import summaries, summarise
-from cwdm.images.cases import MODALITIES, Image, read_grid, write_nifti
+from cwdm.images import MODALITIES, Image, read_grid, write_nifti
 
 SHAPE = (22, 26, 20)
 AFFINE = np.array([[-1.0, 0, 0, 11], [0, -1.2, 0, 7], [0, 0, 0.9, -30], [0, 0, 0, 1]])

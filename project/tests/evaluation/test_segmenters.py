@@ -17,7 +17,7 @@ from cwdm.evaluation.overlap import compare_with_true_case, count_lesions, dice,
 from cwdm.evaluation.pairs import find_pairs
 from cwdm.evaluation.score import score_pair
 from cwdm.evaluation.segmenters import Segmenter, bundle_segmenter, command_segmenter, segment_pair
-from cwdm.images.cases import MODALITIES, read_volume, write_nifti
+from cwdm.images import MODALITIES, read_volume, write_nifti
 
 SHAPE = (13, 17, 11)
 SPACING = (1.0, 1.5, 0.8)

@@ -18,7 +18,7 @@ from cwdm.evaluation.folders import score_pairs
 from cwdm.evaluation.pairs import Pair, find_translated
 from cwdm.evaluation.score import Score
 from cwdm.evaluation.target_score import body_mask, otsu_threshold, score_translated
-from cwdm.images.cases import write_nifti
+from cwdm.images import write_nifti
 
 SHAPE = (24, 28, 20)
 AFFINE = np.array([[-1.0, 0, 0, 9], [0, -1.1, 0, 4], [0, 0, 1.4, -60], [0, 0, 0, 1]])

@@ -10,7 +10,7 @@ import pytest
 from numpy.typing import NDArray
 
 from cwdm.errors import OutputError
-from cwdm.images.cases import MODALITIES
+from cwdm.images import MODALITIES
 from cwdm.phantoms.anatomy import Anatomy, make_anatomy
 from cwdm.phantoms.patients import Phantom, make_phantom, write_phantom, write_phantoms
 from cwdm.phantoms.variation import Variation
