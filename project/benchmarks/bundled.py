@@ -33,7 +33,7 @@ from rich.table import Table
 
 from cwdm import Synthesizer, checkpoint
 from cwdm.checkpoint import ANY
-from cwdm.images import MODALITIES, NEAREST, CaseFolder, find_cases, normalise, read_case, read_grid
+from cwdm.images import MODALITIES, MOST_SIMILAR, CaseFolder, find_cases, normalise, read_case, read_grid
 from cwdm.inference import Prepared
 from cwdm.metrics import psnr, ssim
 from cwdm.phantoms import WIDE, write_phantoms
@@ -102,7 +102,7 @@ def compare(
             seconds[target].append(time.perf_counter() - start)
             *weights, constant = fits[target]
             predictions = {
-                "nearest": units[NEAREST[target]],
+                "nearest": units[MOST_SIMILAR[target]],
                 "regression": np.tensordot(weights, [units[name] for name in others], 1) + constant,
                 "bundled": result.volume,
             }

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import gaussian_filter, uniform_filter
 
-from cwdm.images import Box, bounding_box
+from cwdm.arrays import Box, bounding_box
 
 Volume = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]

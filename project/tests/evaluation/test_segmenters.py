@@ -29,7 +29,8 @@ from cwdm.evaluation.segmenters import (
     lesionwise,
     segment_pair,
 )
-from cwdm.images.cases import MODALITIES, read_volume, write_nifti
+from cwdm.images.cases import MODALITIES
+from cwdm.images.nifti import read_volume, write_nifti
 
 SHAPE = (13, 17, 11)
 SPACING = (1.0, 1.5, 0.8)

@@ -11,7 +11,7 @@ from cwdm import checkpoint
 from cwdm.checkpoint import Record, load_published
 from cwdm.cli.app import app
 from cwdm.errors import SettingsError, WeightsError
-from cwdm.images.cases import write_nifti
+from cwdm.images.nifti import write_nifti
 from cwdm.inference.generate import Generator
 from cwdm.inference.translate import Translator
 from cwdm.settings import load_settings

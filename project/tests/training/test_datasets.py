@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from cwdm.errors import CaseError, InputError, SettingsError
-from cwdm.images.cases import read_volume
-from cwdm.images.geometry import centre, choose_window, normalise
+from cwdm.images.geometry import centre, choose_window
+from cwdm.images.intensity import normalise
+from cwdm.images.nifti import read_volume
 from cwdm.training.datasets import (
     ReadingError,
     SampleNumbers,
