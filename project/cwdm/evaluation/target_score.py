@@ -13,7 +13,7 @@ from scipy import ndimage
 from cwdm import metrics
 from cwdm.errors import CaseError, InputError, SettingsError
 from cwdm.evaluation.score import Pair, Score
-from cwdm.images import Affine, Image, Volume, in_order_of, list_folder, read_grid
+from cwdm.images import Affine, Image, ImageSettings, Volume, in_order_of, list_folder, list_subjects, read_grid
 
 Mask = metrics.Mask
 
@@ -127,16 +127,13 @@ def otsu_threshold(volume: Volume) -> float:
 
 def _true_files(truth: Path, *patterns: str | None) -> dict[str, tuple[Path, ...]]:
     """Case -> its files, by the patterns, of all cases that have the first."""
-    from cwdm.training import DataSettings, list_subjects
-
     list_folder(truth, "true images")
-    images = [{"file": pattern} for pattern in patterns if pattern]
     try:
-        data = DataSettings.model_validate({"path": truth, "layout": "files", "images": images})
+        images = [ImageSettings(file=pattern) for pattern in patterns if pattern]
     except ValidationError as error:
         fault = error.errors()[0]["msg"]
         raise SettingsError(f"{' and '.join(filter(None, patterns))}: {fault}") from error
-    return {subject.name: tuple(subject.files) for subject in list_subjects(truth, data)}
+    return {subject.name: tuple(subject.files) for subject in list_subjects(truth, images)}
 
 
 def _read_like(pair: Pair, path: Path, truth: Image) -> Volume:

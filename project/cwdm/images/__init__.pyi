@@ -41,3 +41,16 @@ from .nifti import read_description as read_description
 from .nifti import read_grid as read_grid
 from .nifti import read_volume as read_volume
 from .nifti import write_nifti as write_nifti
+from .pairs import DecodedFile as DecodedFile
+from .pairs import Grid as Grid
+from .pairs import ImageSettings as ImageSettings
+from .pairs import PairSettings as PairSettings
+from .pairs import Range as Range
+from .pairs import Size as Size
+from .pairs import Subject as Subject
+from .pairs import Volumes as Volumes
+from .pairs import centred_window as centred_window
+from .pairs import decode as decode
+from .pairs import decode_file as decode_file
+from .pairs import in_window as in_window
+from .pairs import list_subjects as list_subjects

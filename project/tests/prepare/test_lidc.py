@@ -15,8 +15,9 @@ from cwdm.cli.app import app
 from cwdm.errors import CaseError, InputError
 from cwdm.images.nifti import write_nifti
 from cwdm.prepare.lidc import LAS, find_series, prepare, prepare_lidc, read_series
-from cwdm.training.datasets import decode, find_subjects
+from cwdm.training.datasets import find_subjects
 from cwdm.training.settings import DataSettings
+from cwdm.training.volumes import decode
 
 SPACING_MM = (0.8, 0.8, 2.5)
 
@@ -149,9 +150,9 @@ def test_training_reads_them_in_the_order_that_its_record_names(tmp_path: Path) 
     write_nifti(tmp_path / "a.nii.gz", volume, LAS)
     images = [{"file": "{case}.nii.gz", "intensity": [0.0, 1.0]}]
     data = DataSettings.model_validate({"path": ".", "layout": "files", "images": images, "window": [9, 8, 7]})
-    (subject,) = find_subjects(tmp_path, data)
+    (subject,) = find_subjects(tmp_path, data).subjects
     assert Record().orientation == "LPS"
-    np.testing.assert_array_equal(decode(subject, data)[0][0], volume[:, ::-1])
+    np.testing.assert_array_equal(decode(subject, data).unit()[0], volume[:, ::-1])
 
 
 def test_bad_series_are_named_and_the_others_written(scan: np.ndarray, tmp_path: Path) -> None:

@@ -29,7 +29,8 @@ from cwdm.training.datasets import (
     read_batches,
 )
 from cwdm.training.settings import DataSettings
-from cwdm.training.volume_cache import Cache, decode
+from cwdm.training.volume_cache import Cache
+from cwdm.training.volumes import decode
 
 AFFINE = np.array([[-2.0, 0, 0, 5], [0, -2, 0, 7], [0, 0, 3, -4], [0, 0, 0, 1]])
 

@@ -16,7 +16,8 @@ from cwdm.images.nifti import read_volume
 from cwdm.training import volume_cache
 from cwdm.training.datasets import find_subjects
 from cwdm.training.settings import DataSettings
-from cwdm.training.volume_cache import Cache, CachedSubject, decode
+from cwdm.training.volume_cache import Cache, CachedSubject
+from cwdm.training.volumes import decode
 
 
 @pytest.fixture
