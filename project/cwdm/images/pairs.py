@@ -20,7 +20,7 @@ from cwdm.images.geometry import Orientation, centre, centred_start, to_lps
 from cwdm.images.grids import check_same_grid
 from cwdm.images.intensity import clip_range
 from cwdm.images.nifti import read_grid
-from cwdm.settings import StrictSettings
+from cwdm.strict import StrictSettings
 
 Array = npt.NDArray[Any]
 Triple = tuple[int, int, int]

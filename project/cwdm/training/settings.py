@@ -11,7 +11,7 @@ from cwdm.diffusion import PUBLISHED, known_schedule
 from cwdm.errors import SettingsError
 from cwdm.images import ImageSettings, Range, Size
 from cwdm.samplers import known_sampler
-from cwdm.settings import StrictSettings, read_settings
+from cwdm.strict import StrictSettings, read_settings
 from cwdm.unet import UNetConfig
 
 Positive = Annotated[int, Field(ge=1)]
