@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[
 from cwdm import checkpoint
 from cwdm.checkpoint import ANY, Checkpoint
 from cwdm.errors import WeightsError
-from cwdm.files import output_errors, write_json
+from cwdm.files import output_errors, sha256, write_json
 
 PUBLISHED_REPO = "pfriedri/cwdm"
 PUBLISHED_FILES = {"t1n": "t1_gen.pt", "t1c": "t1ce_gen.pt", "t2w": "t2_gen.pt", "t2f": "flair_gen.pt"}
@@ -203,7 +203,7 @@ def _download_one(folder: Path, repo: str, revision: str, name: str, on_kept: Ca
         path = Path(str(hf_hub_download(repo, name, revision=commit, local_dir=folder)))
     except (HTTPError, HFValidationError, OSError) as error:
         raise WeightsError(f"{name} could not be downloaded from {repo} ({revision}): {error}") from error
-    found = checkpoint.sha256(path)
+    found = sha256(path)
     for expected in filter(None, (tag, KNOWN_SHA256.get(name))):
         if found != expected:
             path.unlink()
@@ -221,7 +221,7 @@ def _is_anothers(folder: Path, name: str, tag: str | None) -> bool:
         return False
     entry = recorded(folder).get(name, {})
     downloaded = entry.get("sha256") if "repo" in entry else None
-    return checkpoint.sha256(folder / name) not in (tag, downloaded)
+    return sha256(folder / name) not in (tag, downloaded)
 
 
 def convert(source: Path, target: Path, modality: str | None, dtype: torch.dtype) -> Path:
@@ -241,7 +241,7 @@ def convert(source: Path, target: Path, modality: str | None, dtype: torch.dtype
         raise WeightsError(f"{source}: the file does not say which contrast it synthesises; give --modality")
     entry = loaded.record.model_copy(update={"modality": modality})
     checkpoint.save(target, loaded.model, entry, dtype)
-    record(target.parent, target.name, {"sha256": checkpoint.sha256(target), "converted_from": loaded.sha256})
+    record(target.parent, target.name, {"sha256": sha256(target), "converted_from": loaded.sha256})
     return target
 
 
@@ -250,7 +250,7 @@ def _check_free(target: Path, source: Path) -> None:
     if not target.exists():
         return
     entry = recorded(target.parent).get(target.name, {})
-    converted = "converted_from" in entry and entry.get("sha256") == checkpoint.sha256(target)
+    converted = "converted_from" in entry and entry.get("sha256") == sha256(target)
     if not converted or (source.exists() and target.samefile(source)):
         raise WeightsError(
             f"{target} is there and is no earlier conversion of another file; move it away or give another name"
