@@ -21,7 +21,6 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     TypeAdapter,
-    ValidationError,
     field_validator,
     model_serializer,
 )
@@ -252,7 +251,7 @@ def _load_safetensors(path: Path) -> tuple[UNet, Record]:
 
 def _check_format(header: Any) -> None:
     """Refuse what a newer version wrote and this one would misread."""
-    number, found = header["format"] if "format" in header else 0, ""
+    number, found = header.get("format", 0), ""
     if number > FORMAT:
         found = f"format {number}, this version reads up to {FORMAT}"
     elif unknown := [*(set(header["config"]) - _CONFIG_FIELDS), *(set(header["record"]) - set(Record.model_fields))]:
@@ -297,7 +296,7 @@ def _parse_header(text: str | None) -> tuple[UNetConfig, Record]:
         config, record = _config_type.validate_python(header["config"]), Record.model_validate(header["record"])
         record.model_dump(mode="json")  # it goes into the records of images; one nested too deeply could not
         return config, record
-    except (ValueError, KeyError, TypeError, ValidationError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"the header of the file cannot be understood: {error}") from error
 
 
