@@ -33,7 +33,8 @@ from rich.table import Table
 
 from cwdm import Synthesizer, checkpoint
 from cwdm.checkpoint import ANY
-from cwdm.images import MODALITIES, NEAREST, CaseFolder, find_cases, normalise, read_case, read_grid
+from cwdm.files import sha256
+from cwdm.images import MODALITIES, MOST_SIMILAR, CaseFolder, find_cases, normalise, read_case, read_grid
 from cwdm.inference import Prepared
 from cwdm.metrics import psnr, ssim
 from cwdm.phantoms import WIDE, write_phantoms
@@ -73,7 +74,7 @@ def pack(run: Path, sampler: str | None = None, steps: int | None = None) -> Non
     target = folder_of(BUNDLED) / f"{ANY}.safetensors"
     target.parent.mkdir(exist_ok=True)
     checkpoint.save(target, loaded.model, loaded.record.model_copy(update=told), torch.float16)
-    record(target.parent, target.name, {"sha256": checkpoint.sha256(target), "recipe": "benchmarks/bundled.py"})
+    record(target.parent, target.name, {"sha256": sha256(target), "recipe": "benchmarks/bundled.py"})
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
 
@@ -102,7 +103,7 @@ def compare(
             seconds[target].append(time.perf_counter() - start)
             *weights, constant = fits[target]
             predictions = {
-                "nearest": units[NEAREST[target]],
+                "nearest": units[MOST_SIMILAR[target]],
                 "regression": np.tensordot(weights, [units[name] for name in others], 1) + constant,
                 "bundled": result.volume,
             }

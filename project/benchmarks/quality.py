@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 from scipy import ndimage
 
-from cwdm.images import MODALITIES, NEAREST, brain_mask, normalise
+from cwdm.images import MODALITIES, MOST_SIMILAR, brain_mask, normalise
 from cwdm.inference import VERDICTS, Quality, assess
 from cwdm.phantoms import WIDE, make_phantom
 
@@ -71,7 +71,7 @@ def main(cases: int = 6) -> None:
         others, _ = _head(cases + number)
         for target in MODALITIES:
             conditions = {name: unit for name, unit in units.items() if name != target}
-            for name, output in faults(units[target], units[NEAREST[target]], mask, others[target]):
+            for name, output in faults(units[target], units[MOST_SIMILAR[target]], mask, others[target]):
                 inside = np.where(mask, output, 0).astype(np.float32)
                 found.setdefault(name, []).append(assess(inside, conditions, mask, target))
     Console(width=170).print(_table(found))

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cwdm.images.geometry import brain_mask, normalise
+from cwdm.images.intensity import brain_mask, normalise
 from cwdm.inference.quality import Quality, assess
 from cwdm.phantoms import make_phantom
 
