@@ -7,7 +7,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cwdm.errors import InputError, SettingsError
-from cwdm.images import MODALITIES, CaseFolder, find_cases, list_folder, output_name
+from cwdm.images import (
+    MODALITIES,
+    CaseFolder,
+    ImageSettings,
+    find_cases,
+    list_folder,
+    list_subjects,
+    output_name,
+)
 
 _ENDING = ".nii.gz"
 
@@ -132,13 +140,10 @@ def _pair(case: str, modality: str, path: Path, truth: Path, folder: CaseFolder 
 
 def _true_files(truth: Path, *patterns: str | None) -> dict[str, tuple[Path, ...]]:
     """Case -> its files, by the patterns, of all cases that have the first."""
-    from cwdm.training import DataSettings, list_subjects
-
     list_folder(truth, "true images")
-    images = [{"file": pattern} for pattern in patterns if pattern]
     try:
-        data = DataSettings.model_validate({"path": truth, "layout": "files", "images": images})
+        images = [ImageSettings(file=pattern) for pattern in patterns if pattern]
     except ValidationError as error:
         fault = error.errors()[0]["msg"]
         raise SettingsError(f"{' and '.join(filter(None, patterns))}: {fault}") from error
-    return {subject.name: tuple(subject.files) for subject in list_subjects(truth, data)}
+    return {subject.name: tuple(subject.files) for subject in list_subjects(truth, images)}

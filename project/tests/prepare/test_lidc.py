@@ -17,7 +17,7 @@ from cwdm.images import write_nifti
 from cwdm.prepare.lidc import LAS, find_series, prepare, prepare_lidc, read_series
 from cwdm.training.datasets import find_subjects
 from cwdm.training.settings import DataSettings
-from cwdm.training.volume_cache import decode
+from cwdm.training.volumes import decode
 
 SPACING_MM = (0.8, 0.8, 2.5)
 
