@@ -33,9 +33,14 @@ def print_line(line: object) -> None:
     print(printable(str(line)))
 
 
+def print_notice(line: object) -> None:
+    """What is not a result, on standard error."""
+    to_stderr().print(printable(str(line)), markup=False, soft_wrap=True)
+
+
 def print_error(message: object) -> None:
     """What went wrong, on standard error."""
-    to_stderr().print(f"error: {printable(str(message))}", markup=False, soft_wrap=True)
+    print_notice(f"error: {message}")
 
 
 class _Printable(logging.Formatter):

@@ -86,7 +86,7 @@ def main() -> None:
 
 
 def said(command: str, words: Sequence[str]) -> dict[str, Any]:
-    """What a command is told, by the names of its function's arguments; None for what is left to it."""
+    """What a command line tells a command, by the names of its function's arguments; what is wrong in it is None."""
     root: Any = get_command(app)
     context = root.make_context("cwdm", [command, *words], resilient_parsing=True)
     called = root.get_command(context, command)
