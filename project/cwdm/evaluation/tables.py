@@ -15,9 +15,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cwdm import __version__
-from cwdm.errors import SettingsError
+from cwdm.errors import InputError, SettingsError
 from cwdm.evaluation.catalogue import FIGURES, Figure
-from cwdm.evaluation.score import Pair, Score, Scorer, find_pairs, score_pair
+from cwdm.evaluation.score import Pair, Score, Scorer, find_pairs, score_pair, score_pairs
 from cwdm.evaluation.segmenters import (
     REGIONS,
     SCHEMES,
@@ -123,6 +123,28 @@ def translations(
         },
         ["translation", str(value_range)],
     )
+
+
+def evaluate(
+    predictions: str | Path, truth: str | Path, seg: str | Path | None = None, workers: int | None = None
+) -> dict[str, Summary]:
+    """Scores of synthesised images against the true ones, summed up.
+
+    Args:
+        predictions, truth, seg: folders; see `find_pairs`.
+        workers: images at a time; None for one a processor.
+
+    Returns:
+        "all", and each modality if there are several -> metric -> mean and so on; see `summarise`.
+
+    Raises:
+        InputError: a folder is missing or cannot be read, or holds no image; or none could be scored.
+    """
+    evaluation = contrasts(Path(predictions), Path(truth), None if seg is None else Path(seg))
+    scores = score_pairs(evaluation.pairs, evaluation.score, workers)
+    if all(score.reason for score in scores):
+        raise InputError(f"no image in {predictions} could be scored; the first: {scores[0].line}")
+    return summaries(scores)
 
 
 def summarise(scores: Iterable[Score]) -> Summary:
