@@ -58,7 +58,7 @@ def list_weights(
     """
     from cwdm.weights import folder_of
 
-    if not _show(either(place, word, "--weights", folder_of(None))):
+    if not _show(folder_of(either(place, word, "--weights", folder_of(None)))):
         raise typer.Exit(1)
 
 
@@ -74,7 +74,10 @@ def convert(
     import torch
 
     from cwdm import weights
+    from cwdm.files import check_writable
 
+    if output_path:
+        check_writable(output_path)
     name = modality.value if modality else weights.modality_of(source) or source.stem
     target = either(output_path and output_path / f"{name}.safetensors", file, "--output_path")
     print_line(weights.convert(source, target, modality and modality.value, getattr(torch, dtype.value)))
