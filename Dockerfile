@@ -43,8 +43,7 @@ RUN mkdir /weights \
 
 FROM python
 LABEL org.opencontainers.image.title="cwdm" \
-      org.opencontainers.image.description="3D wavelet diffusion: synthesises the missing one of four MR contrasts" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.description="3D wavelet diffusion: synthesises the missing one of four MR modalities" \
       org.opencontainers.image.licenses="MIT"
 # Any user, without a name or a home, on a read-only root: whatever a library wants to keep goes to /tmp.
 ENV PATH=/opt/cwdm/bin:$PATH HOME=/tmp USER=cwdm XDG_CACHE_HOME=/tmp/.cache MPLCONFIGDIR=/tmp/.matplotlib \

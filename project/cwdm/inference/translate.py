@@ -28,6 +28,7 @@ from cwdm.images import (
 )
 from cwdm.inference.generate import check_same_origin, check_size, describe_volumes
 from cwdm.pipeline import Pipeline
+from cwdm.runner import Outcome
 from cwdm.settings import Settings
 
 RECORD = "translations.json"
@@ -127,7 +128,7 @@ def translate(
     output: Path,
     on_case: Callable[[str], None] = lambda line: None,
     expect: Callable[[int], None] = lambda total: None,
-) -> list[str]:
+) -> list[Outcome]:
     """Write OUTPUT/<case>.nii.gz for every case of a folder; a bad case is told and passed over, a finished one stays.
 
     `translations.json` beside the images says what they were made with, and that they are synthesised.
@@ -135,9 +136,6 @@ def translate(
     Args:
         on_case: what became of a case, in words.
         expect: told how many there are.
-
-    Returns:
-        The names of the cases that failed.
 
     Raises:
         InputError: no case has the images needed.
@@ -152,27 +150,28 @@ def translate(
         output / RECORD, {"synthesised": True, **describe_volumes(translator.pipeline, translator.settings)}
     )
     expect(len(subjects))
-    return [subject.name for subject in subjects if not _translate_one(translator, subject, output, on_case)]
+    return [_translate_one(translator, subject, output, on_case) for subject in subjects]
 
 
-def _translate_one(translator: Translator, subject: Subject, output: Path, on_case: Callable[[str], None]) -> bool:
+def _translate_one(translator: Translator, subject: Subject, output: Path, on_case: Callable[[str], None]) -> Outcome:
     path = output / f"{subject.name}.nii.gz"
     try:
         if os.path.exists(path):  # noqa: PTH110  # Path.exists raises where the name is too long
             on_case(f"{subject.name}: is there already")
-            return True
+            return Outcome(subject.name, "skipped")
         made = translator(subject)
         description = f"synthesised by cwdm {__version__}, no acquisition"
         write_nifti(path, made.volume, made.affine, description, made.oriented)
     except OutputError as error:
         if len(os.fsencode(path.name)) <= LONGEST_NAME:
             raise  # the next case would meet it too
-        on_case(f"{subject.name}: FAILED: {error}")
+        reason = str(error)
     except CaseError as error:
-        on_case(f"{subject.name}: FAILED: {error.reason}")
+        reason = error.reason
     except Exception as error:  # whatever it is, it must not take the other cases down
-        on_case(f"{subject.name}: FAILED: {str(error) or type(error).__name__}")
+        reason = str(error) or type(error).__name__
     else:
         on_case(f"{subject.name}: written")
-        return True
-    return False
+        return Outcome(subject.name, "written")
+    on_case(f"{subject.name}: FAILED: {reason}")
+    return Outcome(subject.name, "failed", reason)
