@@ -369,7 +369,7 @@ def evaluate(
         )
     if evaluation.kept:
         count = len(evaluation.scores)
-        progress.log(f"{evaluation.kept} of {count} scores are from before (--overwrite makes them again)")
+        progress.log(f"{len(evaluation.kept)} of {count} scores are from before (--overwrite makes them again)")
     for table in tables(evaluation.scores):
         Console().print(table)
     for path in evaluation.files:

@@ -30,12 +30,12 @@ class Evaluation:
 
     Attributes:
         scores: one an image, sorted; one that could not be made carries its reason and is in no mean.
-        kept: how many of them are from an earlier run into the same folder.
+        kept: those of them that are from an earlier run into the same folder.
         files: what was written.
     """
 
     scores: Sequence[Score]
-    kept: int = 0
+    kept: Sequence[Score] = ()
     files: Sequence[Path] = ()
 
     @property
@@ -173,7 +173,7 @@ def _carry_out(
     expect(len(plan.pairs))
     cache = ScoreCache(out / "images", plan.score, plan.means, plan.programs, renew=overwrite)
     scores = score_pairs(plan.pairs, cache.score, workers, on_score)
-    return Evaluation(scores, len(cache.used), write_evaluation(out, scores, plan.record))
+    return Evaluation(scores, cache.used, write_evaluation(out, scores, plan.record))
 
 
 def _plan_modalities(
