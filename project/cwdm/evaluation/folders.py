@@ -198,11 +198,7 @@ def _plan_modalities(
 
 
 def _plan_translated(
-    predictions: Path,
-    truth: Path,
-    truth_file: str,
-    mask_file: str | None,
-    value_range: tuple[float, float] | None,
+    predictions: Path, truth: Path, truth_file: str, mask_file: str | None, value_range: tuple[float, float] | None
 ) -> _Plan:
     if value_range and not -np.inf < value_range[0] < value_range[1] < np.inf:
         raise SettingsError(f"--range: expected two rising numbers, found {value_range[0]:g} {value_range[1]:g}")

@@ -155,10 +155,7 @@ class _Images:
 
     @cached_property
     def brasyn_units(self) -> tuple[Volume, Volume]:
-        return (
-            self.scaled("synthesised", self.prediction, brasyn_unit),
-            self.scaled("true", self.truth, brasyn_unit),
-        )
+        return (self.scaled("synthesised", self.prediction, brasyn_unit), self.scaled("true", self.truth, brasyn_unit))
 
     def scaled(self, which: str, volume: Volume, scale: Callable[[Volume], Volume]) -> Volume:
         """A volume in [0, 1]; raises CaseError if its percentiles are equal."""
