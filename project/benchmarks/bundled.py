@@ -33,7 +33,8 @@ from rich.table import Table
 
 from cwdm import Synthesizer, checkpoint
 from cwdm.checkpoint import ANY
-from cwdm.images import MODALITIES, NEAREST, CaseFolder, find_cases, normalise, read_case, read_grid
+from cwdm.files import sha256
+from cwdm.images import MODALITIES, MOST_SIMILAR, CaseFolder, find_cases, normalise, read_case, read_grid
 from cwdm.inference import Prepared
 from cwdm.metrics import psnr, ssim
 from cwdm.phantoms import WIDE, write_phantoms
@@ -73,7 +74,7 @@ def pack(run: Path, sampler: str | None = None, steps: int | None = None) -> Non
     target = folder_of(BUNDLED) / f"{ANY}.safetensors"
     target.parent.mkdir(exist_ok=True)
     checkpoint.save(target, loaded.model, loaded.record.model_copy(update=told), torch.float16)
-    record(target.parent, target.name, {"sha256": checkpoint.sha256(target), "recipe": "benchmarks/bundled.py"})
+    record(target.parent, target.name, {"sha256": sha256(target), "recipe": "benchmarks/bundled.py"})
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
 
@@ -84,7 +85,7 @@ def compare(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As sampler.steps=5.")] = None,
     most: int = 20,
 ) -> None:
-    """A row a contrast: nearest contrast, linear regression, bundled weights."""
+    """A row a modality: most similar modality, linear regression, bundled weights."""
     print_hardware()
     folders = find_cases(cases)[:most]
     synthesizer = Synthesizer(BUNDLED, load_settings(None, ["output.intensity=unit", *(settings or ())]), "cpu")
@@ -102,7 +103,7 @@ def compare(
             seconds[target].append(time.perf_counter() - start)
             *weights, constant = fits[target]
             predictions = {
-                "nearest": units[NEAREST[target]],
+                "nearest": units[MOST_SIMILAR[target]],
                 "regression": np.tensordot(weights, [units[name] for name in others], 1) + constant,
                 "bundled": result.volume,
             }
@@ -112,7 +113,7 @@ def compare(
                 inside = np.where(mask, np.clip(prediction, 0, 1), 0).astype(np.float32)
                 fitted = psnr(fit_to(inside, truth, mask), truth, mask)
                 scores[target, name].append((psnr(inside, truth, mask), ssim(inside, truth, mask), fitted))
-    columns = ("contrast", "nearest, rescaled", "linear regression", "bundled")
+    columns = ("modality", "nearest, rescaled", "linear regression", "bundled")
     table, fitted_table = Table(*columns, "seconds a case"), Table(*columns, title="each fitted to the truth first")
     for target in MODALITIES:
         means = [np.mean(scores[target, name], axis=0) for name in ("nearest", "regression", "bundled")]
@@ -141,7 +142,7 @@ def without(folder: CaseFolder, target: str) -> CaseFolder:
 
 
 def fit_regressions(folders: list[CaseFolder]) -> dict[str, np.ndarray]:
-    """Target -> weights of the other three contrasts and the constant, least squares over voxels of the brain."""
+    """Target -> weights of the other three modalities and the constant, least squares over voxels of the brain."""
     rows = []
     for folder in shown(folders, "regression"):
         volumes = np.stack([read_grid(folder.files[name])[0] for name in MODALITIES])
@@ -162,7 +163,7 @@ def steps(
     weights: str = BUNDLED,
     most: Annotated[int, typer.Option(help="Leave out what takes more steps.")] = 1000,
 ) -> None:
-    """Quality by sampler and steps: the first four cases, each without another contrast."""
+    """Quality by sampler and steps: the first four cases, each without another modality."""
     print_hardware()
     plans = [("ddpm", n) for n in (50, 250, 1000)]
     plans += [(name, n) for name in ("ddim", "dpmpp") for n in (1, 2, 5, 10, 20, 50)]

@@ -19,19 +19,19 @@ Box = tuple[slice, ...]
 def bounding_box(mask: npt.NDArray[np.generic], margin: int = 0) -> Box:
     """Smallest box around the voxels of a mask that are not 0, wider by `margin` where the volume allows.
 
-    Raises:
-        ValueError: the mask is empty.
+    The box of an empty mask is empty.
     """
-    axes = range(mask.ndim)
-    spans = [np.flatnonzero(mask.any(axis=tuple(other for other in axes if other != axis))) for axis in axes]
-    if any(span.size == 0 for span in spans):
-        raise ValueError("the mask is empty")
-    return tuple(slice(max(0, int(span[0]) - margin), int(span[-1]) + margin + 1) for span in spans)
+    box = []
+    for axis, length in enumerate(mask.shape):
+        inside = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
+        first, last = (int(inside[0]) - margin, int(inside[-1]) + margin) if inside.size else (0, -1)
+        box.append(slice(max(0, first), min(last + 1, length)))
+    return tuple(box)
 
 
-def block_means(volume: npt.NDArray[np.floating], n: int) -> Volume:
+def block_means(volume: npt.NDArray[np.generic], n: int) -> Volume:
     """Means of blocks of n³ voxels, (..., X, Y, Z) -> (..., X // n, Y // n, Z // n); what is left over is cut off."""
     x, y, z = (length // n for length in volume.shape[-3:])
-    even = volume[..., : x * n, : y * n, : z * n]
-    means: Volume = even.reshape(*volume.shape[:-3], x, n, y, n, z, n).mean((-5, -3, -1))
+    blocks = volume[..., : x * n, : y * n, : z * n].reshape(*volume.shape[:-3], x, n, y, n, z, n)
+    means: Volume = blocks.mean((-5, -3, -1), dtype=np.float32)
     return means

@@ -16,9 +16,9 @@ from typing import Literal, TypeVar, cast
 import torch
 
 from cwdm import __version__
-from cwdm.checkpoint import read_record, sha256
+from cwdm.checkpoint import read_record
 from cwdm.errors import CaseError, CwdmError, DeviceLostError, NameInUseError, OutputError, WeightsError
-from cwdm.files import check_writable, output_errors, remove_stale, write_json
+from cwdm.files import check_writable, output_errors, remove_stale, sha256, write_json
 from cwdm.images import MARK, MODALITIES, CaseFolder, output_name, read_case, read_description, write_volume
 from cwdm.inference.provenance import provenance, read_provenance, short
 from cwdm.inference.quality import Quality

@@ -13,6 +13,7 @@ from torch.utils.data import default_collate
 
 from cwdm.errors import CaseError, InputError
 from cwdm.files import check_apart, check_writable, remove_stale
+from cwdm.images import Subject
 from cwdm.progress import to_stderr
 from cwdm.training.datasets import (
     Found,
@@ -28,7 +29,7 @@ from cwdm.training.datasets import (
 from cwdm.training.launch import check_shapes, gather, processes, together
 from cwdm.training.settings import TrainingSettings
 from cwdm.training.state import Run
-from cwdm.training.volume_cache import Cache, CachedSubject, Subject
+from cwdm.training.volume_cache import Cache, CachedSubject
 from cwdm.wavelet import dwt
 
 REGRESSION_SAMPLES = 480

@@ -23,9 +23,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from cwdm.diffusion import TIMESTEPS
 from cwdm.errors import CaseError, CwdmError, InputError, SettingsError
-from cwdm.images import MODALITIES, find_cases
+from cwdm.images import MODALITIES, Subject, find_cases, list_subjects
 from cwdm.training.settings import DataSettings
-from cwdm.training.volume_cache import Cache, CachedSubject, Subject
+from cwdm.training.volume_cache import Cache, CachedSubject
 
 SHARED_MEMORY = Path("/dev/shm")  # where processes that read put what they have read
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -57,7 +57,7 @@ def find_subjects(folder: Path, data: DataSettings) -> Found:
     if data.layout == "brats":
         return _find_brats(folder, data)
     found = Found([], [])
-    for subject in list_subjects(folder, data):
+    for subject in list_subjects(folder, data.images or []):
         if lacking := [str(file) for file in subject.files if not file.is_file()]:
             found.faults.append(CaseError(subject.name, f"expected {', '.join(lacking)}; there is no such file"))
         else:
@@ -110,25 +110,6 @@ def modalities(data: DataSettings) -> tuple[str, ...]:
         return MODALITIES
     others = tuple(modality for modality in MODALITIES if modality != data.target)
     return (data.target, *others) if data.condition_on == "others" else (data.target,)
-
-
-def list_subjects(folder: Path, data: DataSettings) -> list[Subject]:
-    """For the layout `files`: the cases that have the first of the images; the others may be missing.
-
-    Raises:
-        InputError: there is none.
-    """
-    images = data.images or []
-    pattern = images[0].file
-    if pattern.count("{case}") == 0:
-        raise InputError(f"'{pattern}' names one file; put {{case}} where the case's name stands")
-    parts = [re.escape(part) for part in pattern.split("{case}")]
-    matcher = re.compile(parts[0] + "(?P<case>[^/]+)" + parts[1] + "".join(f"(?P=case){part}" for part in parts[2:]))
-    found = (path.relative_to(folder).as_posix() for path in sorted(folder.glob(pattern.replace("{case}", "*"))))
-    names = [match["case"] for path in found if (match := matcher.fullmatch(path))]
-    if not names:
-        raise InputError(f"no file like {pattern} in {folder}")
-    return [Subject(name, tuple(folder / image.file.replace("{case}", name) for image in images)) for name in names]
 
 
 # ---------------------------------------------------------------------------------------------------- the samples

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cwdm.images.geometry import brain_mask, normalise
+from cwdm.images.intensity import brain_mask, normalise
 from cwdm.inference.quality import Quality, assess
-from cwdm.phantoms.scanner import make_phantom
+from cwdm.phantoms import make_phantom
 
 Volume = np.ndarray
 

@@ -10,9 +10,10 @@ from support import CASES, SHAPE, SHARED, TINY, golden, link_case, needs_cases
 from cwdm import Settings, Synthesizer, checkpoint
 from cwdm.checkpoint import Record, load_published
 from cwdm.errors import CaseError, WeightsError
-from cwdm.images.cases import MODALITIES, NEAREST, read_case
+from cwdm.images.cases import MODALITIES, MOST_SIMILAR, read_case
 from cwdm.images.cases import case_folder as find_case
-from cwdm.images.geometry import choose_window, normalise
+from cwdm.images.geometry import choose_window
+from cwdm.images.intensity import normalise
 from cwdm.inference.synthesizer import Samples
 from cwdm.samplers import ddim
 from cwdm.settings import load_settings
@@ -49,7 +50,7 @@ def case(phantoms: Path, tmp_path: Path) -> Path:
 def test_native_intensities_span_the_nearest_contrasts_clipping_range(case: Path, weights_folder: Path) -> None:
     unit = synthesizer(weights_folder, "output.intensity=unit")(case)
     native = synthesizer(weights_folder)(case)
-    low, high = normalise(unit.case.volumes[NEAREST["t1n"]])[1]
+    low, high = normalise(unit.case.volumes[MOST_SIMILAR["t1n"]])[1]
     brain = np.logical_or.reduce([volume != 0 for volume in unit.case.volumes.values()])
     assert unit.volume.shape == native.volume.shape == SHAPE
     assert unit.volume.dtype == native.volume.dtype == np.float32
@@ -257,9 +258,12 @@ def test_real_cases_are_read_prepared_and_written_with_their_geometry(
     assert prepared.warnings == ()
     # The nearest contrast stands in for the network, which would take minutes here.
     order = [modality for modality in MODALITIES if modality != missing]
-    stand_in = prepared.unit[:, order.index(NEAREST[missing])]
+    stand_in = prepared.unit[:, order.index(MOST_SIMILAR[missing])]
     made.finish(prepared, Samples(stand_in[0], None, 0.0)).save(tmp_path / "out.nii.gz")
-    written, nearest = nib.load(tmp_path / "out.nii.gz"), nib.load(CASES / name / f"{name}-{NEAREST[missing]}.nii.gz")
+    written, nearest = (
+        nib.load(tmp_path / "out.nii.gz"),
+        nib.load(CASES / name / f"{name}-{MOST_SIMILAR[missing]}.nii.gz"),
+    )
     np.testing.assert_array_equal(written.affine, nearest.affine)
     assert written.shape == (240, 240, 155)
     clipped = np.clip(nearest.get_fdata(), *prepared.clip_range)

@@ -11,13 +11,13 @@ from cwdm import checkpoint
 from cwdm.checkpoint import Record, load_published
 from cwdm.cli.app import app
 from cwdm.errors import SettingsError, WeightsError
-from cwdm.images.cases import write_nifti
+from cwdm.images.nifti import write_nifti
+from cwdm.images.pairs import Subject, decode
 from cwdm.inference.generate import Generator
 from cwdm.inference.translate import Translator
 from cwdm.settings import load_settings
 from cwdm.training import train
 from cwdm.training.settings import load_training_settings
-from cwdm.training.volume_cache import Subject, decode
 from cwdm.unet import UNetConfig
 from cwdm.weights.folder import load_for
 from cwdm.weights.untrained import untrained_state
@@ -103,7 +103,7 @@ def test_what_is_made_lies_where_it_was_seen(downsample: int, size: tuple[int, .
         told = {"images": [image, image], "downsample": downsample}
         translator = Translator(save(tmp_path / "w.safetensors", **told), device="cpu")
         subject = Subject("a", (tmp_path / "a.nii.gz",))
-        volumes = decode(subject, translator.given)
+        volumes = decode(subject, translator.given, translator.window, translator.downsample)
         seen, grid = volumes.unit()[0] * np.float32(1000), volumes.files[0].grid
         volume, placed, _ = translator._on_grid(seen, grid, np.float32(-500))
         indices = np.stack([*np.meshgrid(*map(np.arange, volume.shape), indexing="ij"), np.ones(volume.shape)])

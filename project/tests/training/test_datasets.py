@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from cwdm.errors import CaseError, InputError, SettingsError
-from cwdm.images.cases import read_volume
-from cwdm.images.geometry import centre, choose_window, normalise
+from cwdm.images.geometry import centre, choose_window
+from cwdm.images.intensity import normalise
+from cwdm.images.nifti import read_volume
 from cwdm.training.datasets import (
     ReadingError,
     SampleNumbers,
@@ -28,7 +29,8 @@ from cwdm.training.datasets import (
     read_batches,
 )
 from cwdm.training.settings import DataSettings
-from cwdm.training.volume_cache import Cache, decode
+from cwdm.training.volume_cache import Cache
+from cwdm.training.volumes import decode
 
 AFFINE = np.array([[-2.0, 0, 0, 5], [0, -2, 0, 7], [0, 0, 3, -4], [0, 0, 0, 1]])
 

@@ -10,12 +10,14 @@ import pytest
 from support import SHAPE
 
 from cwdm.errors import CaseError, OutputError
-from cwdm.images.cases import MODALITIES, read_volume
-from cwdm.images.geometry import normalise
+from cwdm.images.cases import MODALITIES
+from cwdm.images.intensity import normalise
+from cwdm.images.nifti import read_volume
 from cwdm.training import volume_cache
 from cwdm.training.datasets import find_subjects
 from cwdm.training.settings import DataSettings
-from cwdm.training.volume_cache import Cache, CachedSubject, decode
+from cwdm.training.volume_cache import Cache, CachedSubject
+from cwdm.training.volumes import decode
 
 
 @pytest.fixture
