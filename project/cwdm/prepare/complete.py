@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from cwdm import __version__
+from cwdm.copies import check_replaceable, put_files
 from cwdm.errors import CaseError, CwdmError, InputError
 from cwdm.files import (
     check_apart,
     check_no_source_in,
-    check_replaceable,
     output_errors,
-    put_files,
     sha256,
     write_json,
 )
