@@ -30,7 +30,7 @@ from cwdm.evaluation.segmenters import (
     segment_pair,
 )
 from cwdm.images.cases import MODALITIES
-from cwdm.images.nifti import read_volume, write_nifti
+from cwdm.images.image import read_volume, write_nifti
 
 SHAPE = (13, 17, 11)
 SPACING = (1.0, 1.5, 0.8)

@@ -32,7 +32,7 @@ from cwdm.evaluation.sets import (
     onto_grid,
     to_unit,
 )
-from cwdm.images.nifti import write_nifti
+from cwdm.images.image import write_nifti
 
 AFFINE = np.array([[-1.0, 0, 0, 3], [0, 1.1, 0, 5], [0, 0, 0.9, -7], [0, 0, 0, 1]])
 SHAPE = (20, 18, 16)

@@ -26,7 +26,7 @@ from cwdm.evaluation.score import Pair, Score, Scorer, find_pairs, score_pair, s
 from cwdm.evaluation.segmenters import SCHEMES, Segmenter
 from cwdm.evaluation.tables import summaries, summarise, tables
 from cwdm.images.cases import MODALITIES
-from cwdm.images.nifti import Image, read_grid, write_nifti
+from cwdm.images.image import Image, read_grid, write_nifti
 
 SHAPE = (22, 26, 20)
 AFFINE = np.array([[-1.0, 0, 0, 11], [0, -1.2, 0, 7], [0, 0, 0.9, -30], [0, 0, 0, 1]])

@@ -16,7 +16,7 @@ from cwdm.cli.app import app
 from cwdm.errors import InputError, SettingsError
 from cwdm.evaluation.score import Pair, Score, score_pairs
 from cwdm.evaluation.target_score import body_mask, find_translated, otsu_threshold, score_translated
-from cwdm.images.nifti import write_nifti
+from cwdm.images.image import write_nifti
 
 SHAPE = (24, 28, 20)
 AFFINE = np.array([[-1.0, 0, 0, 9], [0, -1.1, 0, 4], [0, 0, 1.4, -60], [0, 0, 0, 1]])

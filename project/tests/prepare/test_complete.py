@@ -13,7 +13,7 @@ from cwdm import __version__
 from cwdm.cli.app import app
 from cwdm.errors import InputError
 from cwdm.images.cases import find_cases, output_name, read_case, write_volume
-from cwdm.images.nifti import read_volume, write_nifti
+from cwdm.images.image import read_volume, write_nifti
 from cwdm.prepare.complete import Completed, complete_cases
 from cwdm.prepare.drop import drop_modalities
 

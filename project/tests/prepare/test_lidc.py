@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from cwdm.checkpoint import Record
 from cwdm.cli.app import app
 from cwdm.errors import CaseError, InputError
-from cwdm.images.nifti import write_nifti
+from cwdm.images.image import write_nifti
 from cwdm.prepare.lidc import LAS, find_series, prepare, prepare_lidc, read_series
 from cwdm.training.datasets import find_subjects
 from cwdm.training.settings import DataSettings
