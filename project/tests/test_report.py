@@ -24,7 +24,7 @@ from cwdm.checkpoint import Record, load_published
 from cwdm.cli.app import app
 from cwdm.errors import InputError
 from cwdm.images.cases import find_cases
-from cwdm.images.nifti import read_grid, write_nifti
+from cwdm.images.image import read_grid, write_nifti
 from cwdm.report import write_report
 from cwdm.report_data import Places, read_records, read_shown
 from cwdm.weights.untrained import untrained_state

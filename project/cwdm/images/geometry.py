@@ -10,13 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from nibabel import orientations
 
-# Handed on by the folder's entry for those who still take them from there.
-from cwdm.arrays import Affine as Affine
-from cwdm.arrays import Box as Box
-from cwdm.arrays import Mask as Mask
-from cwdm.arrays import Volume as Volume
-from cwdm.arrays import block_means as block_means
-from cwdm.arrays import bounding_box as bounding_box
+from cwdm.arrays import Affine, Mask, bounding_box
 
 AnyType = TypeVar("AnyType", bound=np.generic)
 
@@ -120,22 +114,6 @@ def tight_window(brain_mask: Mask, multiple: int, least: tuple[int, int, int] = 
         starts.append(max(0, min((first + end - size) // 2, length - size)))
     _check_size(sizes)
     return Window(_three(starts), _three(sizes), _three(brain_mask.shape))
-
-
-def centre(volume: npt.NDArray[AnyType], axis: int, length: int) -> npt.NDArray[AnyType]:
-    """Crop or pad with zeros to a length, the same on both sides; what is left over goes to the end."""
-    have = volume.shape[axis]
-    start = centred_start(have, length)
-    if have >= length:
-        return volume.take(range(start, start + length), axis)
-    padding = [(0, 0)] * volume.ndim
-    padding[axis] = (-start, length - have + start)
-    return np.pad(volume, padding)
-
-
-def centred_start(have: int, length: int) -> int:
-    """First of `have` voxels that `centre` keeps; negative by as many as it puts before them."""
-    return (have - length) // 2 if have >= length else -((length - have) // 2)
 
 
 def _check_size(sizes: list[int]) -> None:

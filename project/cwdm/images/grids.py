@@ -1,15 +1,14 @@
-"""Volumes whose voxels lie at the same places, or can be brought there by turning axes."""
+"""Volumes whose voxels lie at the same places."""
 
 import itertools
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
-from nibabel import orientations
 
 from cwdm.arrays import Affine, Volume
 from cwdm.errors import CaseError
-from cwdm.images.nifti import Image, by
+from cwdm.images.nifti import by
 
 
 def check_same_grid(case: str, nearest: str, volumes: Mapping[str, Volume], affines: Mapping[str, Affine]) -> None:
@@ -33,28 +32,6 @@ def check_same_grid(case: str, nearest: str, volumes: Mapping[str, Volume], affi
                 f"expected volumes on one grid, found corners of {modality} and {nearest} {shift_mm:.3g} mm "
                 "apart (affines differ); register or resample them to one grid",
             )
-
-
-def in_order_of(like: Image, image: Image, case: str, names: tuple[str, str]) -> Volume:
-    """The volume of `image` with its axes permuted and reversed to the voxel order of `like`; a view.
-
-    Where one of both does not say how its voxels lie, they are taken as stored alike.
-
-    Args:
-        names: of `like` and `image`, for messages.
-
-    Raises:
-        CaseError: the voxels of the two do not lie at the same places.
-    """
-    volume, affine = image.volume, like.affine
-    if like.oriented and image.oriented:  # else one of the affines is a guess
-        # Between voxel indices, so that equal grids stay as they are however obliquely they lie.
-        change = orientations.io_orientation(np.linalg.inv(like.affine) @ image.affine)
-        affine = image.affine @ orientations.inv_ornt_aff(change, volume.shape)
-        volume = orientations.apply_orientation(volume, change)
-    first, second = names
-    check_same_grid(case, first, {first: like.volume, second: volume}, {first: like.affine, second: affine})
-    return volume
 
 
 def spacing_mm(affine: Affine) -> npt.NDArray[np.float64]:

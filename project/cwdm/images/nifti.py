@@ -1,4 +1,4 @@
-"""One NIfTI file: read within bounds and checked; written whole, with the same bytes for the same voxels.
+"""NIfTI files: read within bounds and checked; written whole, with the same bytes for the same voxels.
 
 Input files are not trusted. The header is read alone and checked first; then exactly the voxels that it
 promises are read, slice by slice, so that no file can cost more memory than the largest volume allowed.
@@ -9,7 +9,7 @@ import math
 import struct
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, NamedTuple, TypeAlias, cast
+from typing import IO, TypeAlias, cast
 
 import nibabel as nib
 import numpy as np
@@ -18,7 +18,6 @@ from isal import igzip, isal_zlib
 from nibabel.spatialimages import HeaderDataError
 
 from cwdm.arrays import Affine, Volume
-from cwdm.errors import InputError
 from cwdm.files import write_atomically
 
 Header: TypeAlias = nib.Nifti1Header | nib.Nifti2Header
@@ -35,48 +34,6 @@ class FileError(Exception):
     """A file cannot be used; the message says what was expected and found."""
 
 
-class Image(NamedTuple):
-    """A volume and where its voxels lie.
-
-    Attributes:
-        volume: (X, Y, Z) float32 in the units and the voxel order of the file.
-        affine: (4, 4), voxel indices to mm.
-        oriented: whether the header gives the affine. Without qform and sform it is a guess of nibabel's, and the
-            volume is taken as stored like BraTS.
-    """
-
-    volume: Volume
-    affine: Affine
-    oriented: bool
-
-
-def read_volume(path: Path) -> Volume:
-    """Read one file on its own: (X, Y, Z) float32 in the voxel order of the file.
-
-    Raises:
-        InputError: it is damaged, or is not one 3D volume of real numbers.
-    """
-    try:
-        return load(path)[0]
-    except FileError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def read_grid(path: Path) -> Image:
-    """Read one file of finite numbers.
-
-    Raises:
-        InputError: it is damaged, is not one 3D volume of finite real numbers, or its affine is not invertible.
-    """
-    try:
-        volume, header = load(path)
-        if not np.isfinite(volume).all():
-            raise FileError("holds NaN or infinity; replace them, with 0 outside the brain")
-        return Image(volume, affine_of(header), is_oriented(header))
-    except FileError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
 def read_description(path: Path) -> str:
     """What the header of a file says in words; empty where it says nothing or cannot be read."""
     try:
@@ -85,30 +42,6 @@ def read_description(path: Path) -> str:
     except (FileError, EOFError, OSError, isal_zlib.IsalError):  # type: ignore[misc]  # its stubs name an instance
         return ""
     return text.rstrip(b"\0").decode("ascii", "replace")
-
-
-def write_nifti(
-    path: Path, voxels: npt.NDArray[np.generic], affine: Affine, description: str = "", oriented: bool = True
-) -> None:
-    """Write a volume that belongs to no case yet as .nii.gz, in the type it has; same input, same bytes.
-
-    Args:
-        path: the file; appears whole or not at all.
-        voxels: (X, Y, Z) real numbers.
-        affine: (4, 4), voxel indices to mm.
-        description: for the header, at most 79 characters.
-        oriented: False leaves open how the voxels lie in space.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    header = nib.Nifti1Header()
-    header.set_data_shape(voxels.shape)
-    header.set_qform(affine, code=int(oriented))
-    header.set_sform(affine, code=int(oriented))
-    header.set_xyzt_units("mm")
-    header["descrip"] = description
-    write(path, voxels, header)
 
 
 def write(path: Path, voxels: npt.NDArray[np.generic], header: nib.Nifti1Header) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal, NamedTuple, Protocol
+from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -16,14 +16,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from cwdm.arrays import Affine, block_means, bounding_box
 from cwdm.errors import CaseError, CwdmError, InputError
-from cwdm.images.geometry import Orientation, centre, centred_start, to_lps
+from cwdm.images.geometry import Orientation, to_lps
 from cwdm.images.grids import check_same_grid
+from cwdm.images.image import read_grid
 from cwdm.images.intensity import clip_range
-from cwdm.images.nifti import read_grid
 from cwdm.strict import StrictSettings
 
 Array = npt.NDArray[Any]
 Triple = tuple[int, int, int]
+AnyType = TypeVar("AnyType", bound=np.generic)
 
 
 def _rising(values: list[float]) -> list[float]:
@@ -317,3 +318,19 @@ def centred_window(files: Sequence[DecodedFile], window: Sequence[int], downsamp
     x, y, z = window
     i, j, k = (centred_start(have, length) for have, length in zip(shape, window, strict=True))
     return (i, j, k), (x, y, z)
+
+
+def centre(volume: npt.NDArray[AnyType], axis: int, length: int) -> npt.NDArray[AnyType]:
+    """Crop or pad with zeros to a length, the same on both sides; what is left over goes to the end."""
+    have = volume.shape[axis]
+    start = centred_start(have, length)
+    if have >= length:
+        return volume.take(range(start, start + length), axis)
+    padding = [(0, 0)] * volume.ndim
+    padding[axis] = (-start, length - have + start)
+    return np.pad(volume, padding)
+
+
+def centred_start(have: int, length: int) -> int:
+    """First of `have` voxels that `centre` keeps; negative by as many as it puts before them."""
+    return (have - length) // 2 if have >= length else -((length - have) // 2)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cwdm import __version__
+from cwdm.copies import check_replaceable, put_files
 from cwdm.errors import CaseError, CwdmError
-from cwdm.files import check_apart, check_no_source_in, check_replaceable, output_errors, put_files, sha256, write_json
+from cwdm.files import check_apart, check_no_source_in, output_errors, sha256, write_json
 from cwdm.images import (
     CaseFolder,
     case_files,

@@ -11,7 +11,7 @@ from cwdm import checkpoint
 from cwdm.checkpoint import Record, load_published
 from cwdm.cli.app import app
 from cwdm.errors import SettingsError, WeightsError
-from cwdm.images.nifti import write_nifti
+from cwdm.images.image import write_nifti
 from cwdm.images.pairs import Subject, decode
 from cwdm.inference.generate import Generator
 from cwdm.inference.translate import Translator

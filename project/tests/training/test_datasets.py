@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from cwdm.errors import CaseError, InputError, SettingsError
-from cwdm.images.geometry import centre, choose_window
+from cwdm.images.geometry import choose_window
+from cwdm.images.image import read_volume
 from cwdm.images.intensity import normalise
-from cwdm.images.nifti import read_volume
+from cwdm.images.pairs import centre
 from cwdm.training.datasets import (
     ReadingError,
     SampleNumbers,

@@ -21,7 +21,7 @@ from cwdm import Synthesizer, checkpoint, progress
 from cwdm.checkpoint import ANY
 from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import CwdmError, InputError, OutputError, SettingsError
-from cwdm.images.nifti import write_nifti
+from cwdm.images.image import write_nifti
 from cwdm.inference.generate import Generator
 from cwdm.settings import load_settings
 from cwdm.training import TrainingError, data, loop, state, train, validate

@@ -11,8 +11,8 @@ from support import SHAPE
 
 from cwdm.errors import CaseError, OutputError
 from cwdm.images.cases import MODALITIES
+from cwdm.images.image import read_volume
 from cwdm.images.intensity import normalise
-from cwdm.images.nifti import read_volume
 from cwdm.training import volume_cache
 from cwdm.training.datasets import find_subjects
 from cwdm.training.settings import DataSettings

@@ -10,8 +10,7 @@ from scipy.spatial.transform import Rotation
 from small_case import AFFINE, NAME, SHAPE, make_case, read, save
 
 from cwdm.errors import CaseError
-from cwdm.images.grids import in_order_of
-from cwdm.images.nifti import Image
+from cwdm.images.image import Image, in_order_of
 
 
 def test_small_differences_of_affines_are_fine(tmp_path: Path) -> None:
