@@ -1,13 +1,12 @@
 """`cwdm evaluate`."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cwdm.cli.old import either
-from cwdm.cli.options import REQUIRED, Overwrite, count, output
+from cwdm.cli.old import REQUIRED, either
+from cwdm.cli.options import Overwrite, count, output
 from cwdm.cli.outcomes import sum_up
 from cwdm.errors import SettingsError
 from cwdm.progress import print_line
@@ -15,13 +14,6 @@ from cwdm.runner import Outcome
 
 if TYPE_CHECKING:
     from cwdm.evaluation import Evaluation, Score
-
-app = typer.Typer(add_completion=False)
-
-
-class LabelScheme(StrEnum):
-    today = "2023"
-    older = "2020"
 
 
 Predictions = Annotated[
@@ -44,7 +36,7 @@ Bundle = Annotated[
     typer.Option(help="MONAI bundle instead of a command. It runs code of its own: know where it is from."),
 ]
 Labels = Annotated[
-    LabelScheme | None,
+    Literal["2023", "2020"] | None,
     typer.Option(
         help="What segmentations hold: 3 is enhancing tumour and 4 resection cavity (2023), or 4 enhancing tumour "
         "(2020). Default: 2023."
@@ -68,7 +60,6 @@ ValueRange = Annotated[
 ]
 
 
-@app.command()
 def evaluate(
     predictions: Predictions = None,
     truth: Truth = None,
@@ -105,7 +96,7 @@ def evaluate(
     if truth_file:
         evaluation = translations(predictions, truth, truth_file, mask_file, value_range)
     else:
-        evaluation = contrasts(predictions, truth, seg, segmenter, segmenter_bundle, labels or LabelScheme.today)
+        evaluation = contrasts(predictions, truth, seg, segmenter, segmenter_bundle, labels or "2023")
     raise typer.Exit(_evaluate(evaluation, output_path, num_workers, overwrite))
 
 

@@ -186,7 +186,7 @@ def test_through_the_command_line(folders: tuple[Path, Path], tmp_path: Path) ->
     assert content["summary"]["all"]["target_mae"]["mean"] == pytest.approx(np.mean([f["target_mae"] for f in figures]))
     rows = list(csv.DictReader((tmp_path / "out" / "evaluation.csv").open()))
     assert [float(row["target_ssim"]) for row in rows] == [f["target_ssim"] for f in figures]
-    assert "2 of 2 scores are from before" in cwdm(*command, "--range", -1024, 3000)[1]
+    assert "2 of them from before (--overwrite makes them again)" in cwdm(*command, "--range", -1024, 3000)[1]
     assert "from before" not in cwdm(*command, "--range", -1000, 2000)[1]
 
 
