@@ -246,7 +246,8 @@ def test_label_four_means_what_was_asked_for(folders: tuple[Path, Path]) -> None
     assert "expected labels 0, 1, 2, 4, found 3" in refused.reason
     done = CliRunner().invoke(app, ["evaluate", str(pred), str(truth), "--seg", str(truth), "--labels", "2020"])
     assert done.exit_code == 1
-    assert done.stderr.count("FAILED: ") == 2  # as it is met, and at the end
+    assert done.stderr.count("FAILED: ") == 1
+    assert "2 images are in the tables, 1 FAILED\n  " in done.stderr
 
 
 def test_a_region_that_nobody_has_has_no_rows() -> None:
