@@ -13,7 +13,7 @@ from importlib import import_module
 from typing import Annotated, Any, NoReturn
 
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
 from cwdm import __version__
@@ -28,7 +28,7 @@ PANELS = {
     "Data": ("drop", "complete", "phantom", "prepare"),
     "Weights": ("weights", "self-test"),
 }
-"""Commands in the order of the help. Each is the `app` of the module of its name."""
+"""Commands in the order of the help. Each is the function of its name in a module of its name, a family its `app`."""
 
 PANEL = {name: panel for panel, names in PANELS.items() for name in names}
 
@@ -44,10 +44,27 @@ class Commands(TyperGroup):
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         if cmd_name not in self.commands and cmd_name in PANEL:
-            command: Any = get_command(import_module(f"cwdm.cli.{cmd_name.replace('-', '_')}").app)
-            command.name, command.rich_help_panel = cmd_name, PANEL[cmd_name]
-            self.commands[cmd_name] = command
+            self.commands[cmd_name] = _load(cmd_name)
         return self.commands.get(cmd_name)
+
+
+def _load(name: str) -> Any:
+    module = import_module(f"cwdm.cli.{name.replace('-', '_')}")
+    family = getattr(module, "app", None)
+    if family is None:
+        family = typer.Typer(add_completion=False)
+        family.command(cls=Command)(getattr(module, name.replace("-", "_")))
+    command: Any = get_command(family)
+    command.name, command.rich_help_panel = name, PANEL[name]
+    return command
+
+
+class Command(TyperCommand):
+    """A command whose usage says nothing of what is hidden."""
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        shown = [param for param in self.get_params(ctx) if not getattr(param, "hidden", False)]
+        return [self.options_metavar or "", *(piece for param in shown for piece in param.get_usage_pieces(ctx))]
 
 
 def spelling(name: str) -> str:

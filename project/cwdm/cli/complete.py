@@ -5,15 +5,12 @@ from typing import Annotated
 
 import typer
 
-from cwdm.cli.old import Command, Word, either
-from cwdm.cli.options import REQUIRED, Copy, output
+from cwdm.cli.old import REQUIRED, Word, either
+from cwdm.cli.options import Copy, output
 from cwdm.cli.outcomes import sum_up
 from cwdm.progress import CohortProgress
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command(cls=Command)
 def complete(
     data_path: Annotated[
         Path, typer.Argument(metavar="IN", help="Folder of cases with modalities missing. It is only read.")

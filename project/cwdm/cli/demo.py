@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cwdm import images, inference, phantoms, prepare
-from cwdm.cli.old import Command, Word, either
-from cwdm.cli.options import REQUIRED, count, output
+from cwdm.cli.old import REQUIRED, Word, either
+from cwdm.cli.options import count, output
 from cwdm.errors import CaseError, InputError, needs_extra
 from cwdm.progress import print_line
 
@@ -20,10 +20,7 @@ SEED = 20
 NAME = "BraTS-PHANTOM-"
 """How the names of synthetic patients begin."""
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command(cls=Command)
 def demo(
     out: Word = None,
     output_path: Annotated[Path | None, output(f"Folder for patients, results and the picture. {REQUIRED}")] = None,

@@ -5,16 +5,13 @@ from typing import Annotated
 
 import typer
 
-from cwdm.cli.old import Command, Word, either
-from cwdm.cli.options import REQUIRED, Copy, output
+from cwdm.cli.old import REQUIRED, Word, either
+from cwdm.cli.options import Copy, output
 from cwdm.cli.outcomes import sum_up
 from cwdm.progress import CohortProgress, print_line
 from cwdm.runner import Outcome
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command(cls=Command)
 def drop(
     data_path: Annotated[Path, typer.Argument(metavar="IN", help="Folder of complete cases. It is only read.")],
     out: Word = None,

@@ -1,26 +1,18 @@
 """`cwdm evaluate`."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from cwdm.cli.old import either
-from cwdm.cli.options import REQUIRED, Overwrite, count, output
+from cwdm.cli.old import REQUIRED, either
+from cwdm.cli.options import Overwrite, count, output
 from cwdm.cli.outcomes import sum_up
 from cwdm.progress import print_line
 from cwdm.runner import Outcome
 
 if TYPE_CHECKING:
     from cwdm.evaluation import Score
-
-app = typer.Typer(add_completion=False)
-
-
-class LabelScheme(StrEnum):
-    today = "2023"
-    older = "2020"
 
 
 Predictions = Annotated[
@@ -43,7 +35,7 @@ Bundle = Annotated[
     typer.Option(help="MONAI bundle instead of a command. It runs code of its own: know where it is from."),
 ]
 Labels = Annotated[
-    LabelScheme | None,
+    Literal["2023", "2020"] | None,
     typer.Option(
         help="What segmentations hold: 3 is enhancing tumour and 4 resection cavity (2023), or 4 enhancing tumour "
         "(2020). Default: 2023."
@@ -67,7 +59,6 @@ ValueRange = Annotated[
 ]
 
 
-@app.command()
 def evaluate(
     predictions: Predictions = None,
     truth: Truth = None,
@@ -105,7 +96,7 @@ def evaluate(
             seg,
             segmenter=segmenter,
             bundle=segmenter_bundle,
-            labels=labels and labels.value,
+            labels=labels,
             truth_file=truth_file,
             mask_file=mask_file,
             value_range=value_range,

@@ -9,10 +9,7 @@ from cwdm import __version__
 from cwdm.cli.options import Modality, count, output
 from cwdm.progress import CohortProgress, print_line
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def evaluate_samples(
     generated: Annotated[Path, typer.Argument(metavar="GENERATED", help="Flat folder of .nii.gz from 'cwdm sample'.")],
     real: Annotated[Path, typer.Argument(metavar="REAL", help="Real volumes: flat, or case folders.")],

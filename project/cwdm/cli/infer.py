@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cwdm import runner
-from cwdm.cli.options import Device, DeviceOption, Overwrite, data, output
+from cwdm.cli.options import DeviceOption, Overwrite, Settings, data, output
 from cwdm.cli.outcomes import sum_up
 from cwdm.errors import needs_extra
 
@@ -15,8 +15,6 @@ if TYPE_CHECKING:
     from cwdm.images import CaseFolder
     from cwdm.inference import Outcome, Work
     from cwdm.progress import CohortProgress
-
-app = typer.Typer(add_completion=False)
 
 Weights = Annotated[
     Path | None,
@@ -35,19 +33,14 @@ Ray = Annotated[
 ]
 ReportPath = Annotated[Path | None, typer.Option("--report_path", help="Folder for report.html and JSON records.")]
 Page = Annotated[bool, typer.Option("--page/--no-page", hidden=True, help="Write report.html at the end.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings that override the file, such as sampler.steps=10."),
-]
 
 
-@app.command()
 def infer(
     data_path: Annotated[Path, data("Folder with one folder a case. It is only read.")],
     output_path: Annotated[Path, output("Folder for <case>-<missing modality>.nii.gz, and nothing else.")],
     weights: Weights = None,
     parameters_file: ParametersFile = None,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
     overwrite: Overwrite = False,
     shard: Shard = "0/1",
     devices: Devices = None,
@@ -80,7 +73,7 @@ def infer(
     progress = CohortProgress(len(folders))
     if loaded.samples > 1 and not report_path:
         progress.log("warning: the standard deviation over the samples is written only with --report_path")
-    work = Work(weights, loaded, device.value, output_path, overwrite, report_path)
+    work = Work(weights, loaded, device, output_path, overwrite, report_path)
     outcomes = _synthesise(folders, work, progress, devices, ray)
     code = _sum_up(outcomes, output_path, progress)
     if report_path and page:

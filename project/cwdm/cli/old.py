@@ -1,23 +1,17 @@
 """Command lines as they used to be: what an option names now stood among the words."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from typer.core import TyperCommand
 
 from cwdm.errors import SettingsError
 
+REQUIRED = r"[dim red]\[required][/]"
+"""At the end of a help text: of an option whose value may also stand where it used to."""
+
 Word = Annotated[Path | None, typer.Argument(hidden=True)]
 """A place that an option names now."""
-
-
-class Command(TyperCommand):
-    """A command whose usage says nothing of what is hidden."""
-
-    def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        shown = [param for param in self.get_params(ctx) if not getattr(param, "hidden", False)]
-        return [self.options_metavar or "", *(piece for param in shown for piece in param.get_usage_pieces(ctx))]
 
 
 def either(named: Path | None, word: Path | None, option: str, default: Path | None = None) -> Path:

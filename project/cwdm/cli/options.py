@@ -5,25 +5,12 @@ a count of things is --num-…. Underscores and hyphens are the same.
 """
 
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-REQUIRED = r"[dim red]\[required][/]"
-"""At the end of a help text: of an option whose value may also stand where it used to."""
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-class Modality(StrEnum):
-    t1n = "t1n"
-    t1c = "t1c"
-    t2w = "t2w"
-    t2f = "t2f"
+Device = Literal["auto", "cpu", "cuda"]
+Modality = StrEnum("Modality", "t1n t1c t2w t2f")
 
 
 def data(text: str) -> Any:
@@ -48,5 +35,5 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Make again what is
 Copy = Annotated[bool, typer.Option("--copy", help="Copy the files instead of linking to them.")]
 Settings = Annotated[
     list[str] | None,
-    typer.Argument(metavar="KEY=VALUE", help="Settings, such as seed=1 or sampler.steps=50."),
+    typer.Argument(metavar="KEY=VALUE", help="Settings, such as seed=1 or sampler.steps=50, before those of a file."),
 ]

@@ -29,5 +29,5 @@ def sum_up(
     counts += [f"{len(failed)} FAILED"] if failed else []
     log(", ".join(counts))
     for outcome in failed:
-        log(f"  {outcome.line}")
+        log(f"  {outcome.name}: {outcome.reason}")
     return 1 if failed else 0

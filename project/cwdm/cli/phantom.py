@@ -5,14 +5,11 @@ from typing import Annotated
 
 import typer
 
-from cwdm.cli.old import Command, Word, either
-from cwdm.cli.options import REQUIRED, count, output
+from cwdm.cli.old import REQUIRED, Word, either
+from cwdm.cli.options import count, output
 from cwdm.progress import print_line
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command(cls=Command)
 def phantom(
     out: Word = None,
     output_path: Annotated[Path | None, output(f"Folder for the case folders. {REQUIRED}")] = None,

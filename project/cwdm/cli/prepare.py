@@ -5,8 +5,9 @@ from typing import Annotated
 
 import typer
 
-from cwdm.cli.old import Command, Word, either
-from cwdm.cli.options import REQUIRED, output
+from cwdm.cli.app import Command
+from cwdm.cli.old import REQUIRED, Word, either
+from cwdm.cli.options import output
 from cwdm.cli.outcomes import sum_up
 from cwdm.errors import needs_extra
 from cwdm.progress import CohortProgress, print_line

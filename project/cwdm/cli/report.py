@@ -12,10 +12,7 @@ from cwdm.progress import print_line
 
 FILE_NAME = "report.html"
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def report(
     records: Annotated[Path, typer.Argument(metavar="REPORT", help="Folder that 'cwdm infer --report_path' filled.")],
     data_path: Annotated[Path | None, data("Folder with the case folders. Default: as recorded.")] = None,

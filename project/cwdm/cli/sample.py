@@ -5,15 +5,12 @@ from typing import Annotated
 
 import typer
 
-from cwdm.cli.old import first_of
-from cwdm.cli.options import REQUIRED, Device, DeviceOption, Settings, output
+from cwdm.cli.old import REQUIRED, first_of
+from cwdm.cli.options import DeviceOption, Settings, output
 from cwdm.cli.outcomes import sum_up
 from cwdm.runner import Outcome
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def sample(
     output_path: Annotated[Path, output("Folder for sample-00000.nii.gz and on.")],
     settings: Settings = None,
@@ -23,7 +20,7 @@ def sample(
         tuple[int, int, int] | None,
         typer.Option(metavar="X Y Z", help="Voxels. Default: those that the network was trained on."),
     ] = None,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
 ) -> None:
     """Generate whole volumes.
 
@@ -35,7 +32,7 @@ def sample(
     from cwdm.settings import load_settings
 
     file, given = first_of(weights, settings)
-    generator = Generator(file, load_settings(None, given), size, device.value)
+    generator = Generator(file, load_settings(None, given), size, device)
     outcomes: list[Outcome] = []
     with CohortProgress(num_samples) as progress:
 

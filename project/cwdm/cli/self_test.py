@@ -8,10 +8,7 @@ import typer
 from cwdm.cli.options import Modality
 from cwdm.progress import print_line
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command()
 def self_test(
     weights: Annotated[Path | None, typer.Option(help="Folder or file of weights, or 'bundled'.")] = None,
     modality: Annotated[
@@ -22,4 +19,4 @@ def self_test(
     from cwdm import inference
     from cwdm.images import MODALITIES
 
-    inference.self_test(weights, [m.value for m in modality] if modality else MODALITIES, print_line)
+    inference.self_test(weights, [one.value for one in modality] if modality else MODALITIES, print_line)

@@ -9,11 +9,8 @@ from cwdm.cli.options import data, output
 from cwdm.errors import SettingsError, needs_extra
 from cwdm.progress import print_line
 
-app = typer.Typer(add_completion=False)
 
-
-@app.command("train")
-def train_network(
+def train(
     config: Annotated[
         str | None, typer.Argument(metavar="CONFIG", help="A ready configuration, such as cwdm-t1n, or a YAML file.")
     ] = None,
@@ -35,14 +32,14 @@ def train_network(
     Several GPUs: devices=8. Several machines: start it with torchrun or Slurm.
     A stopped run goes on with --resume.
     """
-    from cwdm.training import load_training_settings
+    from cwdm import training
 
     words = [str(word) for word in (parameters_file, config, *(settings or ())) if word]
     if not words:
         raise SettingsError("expected a configuration, found none; --help names those that are ready")
     folders = {"data.path": data_path, "out": output_path}
     named = [f"{key}={value}" for key, value in folders.items() if value is not None]
-    loaded = load_training_settings(words[0], [*named, *words[1:]])
+    loaded = training.load_training_settings(words[0], [*named, *words[1:]])
     with needs_extra("train", "what training needs"):
-        from cwdm.training import train
-    print_line(train(loaded, resume))
+        run = training.train  # imports what it is made with
+    print_line(run(loaded, resume))

@@ -1,23 +1,17 @@
 """`cwdm weights`."""
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from cwdm.cli.old import Command, Word, either
-from cwdm.cli.options import REQUIRED, Modality, output
+from cwdm.cli.app import Command
+from cwdm.cli.old import REQUIRED, Word, either
+from cwdm.cli.options import Modality, output
 from cwdm.errors import SettingsError
 from cwdm.progress import print_error, print_line, printable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Download, list, convert and verify weights.")
-
-
-class StoredType(StrEnum):
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
 
 
 @app.command(cls=Command)
@@ -68,7 +62,9 @@ def convert(
     file: Word = None,
     output_path: Annotated[Path | None, output(f"Folder for <modality>.safetensors. {REQUIRED}")] = None,
     modality: Annotated[Modality | None, typer.Option(help="What it synthesises, if the name does not tell.")] = None,
-    dtype: Annotated[StoredType, typer.Option(help="Numbers of the file; float16 halves it.")] = StoredType.float32,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"], typer.Option(help="Numbers of the file; float16 halves it.")
+    ] = "float32",
 ) -> None:
     """Write a checkpoint as safetensors, with configuration, modality and recommended sampler in its header."""
     import torch
@@ -78,9 +74,9 @@ def convert(
 
     if output_path:
         check_writable(output_path)
-    name = modality.value if modality else weights.modality_of(source) or source.stem
+    name = modality or weights.modality_of(source) or source.stem
     target = either(output_path and output_path / f"{name}.safetensors", file, "--output_path")
-    print_line(weights.convert(source, target, modality and modality.value, getattr(torch, dtype.value)))
+    print_line(weights.convert(source, target, modality and modality.value, getattr(torch, dtype)))
 
 
 @app.command(cls=Command)

@@ -97,3 +97,36 @@ def test_weights_of_sample_and_translate(tmp_path: Path) -> None:
     cwdm("sample", weights, "--out", tmp_path / "old", *more)
     cwdm("sample", "--weights", weights, "--output_path", tmp_path / "new", *more)
     assert contents(tmp_path / "old") == contents(tmp_path / "new")
+
+
+def test_folders_of_train_as_mlcube_names_them(phantoms: Path, tmp_path: Path) -> None:
+    config = tmp_path / "training.yaml"
+    config.write_text(
+        "data: {layout: files, images: [{file: '{case}/{case}-t2w.nii.gz'}, {file: '{case}/{case}-t1n.nii.gz'}], "
+        "window: [32, 32, 32], crop: [16, 16, 16], workers: 0}\n"
+        "network: {model_channels: 16, channel_mult: [1, 2], num_res_blocks: 1, groups: 8}\n"
+        "device: cpu\nsteps: 1\n"
+    )
+    folders = [f"data.path={phantoms}", f"out={tmp_path / 'old'}"]
+    cwdm("train", config, *folders, "noise=cpu")
+    cwdm("train", config, "--data_path", phantoms, "-o", tmp_path / "new", "noise=cpu", "--resume")
+    named = [f"--data_path={phantoms}", f"--parameters_file={config}", f"--output_path={tmp_path / 'mlcube'}"]
+    cwdm("train", *named, "--resume")
+    made = [
+        checkpoint.load(next((tmp_path / run / "newest").glob("*.safetensors"))) for run in ("old", "new", "mlcube")
+    ]
+    first = made[0].model.state_dict()
+    for other in made[1:]:
+        assert all(tensor.equal(first[name]) for name, tensor in other.model.state_dict().items())
+
+
+def test_report_goes_into_a_folder_or_a_file(phantoms: Path, tmp_path: Path) -> None:
+    cwdm("drop", phantoms, "-o", tmp_path / "in")
+    folders = ["--data_path", tmp_path / "in", "--output_path", tmp_path / "out", "--report_path", tmp_path / "report"]
+    cwdm("infer", *folders, "--weights=bundled", "--no-page", "--device=cpu")
+    cwdm("report", tmp_path / "report", "--out", tmp_path / "old.html", "--output_path", tmp_path / "out", "--cases", 0)
+    told = cwdm(
+        "report", tmp_path / "report", "-o", tmp_path / "new", "--synthesised", tmp_path / "out", "--num-cases=0"
+    )
+    assert (tmp_path / "old.html").read_bytes() == (tmp_path / "new" / "report.html").read_bytes()
+    assert str(tmp_path / "new" / "report.html") in told.stdout.replace("\n", "")
