@@ -8,7 +8,7 @@ from .parallel.dispatch import Work as Work
 from .parallel.processes import count_workers as count_workers
 from .parallel.processes import synthesise_on_workers as synthesise_on_workers
 from .parallel.ray_workers import synthesise_on_ray as synthesise_on_ray
-from .parallel.shard import share as share
+from .parallel.shard import select_shard as select_shard
 from .quality import VERDICTS as VERDICTS
 from .quality import Quality as Quality
 from .quality import Verdict as Verdict
