@@ -5,7 +5,8 @@ import pytest
 from scipy import ndimage
 
 from cwdm.images.geometry import brain_mask, normalise
-from cwdm.inference.quality import Quality, assess
+from cwdm.inference.quality import assess
+from cwdm.inference.records import Quality
 from cwdm.phantoms.scanner import make_phantom
 
 Volume = np.ndarray
@@ -20,9 +21,9 @@ def head() -> tuple[Volume, dict[str, Volume], Volume]:
     return units.pop("t1n"), units, mask
 
 
-def check(head: tuple[Volume, dict[str, Volume], Volume], output: Volume, spread: Volume | None = None) -> Quality:
+def check(head: tuple[Volume, dict[str, Volume], Volume], output: Volume, std: Volume | None = None) -> Quality:
     _, conditions, mask = head
-    return assess(np.where(mask, output, 0).astype(np.float32), conditions, mask, "t1n", spread)
+    return assess(np.where(mask, output, 0).astype(np.float32), conditions, mask, "t1n", std)
 
 
 def random(shape: tuple[int, ...]) -> Volume:
