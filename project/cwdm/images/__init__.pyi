@@ -40,3 +40,4 @@ from .geometry import denormalise as denormalise
 from .geometry import foreground as foreground
 from .geometry import normalise as normalise
 from .geometry import tight_window as tight_window
+from .memory import case_of_arrays as case_of_arrays
