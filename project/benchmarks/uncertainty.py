@@ -1,12 +1,12 @@
-"""How well the spread over several samples tells where a synthesis is wrong.
+"""How well the standard deviation (std) over several samples tells where a synthesis is wrong.
 
     python uncertainty.py calibration.png                        # four phantoms, eight samples, the bundled weights
     python uncertainty.py calibration.png --weights DIR sampler.name=ddpm sampler.steps=250
 
-For each contrast of each phantom, in a cube around the tumour: Spearman's rank correlation of the spread with the
-absolute error of the mean (0: the spread tells nothing, 1: it ranks every voxel), the spread itself, and the error. The
-picture is the calibration: root mean square error in each tenth of the voxels, ranked by spread, against the spread of
-these voxels. On the diagonal the spread is as large as the error; above it, the samples agree on what is wrong.
+For each contrast of each phantom, in a cube around the tumour: Spearman's rank correlation of the std with the
+absolute error of the mean (0: the std tells nothing, 1: it ranks every voxel), the std itself, and the error. The
+picture is the calibration: root mean square error in each tenth of the voxels, ranked by std, against the std of
+these voxels. On the diagonal the std is as large as the error; above it, the samples agree on what is wrong.
 """
 
 from collections.abc import Iterator
@@ -26,6 +26,7 @@ from scipy.stats import spearmanr
 
 from cwdm import Synthesizer
 from cwdm.images import MODALITIES, case_folder, normalise, output_name, read_case, read_grid
+from cwdm.inference import draw, prepare
 from cwdm.phantoms import write_phantoms
 from cwdm.settings import load_settings
 from cwdm.weights import BUNDLED
@@ -36,10 +37,10 @@ TENTHS = 10
 
 @dataclass(frozen=True)
 class Measured:
-    """Voxels of the brain inside the cube: spread and absolute error of the mean, both in [0, 1]."""
+    """Voxels of the brain inside the cube: std and absolute error of the mean, both in [0, 1]."""
 
     modality: str
-    spread: npt.NDArray[np.float32]
+    std: npt.NDArray[np.float32]
     error: npt.NDArray[np.float32]
 
 
@@ -66,7 +67,8 @@ def main(
 def _measure(synthesizer: Synthesizer, path: Path, modality: str, size: int) -> Measured:
     folder = case_folder(path)
     others = {name: file for name, file in folder.files.items() if name != modality}
-    prepared = synthesizer.prepare(read_case(replace(folder, files=others)))
+    pipeline = synthesizer.pipeline(modality)
+    prepared = prepare(read_case(replace(folder, files=others)), pipeline, synthesizer.settings)
 
     def inside(volume: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         return prepared.window.crop(prepared.orientation.apply(volume))
@@ -74,10 +76,10 @@ def _measure(synthesizer: Synthesizer, path: Path, modality: str, size: int) -> 
     tumour = inside(read_grid(path / output_name(path.name, "seg"))[0]) != 0
     cube = _cube(tumour, size)
     truth = inside(normalise(read_grid(folder.files[modality])[0])[0])[cube]
-    drawn = synthesizer.sample(replace(prepared, unit=prepared.unit[(..., *cube)]))
-    brain = inside(prepared.mask)[cube]
-    assert drawn.spread is not None
-    return Measured(modality, drawn.spread.numpy()[brain], np.abs(drawn.mean.numpy() - truth)[brain])
+    drawn = draw(replace(prepared, unit=prepared.unit[(..., *cube)]), pipeline, synthesizer.settings)
+    brain = prepared.window.crop(prepared.mask)[cube]
+    assert drawn.std is not None
+    return Measured(modality, drawn.std.numpy()[brain], np.abs(drawn.mean.numpy() - truth)[brain])
 
 
 def _cube(tumour: npt.NDArray[np.bool_], size: int) -> tuple[slice, ...]:
@@ -87,27 +89,25 @@ def _cube(tumour: npt.NDArray[np.bool_], size: int) -> tuple[slice, ...]:
 
 
 def _table(measured: list[Measured], title: str) -> Table:
-    table = Table("contrast", "rank correlation", "lowest to highest", "median spread", "median error", title=title)
+    table = Table("contrast", "rank correlation", "lowest to highest", "median std", "median error", title=title)
     for modality in (*MODALITIES, "all"):
         rows = [one for one in measured if modality in ("all", one.modality)]
-        ranks = [float(spearmanr(one.spread, one.error).statistic) for one in rows]
-        spread, error = (
-            np.median(np.concatenate([getattr(one, name) for one in rows])) for name in ("spread", "error")
-        )
+        ranks = [float(spearmanr(one.std, one.error).statistic) for one in rows]
+        std, error = (np.median(np.concatenate([getattr(one, name) for one in rows])) for name in ("std", "error"))
         limits = f"{min(ranks):.2f} to {max(ranks):.2f}"
-        table.add_row(modality, f"{np.mean(ranks):.2f}", limits, f"{spread:.4f}", f"{error:.4f}")
+        table.add_row(modality, f"{np.mean(ranks):.2f}", limits, f"{std:.4f}", f"{error:.4f}")
     return table
 
 
 def _calibration(measured: list[Measured]) -> Iterator[tuple[str, list[float], list[float]]]:
-    """For each contrast, root mean squares of spread and of error in each tenth of the voxels, by spread."""
+    """For each contrast, root mean squares of std and of error in each tenth of the voxels, by std."""
     for modality in MODALITIES:
         rows = [one for one in measured if one.modality == modality]
-        spread, error = (np.concatenate([getattr(one, name) for one in rows]) for name in ("spread", "error"))
-        tenths = np.array_split(np.argsort(spread), TENTHS)
+        std, error = (np.concatenate([getattr(one, name) for one in rows]) for name in ("std", "error"))
+        tenths = np.array_split(np.argsort(std), TENTHS)
         yield (
             modality,
-            [float(np.sqrt(np.mean(np.square(spread[tenth])))) for tenth in tenths],
+            [float(np.sqrt(np.mean(np.square(std[tenth])))) for tenth in tenths],
             [float(np.sqrt(np.mean(np.square(error[tenth])))) for tenth in tenths],
         )
 
@@ -115,12 +115,12 @@ def _calibration(measured: list[Measured]) -> Iterator[tuple[str, list[float], l
 def _draw(path: Path, measured: list[Measured]) -> None:
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     axes = figure.subplots()
-    for modality, spread, error in _calibration(measured):
-        axes.plot(spread, error, marker="o", markersize=4, label=modality)
+    for modality, std, error in _calibration(measured):
+        axes.plot(std, error, marker="o", markersize=4, label=modality)
     low, high = min(*axes.get_xlim(), *axes.get_ylim()), max(*axes.get_xlim(), *axes.get_ylim())
     low = max(low, 1e-4)
     axes.plot([low, high], [low, high], color="grey", linestyle="--", linewidth=1, label="as large as the error")
-    axes.set(xscale="log", yscale="log", xlabel="spread over the samples", ylabel="root mean square error")
+    axes.set(xscale="log", yscale="log", xlabel="std over the samples", ylabel="root mean square error")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 

@@ -604,8 +604,8 @@ def translate(
     translator = Translator(weights, load_settings(None, settings or ()), device.value)
     with CohortProgress(0) as progress:
         warn_of_precision(translator.pipeline.dtype, translator.pipeline.device, progress.log)
-        failed = translate(translator, data_path, output_path, progress.end_case, progress.expect)
-    if failed:
+        outcomes = translate(translator, data_path, output_path, progress.end_case, progress.expect)
+    if failed := [outcome.name for outcome in outcomes if outcome.status == "failed"]:
         progress.log(f"{len(failed)} FAILED: {', '.join(failed)}")
         raise typer.Exit(1)
 
