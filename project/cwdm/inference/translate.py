@@ -17,6 +17,7 @@ from cwdm.files import check_apart, check_writable, remove_stale
 from cwdm.images import LONGEST_NAME, MOST_WINDOW_VOXELS, centre, centred_start, write_nifti
 from cwdm.inference.generate import check_same_origin, check_size, describe_volumes
 from cwdm.pipeline import Pipeline
+from cwdm.runner import Outcome, run_each
 from cwdm.settings import Settings
 from cwdm.training import DataSettings, Grid, Subject, decode, list_subjects
 
@@ -120,7 +121,7 @@ def translate(
     output: Path,
     on_case: Callable[[str], None] = lambda line: None,
     expect: Callable[[int], None] = lambda total: None,
-) -> list[str]:
+) -> list[Outcome]:
     """Write OUTPUT/<case>.nii.gz for every case of a folder; a bad case is told and passed over, a finished one stays.
 
     `translations.json` beside the images says what they were made with, and that they are synthesised.
@@ -128,9 +129,6 @@ def translate(
     Args:
         on_case: what became of a case, in words.
         expect: told how many there are.
-
-    Returns:
-        The names of the cases that failed.
 
     Raises:
         InputError: no case has the images needed.
@@ -145,27 +143,26 @@ def translate(
         output / RECORD, {"synthesised": True, **describe_volumes(translator.pipeline, translator.settings)}
     )
     expect(len(subjects))
-    return [subject.name for subject in subjects if not _translate_one(translator, subject, output, on_case)]
+    return run_each(
+        subjects,
+        lambda subject: _write_one(translator, subject, output / f"{subject.name}.nii.gz"),
+        name=lambda subject: subject.name,
+        # Path.exists raises where the name is too long
+        is_finished=lambda subject: os.path.exists(output / f"{subject.name}.nii.gz"),  # noqa: PTH110
+        on_outcome=lambda outcome: on_case(outcome.line),
+    )
 
 
-def _translate_one(translator: Translator, subject: Subject, output: Path, on_case: Callable[[str], None]) -> bool:
-    path = output / f"{subject.name}.nii.gz"
+def _write_one(translator: Translator, subject: Subject, path: Path) -> None:
     try:
-        if os.path.exists(path):  # noqa: PTH110  # Path.exists raises where the name is too long
-            on_case(f"{subject.name}: is there already")
-            return True
         made = translator(subject)
         description = f"synthesised by cwdm {__version__}, no acquisition"
         write_nifti(path, made.volume, made.affine, description, made.oriented)
     except OutputError as error:
         if len(os.fsencode(path.name)) <= LONGEST_NAME:
             raise  # the next case would meet it too
-        on_case(f"{subject.name}: FAILED: {error}")
-    except CaseError as error:
-        on_case(f"{subject.name}: FAILED: {error.reason}")
+        raise CaseError(subject.name, str(error)) from error
+    except CaseError:
+        raise
     except Exception as error:  # whatever it is, it must not take the other cases down
-        on_case(f"{subject.name}: FAILED: {str(error) or type(error).__name__}")
-    else:
-        on_case(f"{subject.name}: written")
-        return True
-    return False
+        raise CaseError(subject.name, str(error) or type(error).__name__) from error
