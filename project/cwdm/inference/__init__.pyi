@@ -11,14 +11,14 @@ from .plan import check_labels as check_labels
 from .plan import plan_tasks as plan_tasks
 from .quality import CHECKS as CHECKS
 from .quality import assess as assess
+from .record_reader import Records as Records
+from .record_reader import read_records as read_records
 from .records import VERDICTS as VERDICTS
 from .records import CaseRecord as CaseRecord
 from .records import Outcome as Outcome
 from .records import Quality as Quality
-from .records import Records as Records
 from .records import RunRecord as RunRecord
 from .records import Verdict as Verdict
-from .records import read_records as read_records
 from .selftest import self_test as self_test
 from .steps import PreparedCase as PreparedCase
 from .steps import Samples as Samples

@@ -28,6 +28,7 @@ EMPTY = np.float32(0.005)
 NOISY = 0.35
 """Roughness (see `_roughness`) from which on an image counts as noise: white noise has 1, images have 0.03 to 0.16."""
 
+NEVER = np.inf
 SPIKE_HEIGHT, SHIFT_GAIN = np.float32(0.25), 1.2
 """How much better shifted edges have to fit, so that a flat maximum is not taken for a shift."""
 
@@ -140,7 +141,7 @@ class Views:
     def median_std(self) -> Measured:
         return None if self.std is None else float(np.median(self.std))
 
-    def share_of_wide_std(self) -> Measured:
+    def wide_std(self) -> Measured:
         return None if self.std is None else float(np.mean(self.std >= np.float32(0.10)))
 
     def cut_off(self) -> Measured:
@@ -161,7 +162,7 @@ class Views:
         ]
         return [(n, f"{name}, a condition, ends {n} slices before the brain at the {end}") for name, (n, end) in ends]
 
-    def brightest_of_conditions(self) -> Measured:
+    def brightest(self) -> Measured:
         return [(float(np.percentile(volume[self.brain], 99)), name) for name, volume in self.conditions.items()]
 
 
@@ -299,19 +300,19 @@ CHECKS = (
     # Images have 2e-5 at most at 1 mm, and 2e-4 at 2 mm.
     Check("spikes", Views.spikes, (5e-4, 2e-2), "{value:.2%} of the voxels stand out from all their neighbours"),
     # True images have 0.89 at most, though nothing may enhance in t1c.
-    Check("correlation_{words}", lambda v: v.correlations, (0.98, np.inf), "practically the same image as {words}"),
+    Check("correlation_{words}", lambda v: v.correlations, (0.98, NEVER), "practically the same image as {words}"),
     # True images have 0.2 and more.
     Check(
         "expected_sign",
         Views.expected_sign,
-        (-0.1, -np.inf),
+        (-0.1, -NEVER),
         "bright and dark look exchanged, or another contrast than {words}: check which one it is",
     ),
-    Check("edges", Views.match, (LEAST_MATCH, -np.inf), "the edges hardly follow those of the conditions", "shift"),
+    Check("edges", Views.match, (LEAST_MATCH, -NEVER), "the edges hardly follow those of the conditions", "shift"),
     Check(
         "shift",
         Views.shift,
-        (LEAST_SHIFT, np.inf),
+        (LEAST_SHIFT, NEVER),
         "the anatomy lies beside that of the conditions, by voxels: about {words}",
     ),
     # Noise is 0.01 to 0.03, grey and white matter differ by 0.1.
@@ -321,7 +322,7 @@ CHECKS = (
     # 5 % is a large tumour's worth.
     Check(
         "spread_share",
-        Views.share_of_wide_std,
+        Views.wide_std,
         (0.05, 0.50),
         "in {percent} of the brain the samples disagree as much as tissues differ",
         "spread",
@@ -330,14 +331,14 @@ CHECKS = (
     Check(
         "edge_share",
         Views.cut_off,
-        (0.05, np.inf),
+        (0.05, NEVER),
         "the brain is cut off at the {words}: the field of view is truncated",
     ),
-    Check("", Views.short_conditions, (3, np.inf), "{words}"),
+    Check("", Views.short_conditions, (3, NEVER), "{words}"),
     Check(
         "",
-        Views.brightest_of_conditions,
-        (0.30, -np.inf),
+        Views.brightest,
+        (0.30, -NEVER),
         "{words}, a condition: a few voxels are far brighter than the brain, which is dark for it",
     ),
 )

@@ -8,15 +8,8 @@ import pytest
 
 from cwdm.errors import InputError
 from cwdm.files import write_json
-from cwdm.inference.records import (
-    CaseRecord,
-    Outcome,
-    Quality,
-    WeightsOfCase,
-    read_records,
-    write_case_record,
-    write_run_record,
-)
+from cwdm.inference.record_reader import read_records
+from cwdm.inference.records import CaseRecord, Outcome, Quality, WeightsOfCase, write_case_record, write_run_record
 
 OUTCOME = Outcome(
     "P-1", "t2f", "written", "", 1.5, ("voxels of 2×2×2 mm",), Quality("look", ("noisy",), {"roughness": 0.4})
