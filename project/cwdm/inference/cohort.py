@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import TypeVar, cast
@@ -250,20 +251,8 @@ class Runner:
                     drawn = self._draw(task, reading, pipeline)
                     self._collect(wait=True)  # at most one volume waits to be written
                     if drawn:
-                        prepared, samples = drawn
-                        self._writing = (
-                            task,
-                            writer.submit(
-                                write,
-                                task.folder.folder,
-                                prepared,
-                                samples,
-                                pipeline,
-                                settings,
-                                self.output,
-                                self.report,
-                            ),
-                        )
+                        work = partial(write, task.folder.folder, *drawn, pipeline, settings, self.output, self.report)
+                        self._writing = task, writer.submit(work)
             finally:
                 self._collect(wait=True)
 
@@ -307,21 +296,33 @@ class Runner:
         self.end(Outcome(task.name, task.target, "failed", reason))
 
     def _explain(self, error: Exception) -> str:
-        """One line about an error; the memory it holds on to is let go."""
-        if isinstance(error, CwdmError):
-            return error.reason if isinstance(error, CaseError) else str(error)
-        if is_out_of_memory(error):
-            error.__traceback__ = None  # its frames keep the network's tensors alive
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-            return "not enough memory"
-        self.progress.log("".join(traceback.format_exception(error)))
-        error.__traceback__ = None
-        reason = f"unexpected {type(error).__name__}: {error}"
-        if not self.works(self.synthesizer.device):
-            raise DeviceLostError(f"the GPU no longer works: {reason}")
-        return reason
+        return explain(error, lambda: self.works(self.synthesizer.device), self.progress.log)
+
+
+def explain(error: Exception, works: Callable[[], bool], log: Callable[[str], None]) -> str:
+    """One line about an error; the memory it holds on to is let go.
+
+    Args:
+        works: asked after an error that no one expected, whether the device can still be used.
+        log: told where such an error comes from.
+
+    Raises:
+        DeviceLostError: it cannot.
+    """
+    if isinstance(error, CwdmError):
+        return error.reason if isinstance(error, CaseError) else str(error)
+    if is_out_of_memory(error):
+        error.__traceback__ = None  # its frames keep the network's tensors alive
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return "not enough memory"
+    log("".join(traceback.format_exception(error)))
+    error.__traceback__ = None
+    reason = f"unexpected {type(error).__name__}: {error}"
+    if not works():
+        raise DeviceLostError(f"the GPU no longer works: {reason}")
+    return reason
 
 
 def _one_ahead(items: Iterable[T]) -> Iterator[T]:
