@@ -35,7 +35,7 @@ from cwdm import Synthesizer, checkpoint
 from cwdm.checkpoint import ANY
 from cwdm.files import sha256
 from cwdm.images import MODALITIES, MOST_SIMILAR, CaseFolder, find_cases, normalise, read_case, read_grid
-from cwdm.inference import Prepared
+from cwdm.inference import PreparedCase, draw, prepare
 from cwdm.metrics import psnr, ssim
 from cwdm.phantoms import WIDE, write_phantoms
 from cwdm.settings import load_settings
@@ -177,7 +177,7 @@ def steps(
         synthesizer = Synthesizer(weights, settings, "cpu")
         scores, seconds = [], []
         for prepared, truth, mask in jobs:
-            samples = synthesizer.sample(prepared)
+            samples = draw(prepared, synthesizer.pipeline(prepared.case.target), settings)
             volume = np.where(mask, samples.mean.numpy(), np.float32(0))
             scores.append((psnr(volume, truth, mask), ssim(volume, truth, mask)))
             seconds.append(samples.seconds)
@@ -188,9 +188,9 @@ def steps(
 
 def cut_out(
     folder: CaseFolder, target: str, synthesizer: Synthesizer, size: int
-) -> tuple[Prepared, np.ndarray, np.ndarray]:
+) -> tuple[PreparedCase, np.ndarray, np.ndarray]:
     """A cube around the tumour: the prepared case, the truth in [0, 1] and the mask of the brain."""
-    prepared = synthesizer.prepare(read_case(without(folder, target)))
+    prepared = prepare(read_case(without(folder, target)), synthesizer.pipeline(target), synthesizer.settings)
 
     def inside(volume: np.ndarray) -> np.ndarray:
         return prepared.window.crop(prepared.orientation.apply(volume))
@@ -198,7 +198,11 @@ def cut_out(
     seg = read_grid(folder.files["t1n"].with_name(f"{folder.name}-seg.nii.gz"))[0]
     box = cube(inside(seg) > 0, size)
     truth = inside(normalise(read_grid(folder.files[target])[0])[0])
-    return replace(prepared, unit=prepared.unit[(..., *box)].contiguous()), truth[box], inside(prepared.mask)[box]
+    return (
+        replace(prepared, unit=prepared.unit[(..., *box)].contiguous()),
+        truth[box],
+        prepared.window.crop(prepared.mask)[box],
+    )
 
 
 def cube(tumour: np.ndarray, size: int) -> tuple[slice, ...]:

@@ -76,8 +76,8 @@ def _measure(synthesizer: Synthesizer, path: Path, modality: str, size: int) -> 
     truth = inside(normalise(read_grid(folder.files[modality])[0])[0])[cube]
     drawn = synthesizer.sample(replace(prepared, unit=prepared.unit[(..., *cube)]))
     brain = inside(prepared.mask)[cube]
-    assert drawn.spread is not None
-    return Measured(modality, drawn.spread.numpy()[brain], np.abs(drawn.mean.numpy() - truth)[brain])
+    assert drawn.std is not None
+    return Measured(modality, drawn.std.numpy()[brain], np.abs(drawn.mean.numpy() - truth)[brain])
 
 
 def _cube(tumour: npt.NDArray[np.bool_], size: int) -> tuple[slice, ...]:

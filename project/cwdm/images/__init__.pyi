@@ -54,3 +54,4 @@ from .pairs import decode as decode
 from .pairs import decode_file as decode_file
 from .pairs import in_window as in_window
 from .pairs import list_subjects as list_subjects
+from .memory import case_of_arrays as case_of_arrays

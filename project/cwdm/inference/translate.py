@@ -28,7 +28,7 @@ from cwdm.images import (
 )
 from cwdm.inference.generate import check_same_origin, check_size, describe_volumes
 from cwdm.pipeline import Pipeline
-from cwdm.runner import Outcome
+from cwdm.runner import Outcome, run_each
 from cwdm.settings import Settings
 
 RECORD = "translations.json"
@@ -150,28 +150,26 @@ def translate(
         output / RECORD, {"synthesised": True, **describe_volumes(translator.pipeline, translator.settings)}
     )
     expect(len(subjects))
-    return [_translate_one(translator, subject, output, on_case) for subject in subjects]
+    return run_each(
+        subjects,
+        lambda subject: _write_one(translator, subject, output / f"{subject.name}.nii.gz"),
+        name=lambda subject: subject.name,
+        # Path.exists raises where the name is too long
+        is_finished=lambda subject: os.path.exists(output / f"{subject.name}.nii.gz"),  # noqa: PTH110
+        on_outcome=lambda outcome: on_case(outcome.line),
+    )
 
 
-def _translate_one(translator: Translator, subject: Subject, output: Path, on_case: Callable[[str], None]) -> Outcome:
-    path = output / f"{subject.name}.nii.gz"
+def _write_one(translator: Translator, subject: Subject, path: Path) -> None:
     try:
-        if os.path.exists(path):  # noqa: PTH110  # Path.exists raises where the name is too long
-            on_case(f"{subject.name}: is there already")
-            return Outcome(subject.name, "skipped")
         made = translator(subject)
         description = f"synthesised by cwdm {__version__}, no acquisition"
         write_nifti(path, made.volume, made.affine, description, made.oriented)
     except OutputError as error:
         if len(os.fsencode(path.name)) <= LONGEST_NAME:
             raise  # the next case would meet it too
-        reason = str(error)
-    except CaseError as error:
-        reason = error.reason
+        raise CaseError(subject.name, str(error)) from error
+    except CaseError:
+        raise
     except Exception as error:  # whatever it is, it must not take the other cases down
-        reason = str(error) or type(error).__name__
-    else:
-        on_case(f"{subject.name}: written")
-        return Outcome(subject.name, "written")
-    on_case(f"{subject.name}: FAILED: {reason}")
-    return Outcome(subject.name, "failed", reason)
+        raise CaseError(subject.name, str(error) or type(error).__name__) from error

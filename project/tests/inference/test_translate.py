@@ -65,7 +65,7 @@ def test_what_was_trained_is_used_and_a_bad_case_stops_no_other(weights: Path, p
     command = ("translate", weights, "--data_path", tmp_path / "pairs", "--output_path", tmp_path / "out")
     code, said = cwdm(*command, "seed=3", "precision=fp32")
     assert code == 1
-    assert f"{bad.name}: FAILED" in said
+    assert f"{bad.name} FAILED" in said
     assert "seg.nii.gz" in said
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "translations.json",
@@ -82,7 +82,7 @@ def test_what_was_trained_is_used_and_a_bad_case_stops_no_other(weights: Path, p
     assert volume[middle].std() > 0
     assert -100.1 < volume.min() < volume.max() < 900.1
     code, said = cwdm(*command, "seed=3", "precision=fp32")
-    assert f"{good[0].name}: is there already" in said
+    assert f"{good[0].name} is there already" in said
     code, said = cwdm(*command, "seed=4", "precision=fp32")
     assert code != 0
     assert not (bad.parent / "out").exists()
@@ -155,7 +155,7 @@ def test_odd_cases_stop_no_other(tmp_path: Path) -> None:
     command = ("translate", weights, "--data_path", tmp_path / "in", "--output_path", tmp_path / "out")
     code, said = cwdm(*command, "sampler.steps=1")
     assert code == 1
-    assert "c: FAILED" in said
+    assert "c FAILED" in said
     made = nib.load(tmp_path / "out" / "b.nii.gz")
     assert (made.header["qform_code"], made.header["sform_code"]) == (0, 0)
     np.testing.assert_array_equal(made.affine, nib.load(tmp_path / "in" / "b.nii.gz").affine)
