@@ -57,7 +57,7 @@ def infer(
     A case that is done already is skipped, so a stopped run goes on where it was.
     """
     from cwdm.images import find_cases
-    from cwdm.inference import Work, check_labels, plan_tasks, share
+    from cwdm.inference import Work, check_labels, plan_tasks
     from cwdm.progress import CohortProgress
     from cwdm.settings import load_settings
     from cwdm.weights import check_usable, folder_of
@@ -69,7 +69,10 @@ def infer(
     # Before sharing: no worker sees what the others' cases miss.
     check_labels(plan_tasks(folders, folder_of(weights)), folder_of(weights), output_path)
     missing = {modality for folder in folders if folder.problem is None for modality in folder.missing}
-    folders = share(folders, [folder.name for folder in folders], shard)
+    if shard != "0/1":
+        from cwdm.inference import select_shard
+
+        folders = select_shard(folders, [folder.name for folder in folders], shard)
     progress = CohortProgress(len(folders))
     if loaded.samples > 1 and not report_path:
         progress.log("warning: the standard deviation over the samples is written only with --report_path")

@@ -38,6 +38,7 @@ from .intensity import clip_range as clip_range
 from .intensity import denormalise as denormalise
 from .intensity import foreground as foreground
 from .intensity import normalise as normalise
+from .memory import case_of_arrays as case_of_arrays
 from .nifti import read_description as read_description
 from .pairs import DecodedFile as DecodedFile
 from .pairs import Grid as Grid
@@ -54,4 +55,3 @@ from .pairs import decode as decode
 from .pairs import decode_file as decode_file
 from .pairs import in_window as in_window
 from .pairs import list_subjects as list_subjects
-from .memory import case_of_arrays as case_of_arrays

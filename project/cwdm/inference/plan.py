@@ -4,8 +4,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cwdm.checkpoint import read_record, sha256
+from cwdm.checkpoint import read_record
 from cwdm.errors import CwdmError, WeightsError
+from cwdm.files import sha256
 from cwdm.images import MODALITIES, Case, CaseFolder, read_case
 from cwdm.inference.provenance import read_provenance, short
 from cwdm.weights import find, modality_of

@@ -265,7 +265,10 @@ def test_real_cases_are_read_prepared_and_written_with_their_geometry(
     stand_in = prepared.unit[:, order.index(MOST_SIMILAR[missing])]
     result = postprocess(prepared, Samples(stand_in[0], None, 0.0), made.settings.output)
     result.save(tmp_path / "out.nii.gz")
-    written, nearest = nib.load(tmp_path / "out.nii.gz"), nib.load(CASES / name / f"{name}-{MOST_SIMILAR[missing]}.nii.gz")
+    written, nearest = (
+        nib.load(tmp_path / "out.nii.gz"),
+        nib.load(CASES / name / f"{name}-{MOST_SIMILAR[missing]}.nii.gz"),
+    )
     np.testing.assert_array_equal(written.affine, nearest.affine)
     assert written.shape == (240, 240, 155)
     clipped = np.clip(nearest.get_fdata(), *prepared.clip_range)
