@@ -3,6 +3,8 @@
     python bundled.py phantoms WORK     # the phantoms alone, 1.2 GB in five minutes: WORK/train, WORK/val
     python bundled.py train WORK        # phantoms, training (1.5 hours on 2 idle cores), packing
     python bundled.py pack RUN          # newest weights of a run -> cwdm/weights/bundled/any.safetensors
+
+WORK is a folder for all of it, RUN the folder of a training run.
 """
 
 from pathlib import Path
