@@ -13,7 +13,7 @@ cache. What it can't beat, per step at full size:
 
 - 7.17 TFLOP: 2 × in × out × taps × voxels over 89 convolutions, 33 shapes. An H200 makes 790 TFLOP/s of bfloat16
   products, so 9.1 ms.
-- 15.9 GB in bfloat16 with the kernels of `cwdm.fused`, if the caches kept nothing: the 3×3×3 convolutions read and
+- 15.9 GB in bfloat16 with the Triton kernels, if the caches kept nothing: the 3×3×3 convolutions read and
   write 2.76 G numbers, those of one voxel 0.83 G, and the normalisations read 1.45 G twice and write them once. The
   sums of the residual blocks and the changes of size come on top.
 """
@@ -42,9 +42,9 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from cwdm import fused, unet
 from cwdm.checkpoint import load_published
-from cwdm.fused import LAYOUT
+from cwdm.kernels import ops, triton_kernels
+from cwdm.kernels.ops import LAYOUT
 from cwdm.precision import has_bf16
 from cwdm.unet import UNet, UNetConfig
 from cwdm.weights import untrained_state
@@ -60,7 +60,7 @@ VARIANTS = {
 
 @dataclass(frozen=True)
 class Way:
-    """How a GPU does it: with the kernels of `cwdm.fused`, in which layout, replayed as a CUDA graph."""
+    """How a GPU does it: with the Triton kernels, in which layout, replayed as a CUDA graph."""
 
     kernels: bool
     layout: torch.memory_format
@@ -122,7 +122,7 @@ def measure(variant: str, size: list[int], output: Path) -> None:
     """One step after a warm-up at a small size, which loads libraries and starts threads."""
     plain = not variant.startswith("cwdm, float32")
     if plain:
-        unet.pays = lambda *_: False
+        ops.use_winograd = lambda *_: False
     dtype = torch.bfloat16 if variant.endswith("bfloat16") else torch.float32
     layout = torch.contiguous_format if "published" in variant else torch.channels_last_3d
     model = load_published(untrained_state(CONFIG)).to(dtype).to(memory_format=layout)
@@ -173,9 +173,9 @@ def compare(path: Path, reference_path: Path) -> str:
 def on_gpu(size: list[int], runs: int) -> None:
     properties = torch.cuda.get_device_properties()
     versions = f"PyTorch {torch.__version__}, CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}"
-    kernels = f"Triton {fused.triton.__version__}" if fused.triton else "no Triton"
-    gpu = torch.device("cuda")
-    refused = [name for name, (dtype, _) in PRECISIONS.items() if not (fused.triton and fused.trusted(gpu, dtype))]
+    kernels = f"Triton {triton_kernels.triton.__version__}" if triton_kernels.triton else "no Triton"
+    probes = {name: torch.empty(0, dtype=dtype, device="cuda") for name, (dtype, _) in PRECISIONS.items()}
+    refused = [name for name, probe in probes.items() if not triton_kernels.can_use_triton(probe)]
     kernels += f"; 'fused' is 'channels_last' in {', '.join(refused)}" if refused else ""
     print(f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB, {versions}, {kernels}")
     shapes, flops = survey(size)
@@ -317,10 +317,10 @@ def time_way(precision: str, way: Way, inputs: list[Tensor], runs: int) -> tuple
 @contextmanager
 def kernels_if(wanted: bool) -> Iterator[None]:
     """Without them, every block takes PyTorch's modules."""
-    before = fused.fuses
-    fused.fuses = unet.fuses = before if wanted else lambda *_: False
+    before = ops.triton_kernels
+    ops.triton_kernels = before if wanted else lambda _: None
     yield
-    fused.fuses = unet.fuses = before
+    ops.triton_kernels = before
 
 
 def captured(model: UNet, x: Tensor, t: Tensor) -> Callable[[Tensor], Tensor]:

@@ -15,12 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cwdm.diffusion import PUBLISHED, Schedule, alpha_bars_on
-from cwdm.fused import LAYOUT, add_, fuses, group_norm_silu
+from cwdm.diffusion import PUBLISHED, Schedule
+from cwdm.kernels import (
+    Features,
+    Resample,
+    concatenate,
+    conv3,
+    in_layout_of,
+    norm_silu_conv,
+    norm_silu_conv_shift,
+    shortcut,
+)
+from cwdm.regression import Regression
 from cwdm.wavelet import LLL_DIVISOR, haar, inverse_haar
-from cwdm.winograd import Resample, convolve, pays, resize
-
-SMALLEST_DEVIATION = 1e-4  # of a regression's errors, so that half precision can hold it
 
 
 @dataclass(frozen=True)
@@ -103,11 +110,12 @@ class UNet(nn.Module):
         )
         if config.targets:
             self.target_embed = nn.Embedding(config.targets, config.embedding)
-        self.stem = Conv3(config.in_channels, width)
+        self.stem = new_conv3(config.in_channels, width)
         self.body = WaveletBody(config) if config.skips == "wavelet" else SkipBody(config)
         self.head = NormSiLUConv(width, config.out_channels, config, zero=True)
         if config.regression:
-            self.regression = Regression(config, schedule)
+            given = config.in_channels - config.out_channels
+            self.regression = Regression(config.out_channels, given, max(config.targets, 1), schedule)
 
     def forward(self, x: Tensor, t: Tensor, target: Tensor | None = None) -> Tensor:
         multiple = self.config.size_multiple
@@ -116,8 +124,6 @@ class UNet(nn.Module):
                 f"expected (B, {self.config.in_channels}, X, Y, Z) with X, Y, Z multiples of {multiple}, "
                 f"got {tuple(x.shape)}"
             )
-        if fuses(x, self.head.norm):
-            x = x.contiguous(memory_format=LAYOUT)
         emb = timestep_embedding(t, self.config.model_channels).to(x.dtype)
         first, second = self.time_embed
         emb = second(F.silu(first(emb)))
@@ -126,86 +132,13 @@ class UNet(nn.Module):
                 raise ValueError(f"which of the {self.config.targets} targets? Give their numbers, (B,)")
             emb = emb + self.target_embed(target)
         if not self.config.regression:
-            output: Tensor = self.head(self.body(self.stem(x), x, emb))
-            return output
-        seen, mean, deviation = self.regression(x, t, target)
-        return torch.addcmul(mean, deviation, self.head(self.body(self.stem(seen), seen, emb)))
+            return self.denoise(x, emb)
+        network_input, mean, deviation = self.regression(x, t, target)
+        return torch.addcmul(mean, deviation, self.denoise(network_input, emb))
 
-
-class Regression(nn.Module):
-    """What a linear Gaussian model knows of the clean coefficients, voxel by voxel; the network learns the rest.
-
-    Given the conditions c, it takes the target's coefficients for W c + b, or 0 where all conditions are, plus normal
-    errors of each band's own `deviation`. The noisy coefficients then tell as much more as Bayes' rule allows: nothing
-    among pure noise, everything at the end. The network sees them, as it sees the conditions, in units of their
-    spread, and answers in standard deviations that are still left (after the preconditioning of Karras et al., 2022).
-    Until `fit`, which nothing trains on, W c is the conditions' mean and every spread 1.
-    """
-
-    def __init__(self, config: UNetConfig, schedule: Schedule = PUBLISHED) -> None:
-        super().__init__()
-        self.schedule = schedule
-        out, given, targets = config.out_channels, config.in_channels - config.out_channels, max(config.targets, 1)
-        mean = torch.eye(out).repeat(1, -(-given // out))[:, :given] * (out / given)
-        self.weight = nn.Parameter(mean.repeat(targets, 1, 1), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(targets, out), requires_grad=False)
-        self.deviation = nn.Parameter(torch.ones(targets, out), requires_grad=False)
-        self.magnitude = nn.Parameter(torch.ones(given), requires_grad=False)
-
-    def forward(self, x: Tensor, t: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """What the network sees, the clean coefficients' mean and their standard deviation.
-
-        Args:
-            x: noisy coefficients and conditions (B, out + given, X, Y, Z).
-            t: (B,) integer timesteps.
-            target: (B,) the targets' numbers; None where there is one kind.
-
-        Returns:
-            (B, out + given, X, Y, Z), (B, out, X, Y, Z), (B, out, 1, 1, 1).
-        """
-        out = self.bias.shape[1]
-        noisy, conditions = x[:, :out], x[:, out:]
-        number = torch.zeros_like(t) if target is None else target
-        weight, bias = self.weight[number], self.bias[number]
-        expected = torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
-        expected = expected * conditions.any(1, keepdim=True)  # nothing outside the head
-        prior = self.deviation[number][..., None, None, None].float()
-        alpha_bar = alpha_bars_on(t.device, self.schedule)[t][:, None, None, None, None]
-        total = alpha_bar * prior**2 + 1 - alpha_bar
-        gain = (alpha_bar.sqrt() * prior / total).to(x.dtype)  # of the noisy coefficients, in units of `prior`
-        told = gain * (noisy - alpha_bar.sqrt().to(x.dtype) * expected)
-        seen = torch.cat((told, conditions / self.magnitude[:, None, None, None]), dim=1)
-        return seen, expected + prior.to(x.dtype) * told, (prior * ((1 - alpha_bar) / total).sqrt()).to(x.dtype)
-
-    @torch.no_grad()
-    def fit(self, examples: Iterable[tuple[Tensor, Tensor, Tensor, int]]) -> None:
-        """Least squares.
-
-        Args:
-            examples: conditions (given, X, Y, Z), what should come out (out, X, Y, Z), where to learn from it, bool
-                (X, Y, Z), and the target's number.
-        """
-        targets, out, given = self.weight.shape
-        # Products of conditions, a constant and what should come out, each with each.
-        sums = torch.zeros(targets, given + 1 + out, given + 1 + out, dtype=torch.float64)
-        voxels = torch.zeros(given, dtype=torch.float64)
-        for conditions, wanted, inside, target in examples:
-            x = F.pad(conditions[:, inside].double(), (0, 0, 0, 1), value=1.0)
-            rows = torch.cat((x, wanted[:, inside].double()))
-            sums[target] += rows @ rows.mT
-            voxels += inside.sum() * conditions.flatten(1).any(1)
-        squares, products = sums[:, : given + 1, : given + 1], sums[:, : given + 1, given + 1 :]
-        # A condition that is always 0, such as the target itself, gets the weight 0.
-        ridge = 1e-9 * squares.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(given + 1)
-        solution = torch.linalg.solve(squares + ridge + 1e-9 * torch.eye(given + 1), products)
-        self.weight.copy_(solution[:, :-1].mT)
-        self.bias.copy_(solution[:, -1])
-        left = sums.diagonal(dim1=1, dim2=2)[:, given + 1 :] - (solution * products).sum(1)
-        count = squares[:, -1, -1:]
-        deviation = (left.clamp(min=0) / count).sqrt().clamp(min=SMALLEST_DEVIATION)
-        self.deviation.copy_(deviation.where(count > 0, 1))
-        magnitude = (squares.diagonal(dim1=1, dim2=2)[:, :-1].sum(0) / voxels).sqrt()
-        self.magnitude.copy_(magnitude.where(magnitude > 0, 1))
+    def denoise(self, x: Tensor, emb: Tensor) -> Tensor:
+        output: Tensor = self.head(self.body(conv3(x, self.stem), x, emb))
+        return output
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:
@@ -216,55 +149,13 @@ def timestep_embedding(t: Tensor, channels: int) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
-class Conv3(nn.Conv3d):
+def new_conv3(in_channels: int, out_channels: int) -> nn.Conv3d:
     """3×3×3 convolution that keeps the size."""
-
-    bias: Tensor
-
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return convolve(x, self) if pays(x, self) else super().forward(plain_layout(x))
-
-
-def plain_layout(x: Tensor) -> Tensor:
-    """The layout in which PyTorch's own modules do well.
-
-    On the CPU, its GroupNorm of channels_last tensors sums carelessly (1e-3 wrong over a million voxels), and its
-    convolution spends more time on rearranging weights than on small tensors.
-    """
-    return x.contiguous() if x.device.type == "cpu" else x
-
-
-def change_size(x: Tensor, resample: Resample) -> Tensor:
-    """`resize` that keeps channels_last_3d.
-
-    On a GPU, PyTorch's pooling makes contiguous tensors of it, and its interpolation goes through them.
-    """
-    if resample is None or x.device.type == "cpu" or not x.is_contiguous(memory_format=LAYOUT):
-        return resize(x, resample)
-    return halve(x) if resample == "down" else double(x)
-
-
-def halve(x: Tensor) -> Tensor:
-    """Means of eight neighbours, (B, C, 2 X, 2 Y, 2 Z) -> (B, C, X, Y, Z), in channels_last_3d."""
-    pairs = x.movedim(1, -1).unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
-    return pairs.mean((2, 4, 6)).movedim(-1, 1)
-
-
-def double(x: Tensor) -> Tensor:
-    """Every voxel eight times, (B, C, X, Y, Z) -> (B, C, 2 X, 2 Y, 2 Z), in channels_last_3d."""
-    batch, channels, *sizes = x.shape
-    copies = x.movedim(1, -1)[:, :, None, :, None, :, None].expand(-1, -1, 2, -1, 2, -1, 2, -1)
-    return copies.reshape(batch, *(2 * n for n in sizes), channels).movedim(-1, 1)
+    return nn.Conv3d(in_channels, out_channels, 3, padding=1)
 
 
 def join_bands(bands: list[Tensor]) -> Tensor:
-    """`inverse_haar` that keeps channels_last_3d on a GPU, at the cost of a copy."""
-    x = inverse_haar(bands)
-    last = x.device.type != "cpu" and bands[0].is_contiguous(memory_format=LAYOUT)
-    return x.contiguous(memory_format=LAYOUT) if last else x
+    return in_layout_of(bands[0], inverse_haar(bands))
 
 
 class VoxelNorm(nn.Module):
@@ -287,22 +178,13 @@ class NormSiLUConv(nn.Module):
         super().__init__()
         per_voxel = config.norm == "voxel"
         self.norm = VoxelNorm(in_channels) if per_voxel else nn.GroupNorm(config.groups, in_channels)
-        self.conv = Conv3(in_channels, out_channels)
+        self.conv = new_conv3(in_channels, out_channels)
         if zero:
             nn.init.zeros_(self.conv.weight)
-            nn.init.zeros_(self.conv.bias)
+            nn.init.zeros_(self.conv.bias)  # type: ignore[arg-type]
 
-    def forward(
-        self, x: Tensor, resample: Resample = None, add: Tensor | None = None, overwrite: bool = False
-    ) -> Tensor:
-        """(B, in, X, Y, Z) -> (B, out, X', Y', Z'), plus `add`, whose memory may be used if `overwrite`."""
-        if isinstance(self.norm, nn.GroupNorm) and pays(x, self.conv, resample):
-            return convolve(x, self.conv, self.norm, resample, add, overwrite)
-        h: Tensor = self.conv(change_size(self.activate(plain_layout(x)), resample))
-        return h if add is None else h + add
-
-    def activate(self, x: Tensor) -> Tensor:
-        return group_norm_silu(x, self.norm) if isinstance(self.norm, nn.GroupNorm) else F.silu(self.norm(x))
+    def forward(self, x: Tensor) -> Tensor:
+        return norm_silu_conv(x, self.norm, self.conv)
 
 
 class ResBlock(nn.Module):
@@ -316,42 +198,19 @@ class ResBlock(nn.Module):
         self.second = NormSiLUConv(out_channels, out_channels, config, zero=True)
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv3d(in_channels, out_channels, 1)
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        if fuses(x, self.first.norm):
-            return self.fused(x, emb)
-        return self.join(change_size(x, self.resample), self.first(x, self.resample, self.timestep(emb)))
-
-    def fused(self, x: Tensor, emb: Tensor, skip: Tensor | None = None) -> Tensor:
-        """`forward` where the kernels of `cwdm.fused` may be used, in channels_last_3d.
-
-        The last of the block's input channels may come apart, as `skip`: the two are never copied into one tensor.
-        And biases, for which PyTorch passes over the whole result of a convolution once more, wait for the next
-        kernel that reads it.
-        """
-        norms = cast(nn.GroupNorm, self.first.norm), cast(nn.GroupNorm, self.second.norm)
-        first, second = self.first.conv, self.second.conv
-        h = change_size(group_norm_silu(x, norms[0], skip=skip), self.resample)
-        shift = self.timestep(emb).flatten(1).float() + first.bias
-        h = group_norm_silu(F.conv3d(h, first.weight, padding=1), norms[1], shift)
-        h = F.conv3d(h, second.weight, padding=1)
-        x = change_size(x, self.resample)
-        if isinstance(self.shortcut, nn.Identity):  # never beside a skip, with which more channels come than go
-            return add_(h, second.bias, x)
-        pieces = [x] if skip is None else [x, skip]
-        weights = self.shortcut.weight.flatten(1).split([piece.shape[1] for piece in pieces], dim=1)
-        shortcuts = [F.linear(piece.movedim(1, -1), w).movedim(-1, 1) for piece, w in zip(pieces, weights, strict=True)]
-        return add_(h, second.bias.float() + cast(Tensor, self.shortcut.bias), *shortcuts)
+    def forward(self, x: Features, emb: Tensor) -> Tensor:
+        h = norm_silu_conv_shift(x, self.first.norm, self.first.conv, self.timestep(emb), self.resample)
+        return self.join(x, h, self.resample)
 
     def timestep(self, emb: Tensor) -> Tensor:
-        """What the embedding (B, embedding) adds to every voxel between the convolutions: (B, out, 1, 1, 1)."""
+        """What the embedding (B, embedding) adds to every voxel between the convolutions: (B, out)."""
         shift: Tensor = self.shift(F.silu(emb))
-        return shift[:, :, None, None, None]
+        return shift
 
-    def join(self, x: Tensor, h: Tensor) -> Tensor:
-        """Second half of the block: shortcut (B, in, X, Y, Z) and main branch (B, out, X, Y, Z)."""
-        shortcut = self.shortcut(x)
-        output: Tensor = self.second(h, add=shortcut, overwrite=shortcut is not x)
-        return output
+    def join(self, x: Features, h: Features, resample: Resample = None) -> Tensor:
+        """Second half of the block: shortcut (B, in, X, Y, Z) and main branch (B, out, X', Y', Z')."""
+        add = shortcut(x, self.shortcut, resample)
+        return norm_silu_conv(h, self.second.norm, self.second.conv, add=add, overwrite=add is not x)
 
 
 class SkipBody(nn.Module):
@@ -393,16 +252,11 @@ class SkipBody(nn.Module):
             h = block(h, emb)
         for blocks in self.decoder:
             for block in cast(Iterable[ResBlock], blocks):
-                if self.concat and block.resample is None and fuses(h, block.first.norm):
-                    h = block.fused(h, emb, skips.pop())
-                    continue
-                if block.resample is None:
-                    h = self.merge(h, skips.pop())
-                h = block(h, emb)
+                h = block(h if block.resample else self.merge(h, skips.pop()), emb)
         return h
 
-    def merge(self, h: Tensor, skip: Tensor) -> Tensor:
-        return torch.cat((h, skip), dim=1) if self.concat else (h + skip) / 2
+    def merge(self, h: Tensor, skip: Tensor) -> Features:
+        return concatenate(h, skip) if self.concat else (h + skip) / 2
 
 
 class WaveletBody(nn.Module):
@@ -446,14 +300,15 @@ class WaveletEncoderLevel(nn.Module):
         widths = [in_channels] + [out_channels] * config.num_res_blocks
         self.blocks = nn.ModuleList(ResBlock(a, b, config) for a, b in pairwise(widths))
         self.down = ResBlock(out_channels, out_channels, config)
-        self.pyramid = Conv3(8 * pyramid_channels, out_channels)
+        self.pyramid = new_conv3(8 * pyramid_channels, out_channels)
 
     def forward(self, h: Tensor, pyramid: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
         for block in self.blocks:
             h = block(h, emb)
         low, *high = haar(self.down.first(h))
-        h = self.down.join(haar(h)[0] / LLL_DIVISOR, low / LLL_DIVISOR + self.down.timestep(emb))
-        return h + self.pyramid(torch.cat(haar(pyramid), dim=1) / LLL_DIVISOR), high
+        shift = self.down.timestep(emb)[:, :, None, None, None]
+        h = self.down.join(haar(h)[0] / LLL_DIVISOR, low / LLL_DIVISOR + shift)
+        return h + conv3(torch.cat(haar(pyramid), dim=1) / LLL_DIVISOR, self.pyramid), high
 
 
 class WaveletDecoderLevel(nn.Module):
@@ -469,6 +324,6 @@ class WaveletDecoderLevel(nn.Module):
         # The published network runs the last block of a level twice, with the same weights.
         for block in [*self.blocks, self.blocks[-1]]:
             h = block(h, emb)
-        main = join_bands([self.up.first(h) * LLL_DIVISOR, *high]) + self.up.timestep(emb)
-        output: Tensor = self.up.join(join_bands([h * LLL_DIVISOR, *high]), main)
-        return output
+        shift = self.up.timestep(emb)[:, :, None, None, None]
+        main = join_bands([self.up.first(h) * LLL_DIVISOR, *high]) + shift
+        return self.up.join(join_bands([h * LLL_DIVISOR, *high]), main)

@@ -5,10 +5,10 @@ import pytest
 import torch
 from support import GOLDEN, TINY, golden, golden_model
 
-from cwdm.diffusion import PUBLISHED
-from cwdm.fused import LAYOUT
 from cwdm.published import published_config, published_names
-from cwdm.unet import UNet, UNetConfig, VoxelNorm, double, halve
+from cwdm.unet import UNet, UNetConfig, VoxelNorm
+
+LAYOUT = torch.channels_last_3d
 
 
 @pytest.mark.parametrize("name", golden("unet.json"))
@@ -110,45 +110,6 @@ def test_voxel_norm_is_the_root_mean_square_of_the_channels() -> None:
     torch.testing.assert_close(norm(x), oracle.movedim(-1, 1))
 
 
-@torch.inference_mode()
-def test_regression_is_bayes_rule_for_a_linear_gaussian_model() -> None:
-    """A network whose head is still zero gives the mean that follows from the joint covariance, voxel by voxel."""
-    torch.manual_seed(0)
-    model = UNet(UNetConfig(in_channels=32, targets=4, regression=True, **VOXEL))
-    for parameter in model.regression.parameters():
-        parameter.copy_(torch.rand_like(parameter) + 0.1)
-    x, targets, t = torch.randn(3, 32, 4, 6, 2), torch.tensor([1, 3, 0]), torch.tensor([999, 400, 3])
-    x[:, 8:, 0] = 0  # outside the head
-    weight, bias, deviation = (p[targets].double() for p in list(model.regression.parameters())[:3])
-    expected = torch.einsum("boi,bixyz->boxyz", weight, x[:, 8:].double()) + bias[..., None, None, None]
-    expected[:, :, 0] = 0
-    alpha_bar = PUBLISHED.alpha_bars[t][:, None]
-    # Of x_0 and x_t = sqrt(alpha_bar) x_0 + noise: covariance, variance of x_t.
-    covariance, variance = alpha_bar.sqrt() * deviation**2, alpha_bar * deviation**2 + 1 - alpha_bar
-    news = x[:, :8].double() - (alpha_bar.sqrt()[..., None] * expected.flatten(2)).unflatten(2, (4, 6, 2))
-    mean = expected + (covariance / variance)[..., None, None, None] * news
-    torch.testing.assert_close(model(x, t, targets), mean.float(), rtol=1e-4, atol=1e-4)
-
-    seen, _, left = model.regression(x, t, targets)
-    torch.testing.assert_close(left.flatten(1), (deviation**2 - covariance**2 / variance).sqrt().float())
-    torch.testing.assert_close(seen[:, 8:] * model.regression.magnitude[:, None, None, None], x[:, 8:])
-    torch.testing.assert_close(
-        seen[:, :8] * deviation[..., None, None, None].float(), (mean - expected).float(), rtol=1e-4, atol=1e-4
-    )
-
-
-@torch.inference_mode()
-def test_regression_starts_as_the_mean_of_the_conditions() -> None:
-    model = UNet(UNetConfig(in_channels=32, targets=4, regression=True, **VOXEL))
-    x, targets, t = torch.randn(2, 32, 4, 4, 4), torch.tensor([1, 3]), torch.tensor([999, 999])
-    assert (model(x, t, targets) - x[:, 8:].unflatten(1, (3, 8)).mean(1)).abs().max() < 0.05
-
-
-def test_regression_needs_conditions() -> None:
-    with pytest.raises(ValueError, match="conditions"):
-        UNetConfig(in_channels=8, regression=True)
-
-
 @pytest.mark.parametrize("skips", ["concat", "additive", "wavelet"])
 @pytest.mark.parametrize("norm", ["group", "voxel"])
 def test_channels_last_stays_off_the_cpu(skips: str, norm: str) -> None:
@@ -170,51 +131,3 @@ def test_channels_last_stays_off_the_cpu(skips: str, norm: str) -> None:
     assert len(convolutions) > 10
     assert output.is_contiguous(memory_format=LAYOUT)
     assert not lost
-
-
-def test_halving_and_doubling_in_channels_last() -> None:
-    x = torch.randn(2, 3, 4, 6, 8).contiguous(memory_format=LAYOUT)
-    torch.testing.assert_close(halve(x), torch.nn.functional.avg_pool3d(x, 2))
-    assert torch.equal(double(x), torch.nn.functional.interpolate(x, scale_factor=2.0))
-    assert halve(x).is_contiguous(memory_format=LAYOUT)
-    assert double(x).is_contiguous(memory_format=LAYOUT)
-
-
-@torch.inference_mode()
-def test_regression_fit_finds_a_linear_map_and_its_errors() -> None:
-    config = UNetConfig(in_channels=40, targets=4, regression=True, **VOXEL)
-    torch.manual_seed(0)
-    truth = torch.randn(4, 8, 33)
-    spread = torch.rand(4, 8) + 0.5
-    magnitude = torch.rand(32) + 0.5
-    for target in range(4):
-        truth[target, :, 8 * target : 8 * target + 8] = 0  # the target itself is no condition
-    examples = []
-    for target in (0, 1, 2, 3, 2):
-        conditions = torch.randn(32, 26, 15, 24) * magnitude[:, None, None, None]
-        conditions[8 * target : 8 * target + 8] = 0
-        conditions[:, :2] = 0  # background, where the constant must not be learned from
-        wanted = (
-            torch.einsum("oi,ixyz->oxyz", truth[target, :, :32], conditions) + truth[target, :, 32, None, None, None]
-        )
-        wanted += torch.randn(wanted.shape) * spread[target, :, None, None, None]
-        inside = conditions.any(0)
-        examples.append((conditions, wanted * inside, inside, target))
-    model = UNet(config)
-    model.regression.fit(examples)
-    torch.testing.assert_close(model.regression.weight, truth[..., :32], rtol=0.1, atol=0.1)
-    torch.testing.assert_close(model.regression.bias, truth[..., 32], rtol=0.1, atol=0.1)
-    torch.testing.assert_close(model.regression.deviation, spread, rtol=0.05, atol=0)
-    torch.testing.assert_close(model.regression.magnitude, magnitude, rtol=0.05, atol=0)
-
-
-@torch.inference_mode()
-def test_regression_fit_of_exact_or_absent_examples_stays_finite() -> None:
-    model = UNet(UNetConfig(in_channels=16, targets=2, regression=True, **VOXEL))
-    conditions = torch.randn(8, 6, 5, 4)
-    conditions[3] = 0
-    model.regression.fit([(conditions, 2 * conditions, torch.ones(6, 5, 4, dtype=torch.bool), 1)])
-    assert all(parameter.isfinite().all() for parameter in model.regression.parameters())
-    torch.testing.assert_close(model.regression.deviation[0], torch.ones(8))
-    assert 0 < model.regression.deviation[1].min() <= model.regression.deviation[1].max() < 0.01
-    assert model.regression.magnitude[3] == 1

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from support import GOLDEN, golden, golden_model
 from torch import Tensor, nn
 
-from cwdm import winograd
-from cwdm.winograd import Resample, convolve, pays, toom_cook
+from cwdm.kernels import winograd
+from cwdm.kernels.winograd import Resample, convolve, toom_cook, use_winograd
 
 LAYOUT = torch.channels_last_3d
 
@@ -112,17 +112,17 @@ def test_golden_forward_pass_all_this_way(name: str, monkeypatch: pytest.MonkeyP
 def test_taken_in_float32_inference_on_large_volumes_only() -> None:
     _, conv = modules(32, 32, 1)
     x = torch.zeros(1, 32, 16, 16, 16)
-    assert not pays(x, conv)  # gradients
+    assert not use_winograd(x, conv)  # gradients
     with torch.no_grad():
-        assert pays(x, conv)
-        assert not pays(x, conv, "down")
-        assert pays(x[..., :8], conv, "up")
-        assert not pays(x[..., :8], conv)
-        assert not pays(x.double(), conv)
-        assert not pays(x.bfloat16(), conv)
-        assert not pays(x.to("meta"), conv)
+        assert use_winograd(x, conv)
+        assert not use_winograd(x, conv, "down")
+        assert use_winograd(x[..., :8], conv, "up")
+        assert not use_winograd(x[..., :8], conv)
+        assert not use_winograd(x.double(), conv)
+        assert not use_winograd(x.bfloat16(), conv)
+        assert not use_winograd(x.to("meta"), conv)
         with torch.autocast("cpu", torch.bfloat16):
-            assert not pays(x, conv)
+            assert not use_winograd(x, conv)
 
 
 @torch.inference_mode()

@@ -41,7 +41,7 @@ def supports(x: Tensor) -> bool:
     )
 
 
-def pays(x: Tensor, conv: nn.Conv3d, resample: Resample = None) -> bool:
+def use_winograd(x: Tensor, conv: nn.Conv3d, resample: Resample = None) -> bool:
     """Whether `convolve` may be used, and is faster than the plain modules."""
     return supports(x) and conv.in_channels >= MIN_CHANNELS and math.prod(resized(x, resample)) >= MIN_VOXELS
 

@@ -1,0 +1,96 @@
+"""The linear-Gaussian prior of a network that learns what a regression on the conditions does not know."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cwdm.diffusion import PUBLISHED, Schedule, alpha_bars_on
+
+SMALLEST_DEVIATION = 1e-4  # of the regression's errors, so that half precision can hold it
+
+
+class Regression(nn.Module):
+    """A linear Gaussian model of each voxel's clean coefficients given its conditions; a network learns the rest.
+
+    Given the conditions c, a voxel's clean coefficients are normal, with the mean W c + b (or 0 where all conditions
+    are 0) and a standard deviation for each band. Bayes' rule gives their mean and standard deviation given the noisy
+    coefficients too: the prior's among pure noise, the coefficients themselves at the end. The network behind it is
+    given the innovation, which is what the noisy coefficients add to the prior's mean, in units of the prior's standard
+    deviation, and the conditions in units of their root mean square; it answers in units of the standard deviation that
+    is left (after the preconditioning of Karras et al., 2022). Until `fit`, W c is the mean of the conditions, and all
+    standard deviations and root mean squares are 1; training leaves all of these as they are.
+
+    Args:
+        out: coefficients of a voxel, one for each band.
+        given: coefficients of its conditions.
+        targets: kinds of volume, each with a model of its own.
+        schedule: of the noise.
+    """
+
+    def __init__(self, out: int, given: int, targets: int, schedule: Schedule = PUBLISHED) -> None:
+        super().__init__()
+        self.schedule = schedule
+        mean = torch.eye(out).repeat(1, -(-given // out))[:, :given] * (out / given)
+        self.weight = nn.Parameter(mean.repeat(targets, 1, 1), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(targets, out), requires_grad=False)
+        self.deviation = nn.Parameter(torch.ones(targets, out), requires_grad=False)
+        # The conditions' root mean square, under its name in files of weights.
+        self.magnitude = nn.Parameter(torch.ones(given), requires_grad=False)
+
+    def forward(self, x: Tensor, t: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The network's input, and the mean and standard deviation of the clean coefficients.
+
+        Args:
+            x: noisy coefficients and conditions (B, out + given, X, Y, Z).
+            t: (B,) integer timesteps.
+            target: (B,) the targets' numbers; None where there is one kind.
+
+        Returns:
+            (B, out + given, X, Y, Z), (B, out, X, Y, Z), (B, out, 1, 1, 1).
+        """
+        out = self.bias.shape[1]
+        noisy, conditions = x[:, :out], x[:, out:]
+        number = torch.zeros_like(t) if target is None else target
+        weight, bias = self.weight[number], self.bias[number]
+        expected = torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
+        expected = expected * conditions.any(1, keepdim=True)  # nothing outside the head
+        prior = self.deviation[number][..., None, None, None].float()
+        alpha_bar = alpha_bars_on(t.device, self.schedule)[t][:, None, None, None, None]
+        total = alpha_bar * prior**2 + 1 - alpha_bar
+        gain = (alpha_bar.sqrt() * prior / total).to(x.dtype)  # of the noisy coefficients, in units of `prior`
+        innovation = gain * (noisy - alpha_bar.sqrt().to(x.dtype) * expected)
+        network_input = torch.cat((innovation, conditions / self.magnitude[:, None, None, None]), dim=1)
+        left = (prior * ((1 - alpha_bar) / total).sqrt()).to(x.dtype)
+        return network_input, expected + prior.to(x.dtype) * innovation, left
+
+    @torch.no_grad()
+    def fit(self, examples: Iterable[tuple[Tensor, Tensor, Tensor, int]]) -> None:
+        """Least squares.
+
+        Args:
+            examples: conditions (given, X, Y, Z), what should come out (out, X, Y, Z), where to learn from it, bool
+                (X, Y, Z), and the target's number.
+        """
+        targets, out, given = self.weight.shape
+        # Products of conditions, a constant and what should come out, each with each.
+        sums = torch.zeros(targets, given + 1 + out, given + 1 + out, dtype=torch.float64)
+        voxels = torch.zeros(given, dtype=torch.float64)
+        for conditions, wanted, inside, target in examples:
+            x = F.pad(conditions[:, inside].double(), (0, 0, 0, 1), value=1.0)
+            rows = torch.cat((x, wanted[:, inside].double()))
+            sums[target] += rows @ rows.mT
+            voxels += inside.sum() * conditions.flatten(1).any(1)
+        squares, products = sums[:, : given + 1, : given + 1], sums[:, : given + 1, given + 1 :]
+        # A condition that is always 0, such as the target itself, gets the weight 0.
+        ridge = 1e-9 * squares.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(given + 1)
+        solution = torch.linalg.solve(squares + ridge + 1e-9 * torch.eye(given + 1), products)
+        self.weight.copy_(solution[:, :-1].mT)
+        self.bias.copy_(solution[:, -1])
+        left = sums.diagonal(dim1=1, dim2=2)[:, given + 1 :] - (solution * products).sum(1)
+        count = squares[:, -1, -1:]
+        deviation = (left.clamp(min=0) / count).sqrt().clamp(min=SMALLEST_DEVIATION)
+        self.deviation.copy_(deviation.where(count > 0, 1))
+        condition_rms = (squares.diagonal(dim1=1, dim2=2)[:, :-1].sum(0) / voxels).sqrt()
+        self.magnitude.copy_(condition_rms.where(condition_rms > 0, 1))
