@@ -1,16 +1,13 @@
-"""The weights that come with cwdm: how they were made, and what they are worth.
+"""What the weights that come with cwdm are worth; `recipes/bundled.py` makes them.
 
-    python bundled.py phantoms WORK                  # the phantoms alone, 1.2 GB in five minutes: WORK/train, WORK/val
-    python bundled.py train WORK                     # phantoms, training (1.5 hours on 2 idle cores), packing
-    python bundled.py pack RUN                       # newest weights of a run -> cwdm/bundled/any.safetensors
-    python bundled.py compare CASES --train WORK/train   # against the nearest contrast and a linear regression
-    python bundled.py steps CASES                    # quality by sampler and steps
+    python bundled.py compare CASES --train WORK/train   # against the nearest modality and a linear regression
+    python bundled.py steps CASES                        # quality by sampler and steps
 
 CASES is a folder of complete cases, such as `cwdm phantom CASES --cases 20 --seed 3003` makes; the regression of
-`compare` needs the training phantoms and no training, so `phantoms` is enough for it. Figures are means inside
-the brain of the conditions, on [0, 1] by each image's own percentiles; in a second table with the scale and offset that
-bring each prediction closest to the truth, since how bright an image is on [0, 1] hangs on its few brightest voxels,
-which nothing in the other contrasts tells. `--size` of steps cuts a cube around the tumour,
+`compare` needs the training phantoms, WORK/train, and no training: `recipes/bundled.py phantoms WORK` makes them.
+Metrics are means inside the brain of the conditions, on [0, 1] by each image's own percentiles; in a second table with
+the scale and offset that bring each prediction closest to the truth, since how bright an image is on [0, 1] hangs on
+its few brightest voxels, which nothing in the other modalities tells. `--size` of steps cuts a cube around the tumour,
 or the middle, so that a thousand steps can be afforded on a CPU.
 """
 
@@ -31,51 +28,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cwdm import Synthesizer, checkpoint
-from cwdm.checkpoint import ANY
-from cwdm.files import sha256
+from cwdm import Synthesizer
 from cwdm.images import MODALITIES, MOST_SIMILAR, CaseFolder, find_cases, normalise, read_case, read_grid
 from cwdm.inference import PreparedCase, draw, prepare
 from cwdm.metrics import psnr, ssim
-from cwdm.phantoms import WIDE, write_phantoms
 from cwdm.settings import load_settings
-from cwdm.training import load_training_settings
-from cwdm.training import train as run_training
-from cwdm.weights import BUNDLED, folder_of, record
+from cwdm.weights import BUNDLED
 
-WIDE_PHANTOMS, USUAL_PHANTOMS, TRAIN_SEED, VALIDATION_SEED = 40, 80, 1001, 2002
 FIT_CASES, FIT_EVERY = 8, 50
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-@app.command()
-def phantoms(work: Path) -> None:
-    """Make the phantoms of training and validation, but for those that are there."""
-    write_phantoms(work / "train", WIDE_PHANTOMS, TRAIN_SEED, variation=WIDE, on_case=print)
-    write_phantoms(work / "train", USUAL_PHANTOMS, TRAIN_SEED, first=WIDE_PHANTOMS, on_case=print)
-    write_phantoms(work / "val", 4, VALIDATION_SEED, on_case=print)
-
-
-@app.command()
-def train(work: Path, resume: bool = False) -> None:
-    """Make the phantoms, train, and pack the result into the package."""
-    phantoms(work)
-    paths = [f"data.path={work / 'train'}", f"data.validation_path={work / 'val'}", f"out={work / 'run'}"]
-    run_training(load_training_settings("bundled", paths), resume)
-    pack(work / "run")
-
-
-@app.command()
-def pack(run: Path, sampler: str | None = None, steps: int | None = None) -> None:
-    """Newest weights of a run in half precision, with what the table of steps recommends."""
-    loaded = checkpoint.load(run / "newest" / f"{ANY}.safetensors")
-    told = {name: value for name, value in (("sampler", sampler), ("steps", steps)) if value is not None}
-    target = folder_of(BUNDLED) / f"{ANY}.safetensors"
-    target.parent.mkdir(exist_ok=True)
-    checkpoint.save(target, loaded.model, loaded.record.model_copy(update=told), torch.float16)
-    record(target.parent, target.name, {"sha256": sha256(target), "recipe": "benchmarks/bundled.py"})
-    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
 
 @app.command()
