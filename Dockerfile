@@ -43,8 +43,7 @@ RUN mkdir /weights \
 
 FROM python
 LABEL org.opencontainers.image.title="cwdm" \
-      org.opencontainers.image.description="3D wavelet diffusion: synthesises the missing one of four MR contrasts" \
-      org.opencontainers.image.version="0.1.0" \
+      org.opencontainers.image.description="3D wavelet diffusion: synthesises the missing one of four MR modalities" \
       org.opencontainers.image.licenses="MIT"
 # A driver too old for the base must not keep the container from starting: cwdm tries the GPU, and says what is wrong.
 # Any user, without a name or a home, on a read-only root: whatever a library wants to keep goes to /tmp.

@@ -1,9 +1,9 @@
-# make setup | demo | test | test-full | container-test | lint | bench; each sets up .venv first, which takes no time once it is done.
+# make setup | demo | test | test-full | container-test | lint | bench | docs; each sets up .venv first, which takes no time once it is done.
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.ready
 
-.PHONY: setup demo test test-full container-test lint bench clean
+.PHONY: setup demo test test-full container-test lint bench docs clean
 
 setup: $(STAMP)
 
@@ -37,5 +37,9 @@ lint: $(STAMP)
 bench: $(STAMP)
 	$(VENV)/bin/python project/benchmarks/step.py
 
+# A static site; open site/index.html through any web server, such as python -m http.server -d site.
+docs: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo site

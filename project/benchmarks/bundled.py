@@ -1,16 +1,13 @@
-"""The weights that come with cwdm: how they were made, and what they are worth.
+"""What the weights that come with cwdm are worth; `recipes/bundled.py` makes them.
 
-    python bundled.py phantoms WORK                  # the phantoms alone, 1.2 GB in five minutes: WORK/train, WORK/val
-    python bundled.py train WORK                     # phantoms, training (1.5 hours on 2 idle cores), packing
-    python bundled.py pack RUN                       # newest weights of a run -> cwdm/bundled/any.safetensors
-    python bundled.py compare CASES --train WORK/train   # against the nearest contrast and a linear regression
-    python bundled.py steps CASES                    # quality by sampler and steps
+    python bundled.py compare CASES --train WORK/train   # against the nearest modality and a linear regression
+    python bundled.py steps CASES                        # quality by sampler and steps
 
 CASES is a folder of complete cases, such as `cwdm phantom CASES --cases 20 --seed 3003` makes; the regression of
-`compare` needs the training phantoms and no training, so `phantoms` is enough for it. Figures are means inside
-the brain of the conditions, on [0, 1] by each image's own percentiles; in a second table with the scale and offset that
-bring each prediction closest to the truth, since how bright an image is on [0, 1] hangs on its few brightest voxels,
-which nothing in the other contrasts tells. `--size` of steps cuts a cube around the tumour,
+`compare` needs the training phantoms, WORK/train, and no training: `recipes/bundled.py phantoms WORK` makes them.
+Metrics are means inside the brain of the conditions, on [0, 1] by each image's own percentiles; in a second table with
+the scale and offset that bring each prediction closest to the truth, since how bright an image is on [0, 1] hangs on
+its few brightest voxels, which nothing in the other modalities tells. `--size` of steps cuts a cube around the tumour,
 or the middle, so that a thousand steps can be afforded on a CPU.
 """
 
@@ -31,50 +28,16 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from cwdm import Synthesizer, checkpoint
-from cwdm.checkpoint import ANY
-from cwdm.images import MODALITIES, NEAREST, CaseFolder, find_cases, normalise, read_case, read_grid
-from cwdm.inference import Prepared
+from cwdm import Synthesizer
+from cwdm.images import MODALITIES, MOST_SIMILAR, CaseFolder, find_cases, normalise, read_case, read_grid
+from cwdm.inference import PreparedCase, draw, prepare
 from cwdm.metrics import psnr, ssim
-from cwdm.phantoms import WIDE, write_phantoms
 from cwdm.settings import load_settings
-from cwdm.training import load_training_settings
-from cwdm.training import train as run_training
-from cwdm.weights import BUNDLED, folder_of, record
+from cwdm.weights import BUNDLED
 
-WIDE_PHANTOMS, USUAL_PHANTOMS, TRAIN_SEED, VALIDATION_SEED = 40, 80, 1001, 2002
 FIT_CASES, FIT_EVERY = 8, 50
 
 app = typer.Typer(help=__doc__, rich_markup_mode=None, pretty_exceptions_enable=False)
-
-
-@app.command()
-def phantoms(work: Path) -> None:
-    """Make the phantoms of training and validation, but for those that are there."""
-    write_phantoms(work / "train", WIDE_PHANTOMS, TRAIN_SEED, variation=WIDE, on_case=print)
-    write_phantoms(work / "train", USUAL_PHANTOMS, TRAIN_SEED, first=WIDE_PHANTOMS, on_case=print)
-    write_phantoms(work / "val", 4, VALIDATION_SEED, on_case=print)
-
-
-@app.command()
-def train(work: Path, resume: bool = False) -> None:
-    """Make the phantoms, train, and pack the result into the package."""
-    phantoms(work)
-    paths = [f"data.path={work / 'train'}", f"data.validation_path={work / 'val'}", f"out={work / 'run'}"]
-    run_training(load_training_settings("bundled", paths), resume)
-    pack(work / "run")
-
-
-@app.command()
-def pack(run: Path, sampler: str | None = None, steps: int | None = None) -> None:
-    """Newest weights of a run in half precision, with what the table of steps recommends."""
-    loaded = checkpoint.load(run / "newest" / f"{ANY}.safetensors")
-    told = {name: value for name, value in (("sampler", sampler), ("steps", steps)) if value is not None}
-    target = folder_of(BUNDLED) / f"{ANY}.safetensors"
-    target.parent.mkdir(exist_ok=True)
-    checkpoint.save(target, loaded.model, loaded.record.model_copy(update=told), torch.float16)
-    record(target.parent, target.name, {"sha256": checkpoint.sha256(target), "recipe": "benchmarks/bundled.py"})
-    print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
 
 @app.command()
@@ -84,7 +47,7 @@ def compare(
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As sampler.steps=5.")] = None,
     most: int = 20,
 ) -> None:
-    """A row a contrast: nearest contrast, linear regression, bundled weights."""
+    """A row a modality: most similar modality, linear regression, bundled weights."""
     print_hardware()
     folders = find_cases(cases)[:most]
     synthesizer = Synthesizer(BUNDLED, load_settings(None, ["output.intensity=unit", *(settings or ())]), "cpu")
@@ -102,7 +65,7 @@ def compare(
             seconds[target].append(time.perf_counter() - start)
             *weights, constant = fits[target]
             predictions = {
-                "nearest": units[NEAREST[target]],
+                "nearest": units[MOST_SIMILAR[target]],
                 "regression": np.tensordot(weights, [units[name] for name in others], 1) + constant,
                 "bundled": result.volume,
             }
@@ -112,7 +75,7 @@ def compare(
                 inside = np.where(mask, np.clip(prediction, 0, 1), 0).astype(np.float32)
                 fitted = psnr(fit_to(inside, truth, mask), truth, mask)
                 scores[target, name].append((psnr(inside, truth, mask), ssim(inside, truth, mask), fitted))
-    columns = ("contrast", "nearest, rescaled", "linear regression", "bundled")
+    columns = ("modality", "nearest, rescaled", "linear regression", "bundled")
     table, fitted_table = Table(*columns, "seconds a case"), Table(*columns, title="each fitted to the truth first")
     for target in MODALITIES:
         means = [np.mean(scores[target, name], axis=0) for name in ("nearest", "regression", "bundled")]
@@ -141,7 +104,7 @@ def without(folder: CaseFolder, target: str) -> CaseFolder:
 
 
 def fit_regressions(folders: list[CaseFolder]) -> dict[str, np.ndarray]:
-    """Target -> weights of the other three contrasts and the constant, least squares over voxels of the brain."""
+    """Target -> weights of the other three modalities and the constant, least squares over voxels of the brain."""
     rows = []
     for folder in shown(folders, "regression"):
         volumes = np.stack([read_grid(folder.files[name])[0] for name in MODALITIES])
@@ -162,7 +125,7 @@ def steps(
     weights: str = BUNDLED,
     most: Annotated[int, typer.Option(help="Leave out what takes more steps.")] = 1000,
 ) -> None:
-    """Quality by sampler and steps: the first four cases, each without another contrast."""
+    """Quality by sampler and steps: the first four cases, each without another modality."""
     print_hardware()
     plans = [("ddpm", n) for n in (50, 250, 1000)]
     plans += [(name, n) for name in ("ddim", "dpmpp") for n in (1, 2, 5, 10, 20, 50)]
@@ -176,7 +139,7 @@ def steps(
         synthesizer = Synthesizer(weights, settings, "cpu")
         scores, seconds = [], []
         for prepared, truth, mask in jobs:
-            samples = synthesizer.sample(prepared)
+            samples = draw(prepared, synthesizer.pipeline(prepared.case.target), settings)
             volume = np.where(mask, samples.mean.numpy(), np.float32(0))
             scores.append((psnr(volume, truth, mask), ssim(volume, truth, mask)))
             seconds.append(samples.seconds)
@@ -187,9 +150,9 @@ def steps(
 
 def cut_out(
     folder: CaseFolder, target: str, synthesizer: Synthesizer, size: int
-) -> tuple[Prepared, np.ndarray, np.ndarray]:
+) -> tuple[PreparedCase, np.ndarray, np.ndarray]:
     """A cube around the tumour: the prepared case, the truth in [0, 1] and the mask of the brain."""
-    prepared = synthesizer.prepare(read_case(without(folder, target)))
+    prepared = prepare(read_case(without(folder, target)), synthesizer.pipeline(target), synthesizer.settings)
 
     def inside(volume: np.ndarray) -> np.ndarray:
         return prepared.window.crop(prepared.orientation.apply(volume))
@@ -197,7 +160,11 @@ def cut_out(
     seg = read_grid(folder.files["t1n"].with_name(f"{folder.name}-seg.nii.gz"))[0]
     box = cube(inside(seg) > 0, size)
     truth = inside(normalise(read_grid(folder.files[target])[0])[0])
-    return replace(prepared, unit=prepared.unit[(..., *box)].contiguous()), truth[box], inside(prepared.mask)[box]
+    return (
+        replace(prepared, unit=prepared.unit[(..., *box)].contiguous()),
+        truth[box],
+        prepared.window.crop(prepared.mask)[box],
+    )
 
 
 def cube(tumour: np.ndarray, size: int) -> tuple[slice, ...]:

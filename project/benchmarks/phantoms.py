@@ -96,15 +96,15 @@ def table(heads: list[Head]) -> Table:
     rows: dict[bool, list[list[float]]] = {False: [], True: []}
     for one in heads:
         correlation = np.corrcoef([one.units[modality][one.mask] for modality in MODALITIES])
-        figures = [correlation[MODALITIES.index(a), MODALITIES.index(b)] for a, b in PAIRS]
-        figures += (1 - 1 / np.diag(np.linalg.inv(correlation))).tolist()
-        rows[one.seconds is not None].append(figures)
+        values = [correlation[MODALITIES.index(a), MODALITIES.index(b)] for a, b in PAIRS]
+        values += (1 - 1 / np.diag(np.linalg.inv(correlation))).tolist()
+        rows[one.seconds is not None].append(values)
         seconds = "" if one.seconds is None else f"{one.seconds:.1f}"
-        result.add_row(one.name, *(f"{figure:.2f}" for figure in figures), seconds)
+        result.add_row(one.name, *(f"{value:.2f}" for value in values), seconds)
     for made, name in ((False, "mean of the cases"), (True, "mean of the phantoms")):
         if rows[made]:
             result.add_section()
-            result.add_row(name, *(f"{figure:.2f}" for figure in np.mean(rows[made], axis=0)))
+            result.add_row(name, *(f"{value:.2f}" for value in np.mean(rows[made], axis=0)))
     return result
 
 

@@ -1,6 +1,6 @@
 """What the automatic check of outputs catches, and what it misses: true images of phantoms with one fault each.
 
-    python quality.py                  # six phantoms, each contrast in turn: 24 images a row, about ten minutes
+    python quality.py                  # six phantoms, each modality in turn: 24 images a row, about ten minutes
     python quality.py --cases 2
 
 A row a fault: how many of the images are rejected, how many are shown to someone, how many pass, and the reason that is
@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 from scipy import ndimage
 
-from cwdm.images import MODALITIES, NEAREST, brain_mask, normalise
+from cwdm.images import MODALITIES, MOST_SIMILAR, brain_mask, normalise
 from cwdm.inference import VERDICTS, Quality, assess
 from cwdm.phantoms import WIDE, make_phantom
 
@@ -44,8 +44,11 @@ def faults(truth: Volume, nearest: Volume, mask: npt.NDArray[np.bool_], other: V
         yield f"shifted by {voxels} voxels", np.roll(truth, voxels, axis=1)
     yield "mirrored left to right", truth[::-1]
     yield "inverted contrast", 1 - truth
-    yield "nearest contrast copied", nearest
-    yield "nearest contrast copied, blurred, with noise", ndimage.gaussian_filter(nearest, 1.0) + 0.05 * (noise - 0.5)
+    yield "most similar modality copied", nearest
+    yield (
+        "most similar modality copied, blurred, with noise",
+        ndimage.gaussian_filter(nearest, 1.0) + 0.05 * (noise - 0.5),
+    )
     for factor in (0.3, 0.7, 1.5, 3):
         yield f"intensities × {factor}", truth * np.float32(factor)
     yield "blurred by 2 voxels", ndimage.gaussian_filter(truth, 2.0)
@@ -68,7 +71,7 @@ def main(cases: int = 6) -> None:
         others, _ = _head(cases + number)
         for target in MODALITIES:
             conditions = {name: unit for name, unit in units.items() if name != target}
-            for name, output in faults(units[target], units[NEAREST[target]], mask, others[target]):
+            for name, output in faults(units[target], units[MOST_SIMILAR[target]], mask, others[target]):
                 inside = np.where(mask, output, 0).astype(np.float32)
                 found.setdefault(name, []).append(assess(inside, conditions, mask, target))
     Console(width=170).print(_table(found))

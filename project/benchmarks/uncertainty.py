@@ -1,12 +1,12 @@
-"""How well the spread over several samples tells where a synthesis is wrong.
+"""How well the standard deviation of several samples tells where a synthesis is wrong.
 
     python uncertainty.py calibration.png                        # four phantoms, eight samples, the bundled weights
     python uncertainty.py calibration.png --weights DIR sampler.name=ddpm sampler.steps=250
 
-For each contrast of each phantom, in a cube around the tumour: Spearman's rank correlation of the spread with the
-absolute error of the mean (0: the spread tells nothing, 1: it ranks every voxel), the spread itself, and the error. The
-picture is the calibration: root mean square error in each tenth of the voxels, ranked by spread, against the spread of
-these voxels. On the diagonal the spread is as large as the error; above it, the samples agree on what is wrong.
+For each modality of each phantom, in a cube around the tumour: Spearman's rank correlation of the deviation with the
+absolute error of the mean (0: it tells nothing, 1: it ranks every voxel), the deviation itself, and the error. The
+picture is the calibration: root mean square error in each tenth of the voxels, ranked by deviation, against the
+deviation of these voxels. On the diagonal it is as large as the error; above it, the samples agree on what is wrong.
 """
 
 from collections.abc import Iterator
@@ -36,10 +36,10 @@ TENTHS = 10
 
 @dataclass(frozen=True)
 class Measured:
-    """Voxels of the brain inside the cube: spread and absolute error of the mean, both in [0, 1]."""
+    """Voxels of the brain inside the cube, in [0, 1]: standard deviation of the samples, absolute error of the mean."""
 
     modality: str
-    spread: npt.NDArray[np.float32]
+    std: npt.NDArray[np.float32]
     error: npt.NDArray[np.float32]
 
 
@@ -58,7 +58,7 @@ def main(
         paths = write_phantoms(Path(folder), cases, SEED)
         todo = [(path, modality) for path in paths for modality in MODALITIES]
         console = Console(stderr=True)
-        measured = [_measure(synthesizer, *item, size) for item in track(todo, "contrasts", console=console)]
+        measured = [_measure(synthesizer, *item, size) for item in track(todo, "modalities", console=console)]
     Console().print(_table(measured, f"{cases} phantoms, {samples} samples, {' '.join(chosen[1:])}"))
     _draw(picture, measured)
 
@@ -76,8 +76,8 @@ def _measure(synthesizer: Synthesizer, path: Path, modality: str, size: int) -> 
     truth = inside(normalise(read_grid(folder.files[modality])[0])[0])[cube]
     drawn = synthesizer.sample(replace(prepared, unit=prepared.unit[(..., *cube)]))
     brain = inside(prepared.mask)[cube]
-    assert drawn.spread is not None
-    return Measured(modality, drawn.spread.numpy()[brain], np.abs(drawn.mean.numpy() - truth)[brain])
+    assert drawn.std is not None
+    return Measured(modality, drawn.std.numpy()[brain], np.abs(drawn.mean.numpy() - truth)[brain])
 
 
 def _cube(tumour: npt.NDArray[np.bool_], size: int) -> tuple[slice, ...]:
@@ -87,27 +87,25 @@ def _cube(tumour: npt.NDArray[np.bool_], size: int) -> tuple[slice, ...]:
 
 
 def _table(measured: list[Measured], title: str) -> Table:
-    table = Table("contrast", "rank correlation", "lowest to highest", "median spread", "median error", title=title)
+    table = Table("modality", "rank correlation", "lowest to highest", "median deviation", "median error", title=title)
     for modality in (*MODALITIES, "all"):
         rows = [one for one in measured if modality in ("all", one.modality)]
-        ranks = [float(spearmanr(one.spread, one.error).statistic) for one in rows]
-        spread, error = (
-            np.median(np.concatenate([getattr(one, name) for one in rows])) for name in ("spread", "error")
-        )
+        ranks = [float(spearmanr(one.std, one.error).statistic) for one in rows]
+        std, error = (np.median(np.concatenate([getattr(one, name) for one in rows])) for name in ("std", "error"))
         limits = f"{min(ranks):.2f} to {max(ranks):.2f}"
-        table.add_row(modality, f"{np.mean(ranks):.2f}", limits, f"{spread:.4f}", f"{error:.4f}")
+        table.add_row(modality, f"{np.mean(ranks):.2f}", limits, f"{std:.4f}", f"{error:.4f}")
     return table
 
 
 def _calibration(measured: list[Measured]) -> Iterator[tuple[str, list[float], list[float]]]:
-    """For each contrast, root mean squares of spread and of error in each tenth of the voxels, by spread."""
+    """For each modality, root mean squares of deviation and of error in each tenth of the voxels, by deviation."""
     for modality in MODALITIES:
         rows = [one for one in measured if one.modality == modality]
-        spread, error = (np.concatenate([getattr(one, name) for one in rows]) for name in ("spread", "error"))
-        tenths = np.array_split(np.argsort(spread), TENTHS)
+        std, error = (np.concatenate([getattr(one, name) for one in rows]) for name in ("std", "error"))
+        tenths = np.array_split(np.argsort(std), TENTHS)
         yield (
             modality,
-            [float(np.sqrt(np.mean(np.square(spread[tenth])))) for tenth in tenths],
+            [float(np.sqrt(np.mean(np.square(std[tenth])))) for tenth in tenths],
             [float(np.sqrt(np.mean(np.square(error[tenth])))) for tenth in tenths],
         )
 
@@ -115,12 +113,12 @@ def _calibration(measured: list[Measured]) -> Iterator[tuple[str, list[float], l
 def _draw(path: Path, measured: list[Measured]) -> None:
     figure = Figure(figsize=(5.5, 5), layout="constrained")
     axes = figure.subplots()
-    for modality, spread, error in _calibration(measured):
-        axes.plot(spread, error, marker="o", markersize=4, label=modality)
+    for modality, std, error in _calibration(measured):
+        axes.plot(std, error, marker="o", markersize=4, label=modality)
     low, high = min(*axes.get_xlim(), *axes.get_ylim()), max(*axes.get_xlim(), *axes.get_ylim())
     low = max(low, 1e-4)
     axes.plot([low, high], [low, high], color="grey", linestyle="--", linewidth=1, label="as large as the error")
-    axes.set(xscale="log", yscale="log", xlabel="spread over the samples", ylabel="root mean square error")
+    axes.set(xscale="log", yscale="log", xlabel="standard deviation of the samples", ylabel="root mean square error")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 

@@ -10,7 +10,7 @@ from engine import IMAGE, ROOT, STATE, Engine, NoEngine, build_context, build_im
 
 from cwdm.checkpoint import Record
 from cwdm.images.cases import find_cases
-from cwdm.phantoms.scanner import write_phantoms
+from cwdm.phantoms import write_phantoms
 from cwdm.prepare.drop import drop_modalities
 from cwdm.weights.untrained import write_untrained
 

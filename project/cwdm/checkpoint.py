@@ -5,29 +5,37 @@ wavelet, the recommended sampler and the training record. The published files ca
 is read off the names and shapes of their tensors (`cwdm.published`).
 """
 
-import hashlib
 import json
-import pickle
-import zipfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal
 
 import pywt
 import safetensors
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    TypeAdapter,
+    field_validator,
+    model_serializer,
+)
 from torch import Tensor
 
 from cwdm.diffusion import PUBLISHED, SCHEDULES, Schedule, known_schedule
-from cwdm.errors import WeightsError
-from cwdm.files import write_atomically
-from cwdm.published import PUBLISHED_CT, published_config, published_names
+from cwdm.errors import WeightsError, listed
+from cwdm.files import sha256, write_atomically
 from cwdm.samplers import known_sampler
 from cwdm.unet import UNet, UNetConfig
 
 HEADER_KEY = "cwdm"
+FORMAT = 1
+"""Number of the header's format, which grows when an older version would misread a file; the first files have none."""
+
 ANY = "any"
 _SAFETENSORS_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
 _FLOATS = tuple(_SAFETENSORS_NAMES)
@@ -47,7 +55,7 @@ class Record(BaseModel):
     """What a network is for and how it came about; the header of our safetensors.
 
     Attributes:
-        modality: contrast that a conditional network synthesises, `ANY` for one that is told which of the four;
+        modality: what a conditional network synthesises, `ANY` for one that is told which of the four;
             None where the file does not say.
         window: voxels that the network was trained on: `published`, a size, or `brain` for the box around the brain.
         orientation: voxel order of an unconditional network's volumes: LPS, to which our training brings every file,
@@ -57,6 +65,8 @@ class Record(BaseModel):
         sampler, steps: what the makers of the weights recommend.
         notice: what every user of the outputs must know, such as "trained on phantoms, not for clinical use".
         most_missing: how many of the four modalities may be missing at once, the target included.
+        intended_use: what the weights are for and what not, in a sentence; empty if nobody said.
+        licence: of the weights, such as "CC-BY-4.0"; empty if nobody said.
         training: free-form record of the training run.
     """
 
@@ -72,6 +82,8 @@ class Record(BaseModel):
     steps: int = Field(default=1000, ge=1, le=1000)
     notice: str = Field(default="", max_length=500)
     most_missing: int = Field(default=1, ge=1, le=3)
+    intended_use: str = Field(default="", max_length=500)
+    licence: str = Field(default="", max_length=100)
     training: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -90,6 +102,11 @@ class Record(BaseModel):
         """The inverse of `to_range`."""
         low, high = self.value_range
         return (values - low) / (high - low)
+
+    @model_serializer(mode="wrap")
+    def _without_the_unsaid(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return {name: value for name, value in values.items() if value or name not in ("intended_use", "licence")}
 
     @field_validator("sampler")
     @classmethod
@@ -129,11 +146,14 @@ def load_published(state_dict: Mapping[str, Tensor], config: UNetConfig | None =
     Raises:
         WeightsError: tensors are missing, left over or of the wrong shape; the message lists them.
     """
+    # Here and for files of theirs alone, as our own need none of it.
+    from cwdm.published import published_config, published_names
+
     if unnamed := [repr(name) for name in state_dict if not isinstance(name, str)]:
-        raise WeightsError(f"expected a plain state dict of names and tensors, found {_some(unnamed)}")
+        raise WeightsError(f"expected a plain state dict of names and tensors, found {listed(unnamed)}")
     bad = [name for name, value in state_dict.items() if not isinstance(value, Tensor)]
     if bad:
-        raise WeightsError(f"expected a plain state dict of tensors, found other objects under {_some(bad)}")
+        raise WeightsError(f"expected a plain state dict of tensors, found other objects under {listed(bad)}")
     config = config or published_config({name: tuple(tensor.shape) for name, tensor in state_dict.items()})
     model = _empty(config)
     names = published_names(model)
@@ -153,10 +173,10 @@ def _empty(config: UNetConfig, schedule: Schedule = PUBLISHED) -> UNet:
 def _fill(model: UNet, tensors: Mapping[str, Tensor]) -> UNet:
     odd = [name for name, tensor in tensors.items() if tensor.dtype not in _FLOATS]
     if odd:
-        raise WeightsError(f"expected floating-point numbers, found others in {_some(odd)}")
+        raise WeightsError(f"expected floating-point numbers, found others in {listed(odd)}")
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
-        raise WeightsError(f"NaN or infinity in {_some(broken)}; the file is damaged or its training diverged")
+        raise WeightsError(f"NaN or infinity in {listed(broken)}; the file is damaged or its training diverged")
     # Copies, because the file behind a memory map may be replaced while the weights are in use.
     copies = {name: tensor.to(torch.float32, copy=True) for name, tensor in tensors.items()}
     model.load_state_dict(copies, assign=True)
@@ -173,14 +193,7 @@ def _check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, 
     ]
     faults = {"missing": missing, "left over": left_over, "of the wrong shape": wrong}
     if any(faults.values()):
-        raise WeightsError("; ".join(f"{what}: {_some(names)}" for what, names in faults.items() if names))
-
-
-def _some(names: list[str], most: int = 8) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    # Names come from files: of any length, and not every character belongs on a terminal.
-    shown = [name[:80].encode("unicode_escape").decode() for name in names[:most]]
-    return f"{len(names)} tensors ({', '.join(shown)}{more})"
+        raise WeightsError("; ".join(f"{what}: {listed(names)}" for what, names in faults.items() if names))
 
 
 def load(path: Path) -> Checkpoint:
@@ -207,7 +220,7 @@ def save(path: Path, model: UNet, record: Record, dtype: torch.dtype = torch.flo
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], config: UNetConfig, record: Record) -> None:
     """Write our safetensors like `save`, of a network's tensors by name."""
-    header = {"config": asdict(config), "record": record.model_dump(mode="json")}
+    header = {"format": FORMAT, "config": asdict(config), "record": record.model_dump(mode="json")}
     write_tensors(path, tensors, {"format": "pt", HEADER_KEY: json.dumps(header)})
 
 
@@ -234,12 +247,6 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     write_atomically(path, write)
 
 
-def sha256(path: Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _load_safetensors(path: Path) -> tuple[UNet, Record]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
@@ -250,6 +257,26 @@ def _load_safetensors(path: Path) -> tuple[UNet, Record]:
             return _fill(model, {name: file.get_tensor(name) for name in expected}), record
     except safetensors.SafetensorError as error:
         raise WeightsError(f"not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def _check_format(header: Any) -> None:
+    """Refuse what a newer version wrote and this one would misread."""
+    number, found = header.get("format", 0), ""
+    if number > FORMAT:
+        found = f"format {number}, this version reads up to {FORMAT}"
+    elif unknown := [*(set(header["config"]) - _CONFIG_FIELDS), *(set(header["record"]) - set(Record.model_fields))]:
+        found = f"its header has {listed(sorted(unknown), 'unknown fields')}"
+    if found:
+        raise WeightsError(f"written by a newer cwdm ({found}); pip install --upgrade cwdm")
+
+
+def _load_pickle(path: Path) -> tuple[UNet, Record]:
+    from cwdm.published import PUBLISHED_CT, read_tensors
+
+    model = load_published(read_tensors(path))
+    if model.config.in_channels > model.config.out_channels:
+        return model, Record()
+    return model, Record(value_range=(-1.0, 1.0), orientation="LAS" if path.name.startswith(PUBLISHED_CT) else "LPS")
 
 
 def read_record(path: Path) -> Record:
@@ -275,52 +302,13 @@ def _parse_header(text: str | None) -> tuple[UNetConfig, Record]:
         )
     try:
         header = json.loads(text)
+        _check_format(header)
         config, record = _config_type.validate_python(header["config"]), Record.model_validate(header["record"])
         record.model_dump(mode="json")  # it goes into the records of images; one nested too deeply could not
         return config, record
-    except (ValueError, KeyError, TypeError, ValidationError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"the header of the file cannot be understood: {error}") from error
 
 
-def _load_pickle(path: Path) -> tuple[UNet, Record]:
-    tensors = _read_pickle(path)
-    if not isinstance(tensors, Mapping):
-        raise WeightsError(f"expected a state dict, found a {type(tensors).__name__}")
-    odd = [
-        str(name)
-        for name, value in tensors.items()
-        if isinstance(value, Tensor)
-        and (value.is_nested or value.layout is not torch.strided or value.device.type != "cpu")
-    ]
-    if odd:
-        raise WeightsError(f"expected plain tensors, found sparse, nested or empty-handed ones: {_some(odd)}")
-    claimed = sum(value.nbytes for value in tensors.values() if isinstance(value, Tensor))
-    if claimed > 2 * path.stat().st_size:  # a block under two names is stored once and counted twice
-        raise WeightsError(f"its tensors claim {claimed:,} bytes, more than the file holds; refused")
-    model = load_published(tensors)
-    unconditional = model.config.in_channels == model.config.out_channels
-    if not unconditional:
-        return model, Record()
-    return model, Record(value_range=(-1.0, 1.0), orientation="LAS" if path.name.startswith(PUBLISHED_CT) else "LPS")
-
-
-def _read_pickle(path: Path) -> Any:
-    """A `torch.save` file, tensors only: `weights_only` runs no code from the file."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-                raise WeightsError("compressed entries, which PyTorch never writes; refused")
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            "the file asks to run code or holds more than tensors, so it was refused; "
-            f"save the plain state dict, best as safetensors ({str(error).splitlines()[0]})"
-        ) from error
-    except (WeightsError, OSError):
-        raise
-    except Exception as error:  # what a damaged pickle can raise has no end
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise WeightsError(f"not a whole PyTorch weights file ({reason}); copy or download it again") from error
-
-
 _config_type = TypeAdapter(UNetConfig)
+_CONFIG_FIELDS = {field.name for field in fields(UNetConfig)}

@@ -4,14 +4,15 @@ Plain Docker and the BraTS orchestrator of 2025 mount /input and /output and giv
 folders, with or without `infer`; MLCube and the orchestrator of 2024 name every folder.
 """
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from cwdm import weights
 from cwdm.cli.app import main as run
-from cwdm.weights import BUNDLED
+from cwdm.cli.app import said
+from cwdm.progress import print_line, print_notice
 
 MEDPERF = "mlcommons/volumes"
 MOUNTS = (("input", "output"), (f"{MEDPERF}/data", f"{MEDPERF}/predictions"))
@@ -41,13 +42,13 @@ for uid 10001, add --user "$(id -u):$(id -g)".
 def main() -> None:
     """Run `cwdm` with the arguments that the runner meant."""
     if sys.argv[1:2] in (["--help"], ["-h"]):
-        print(HELP)
+        print_line(HELP)
     sys.argv[1:] = arguments(sys.argv[1:])
     run()
 
 
 def arguments(given: Sequence[str], root: Path = Path("/")) -> list[str]:
-    """The command line of `cwdm` that a runner means by its arguments.
+    """The command line of `cwdm` that a runner means by its arguments: what it left unsaid is added.
 
     Args:
         given: what stands behind the image's name.
@@ -56,68 +57,47 @@ def arguments(given: Sequence[str], root: Path = Path("/")) -> list[str]:
     first = given[0] if given else "-"
     named = not (first.startswith("-") or "=" in first) or first in ("--help", "-h", "--version")
     command, *options = given if named else ("infer", *given)
-    if {"--help", "-h"} & set(options):
+    fill = {"infer": _infer, "self-test": _self_test, "train": _train, "evaluate": _evaluate}.get(command)
+    if fill is None or {"--help", "-h"} & set(options):
         return [command, *options]
-    if command == "infer":
-        return [command, *_infer(options, root)]
-    if command == "self-test":
-        return [command, *_with_weights(options, root)]
-    translate = {"train": _train, "evaluate": _evaluate}.get(command, list)
-    return [command, *translate(options)]
+    return [command, *fill(options, root)]
 
 
 def _infer(options: Sequence[str], root: Path) -> list[str]:
-    known, _ = _paths(options)
+    told = said("infer", options)
     there = [(root / data, root / output) for data, output in MOUNTS if (root / data).is_dir()]
     data, output = there[0] if there else (root / MOUNTS[0][0], root / MOUNTS[0][1])
-    filled = [f"--data_path={data}"] if known.data_path is None else []
-    filled += [f"--output_path={output}"] if known.output_path is None else []
-    parameters = [root / file for file in PARAMETERS if (root / file).is_file()]
-    filled += [f"--parameters_file={parameters[0]}"] if parameters and known.parameters_file is None else []
-    return [*filled, *_with_weights(options, root)]
+    parameters = next((root / file for file in PARAMETERS if (root / file).is_file()), None)
+    folders = {"data_path": data, "output_path": output, "parameters_file": parameters}
+    unsaid = [f"--{name}={path}" for name, path in folders.items() if told[name] is None and path is not None]
+    return [*unsaid, *options, *_weights(told["weights"], root)]
 
 
-def _with_weights(options: Sequence[str], root: Path) -> list[str]:
-    """The options with weights: those named, unless their folder is empty, those mounted, built in or bundled."""
-    known, others = _paths(options)
-    if known.weights is not None and (known.weights == BUNDLED or not _is_empty(Path(known.weights))):
-        return list(options)
-    if known.weights is not None:
-        _say(f"{known.weights} is an empty folder; taking the weights of the image")
-    kept = [f"--{name}={value}" for name, value in vars(known).items() if name != "weights" and value is not None]
+def _self_test(options: Sequence[str], root: Path) -> list[str]:
+    return [*options, *_weights(said("self-test", options)["weights"], root)]
+
+
+def _weights(named: Path | None, root: Path) -> list[str]:
+    """The option for weights mounted, built in or bundled; nothing if some are named, unless their folder is empty."""
+    if named is not None and (str(named) == weights.BUNDLED or not _is_empty(named)):
+        return []
+    if named is not None:
+        print_notice(f"{named} is an empty folder; taking the weights of the image")
     own = [root / folder for folder in WEIGHTS if _may_hold_weights(root / folder)]
     if not own:
-        _say(f"warning: {NO_WEIGHTS}")
-    return [*kept, f"--weights={own[0] if own else BUNDLED}", *others]
+        print_notice(f"warning: {NO_WEIGHTS}")
+    return [f"--weights={own[0] if own else weights.BUNDLED}"]  # of two options the last counts
 
 
-def _train(options: Sequence[str]) -> list[str]:
-    """MLCube's named folders as settings of `cwdm train`; a run that was stopped goes on."""
-    known, others = _paths(options)
-    if known.parameters_file is None:
-        return list(options)
-    folders = {"data.path": known.data_path, "out": known.output_path}
-    settings = [f"{key}={value}" for key, value in folders.items() if value is not None]
-    return [known.parameters_file, *settings, *others, "--resume"]
+def _train(options: Sequence[str], _: Path) -> list[str]:
+    """A run of MLCube, which names its settings as a file, goes on if it was stopped."""
+    return [*options, "--resume"] if said("train", options)["parameters_file"] else [*options]
 
 
-def _evaluate(options: Sequence[str]) -> list[str]:
-    """MLCube's named folders as the arguments of `cwdm evaluate`; segmentations lie beside the true images."""
-    known, others = _paths(options)
-    if known.predictions is None or known.data_path is None:
-        return list(options)
-    out = [f"--out={known.output_path}"] if known.output_path is not None else []
-    return [known.predictions, known.data_path, f"--seg={known.data_path}", *out, *others]
-
-
-def _paths(options: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """Files and folders among the options, under either spelling, and everything else."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("data_path", "output_path", "parameters_file"):
-        parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", dest=name)
-    parser.add_argument("--weights")
-    parser.add_argument("--predictions")
-    return parser.parse_known_args(list(options))
+def _evaluate(options: Sequence[str], _: Path) -> list[str]:
+    """MLCube names its folders; segmentations lie beside the true images."""
+    told = said("evaluate", options)
+    return [*([f"--seg={told['data_path']}"] if told["named_predictions"] and told["data_path"] else []), *options]
 
 
 def _may_hold_weights(folder: Path) -> bool:
@@ -148,10 +128,6 @@ def _files(folder: Path, depth: int = 2) -> Iterator[str]:
                 yield entry.name
             elif depth > 1:
                 yield from _files(Path(entry.path), depth - 1)
-
-
-def _say(message: str) -> None:
-    print(message, file=sys.stderr)
 
 
 if __name__ == "__main__":

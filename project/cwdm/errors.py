@@ -1,5 +1,8 @@
 """Errors meant for the person at the keyboard: what was wrong, where, and what to do about it."""
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
 
 class CwdmError(Exception):
     """Base of every error that the command line turns into a message instead of a traceback."""
@@ -45,3 +48,27 @@ class SettingsError(CwdmError):
 
 class DeviceLostError(CwdmError):
     """The GPU no longer works for this process, though it may for a new one; no point in going on in this one."""
+
+
+@contextmanager
+def needs_extra(extra: str, what: str) -> Iterator[None]:
+    """A block of imports that an installation without an extra lacks.
+
+    Args:
+        extra: its name; several are separated by commas.
+        what: what it brings, in words.
+
+    Raises:
+        CwdmError: a module is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise CwdmError(f"{error.name} is missing; pip install 'cwdm[{extra}]' brings {what}") from error
+
+
+def listed(names: Sequence[str], kind: str = "tensors", most: int = 8) -> str:
+    """How many there are and their names, for a message: those of a file are of any length, with any character."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    shown = [name[:80].encode("unicode_escape").decode() for name in names[:most]]
+    return f"{len(names)} {kind} ({', '.join(shown)}{more})"

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and folders that they may be written into."""
 
 import errno
 import fcntl
@@ -12,16 +12,13 @@ import socket
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from cwdm.errors import InputError, NameInUseError, OutputError
-
-COPIES = ".cwdm-copies.json"
-"""Beside copies of files: their sha256, by which a later run knows what it may replace."""
 
 # Earlier versions named neither the machine nor the process.
 _HIDDEN_NAME = re.compile(r"\.cwdm-(?:(?P<machine>[0-9a-f]{8})-\d+-)?[0-9a-f]{16}\.tmp")
@@ -96,6 +93,14 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
                 _write_under_hidden_name(path, lambda named: shutil.copyfileobj(unnamed, named))
 
 
+def replace(path: Path, make: Callable[[Path], object]) -> None:
+    """Make something under a hidden name beside `path`, then let it take that name at once."""
+    hidden = _hidden_path(path.parent)
+    with _removed_on_error(hidden):
+        make(hidden)
+        hidden.replace(path)
+
+
 def write_json(path: Path, content: Any) -> None:
     """Write JSON, whole or not at all; raises OutputError like `write_atomically`."""
     text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -144,61 +149,6 @@ def check_no_source_in(folders: Iterable[Path], sources: Iterable[Path]) -> None
                 f"{source} lies in, or links to a file in, {there[0]}, where files would be replaced; "
                 "choose another folder for the output"
             )
-
-
-def check_replaceable(folder: Path, names: Iterable[str]) -> None:
-    """Refuse names under which a folder holds what `put_files` did not put there.
-
-    Links are not what is lost when they are replaced; files are, unless COPIES lists them.
-
-    Raises:
-        InputError: one is in use.
-        OutputError: the folder cannot be read.
-    """
-    with output_errors(folder):
-        copied = _copied(folder)
-        for path in (folder / name for name in names):
-            try:
-                mode = path.lstat().st_mode
-            except (FileNotFoundError, NotADirectoryError):
-                continue
-            if stat.S_ISLNK(mode) or (copied and stat.S_ISREG(mode) and sha256(path) in copied):
-                continue
-            raise InputError(
-                f"{path} is there and was not put there by cwdm, or has changed since; "
-                "move it away, or choose another folder for the output"
-            )
-
-
-def put_files(sources: Mapping[str, Path], folder: Path, copy: bool = False, without: Collection[str] = ()) -> None:
-    """Link to files, or copy them, under the names given; what else is in the folder stays.
-
-    Each name changes at once, and only links and copies that were put there before are replaced. Links are absolute
-    and lead to the file itself.
-
-    Args:
-        sources: name in the folder -> file.
-        folder: is made if there is none.
-        without: names of earlier links and copies to take away.
-
-    Raises:
-        InputError: a name is in use by something else, then nothing is changed; or a source cannot be read.
-        OutputError: the folder cannot be written.
-    """
-    check_replaceable(folder, (*sources, *without))
-    digests = {name: _sha256_of_source(source) for name, source in sources.items()} if copy else {}
-    with output_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        if new := set(digests.values()) - (before := _copied(folder)):
-            # Ahead of the copies, and with the old ones, so that a run that is killed among them can be run again.
-            write_json(folder / COPIES, {"sha256": sorted(before | new)})
-        for name in without:
-            (folder / name).unlink(missing_ok=True)
-        for name, source in sources.items():
-            if copy:
-                _copy(source, folder / name, digests[name])
-            else:
-                _link_to(source, folder / name)
 
 
 def sha256(path: Path) -> str:
@@ -261,10 +211,7 @@ def _give_name(unnamed: BinaryIO, path: Path) -> None:
     try:
         _link(unnamed, path)
     except FileExistsError:
-        hidden = _hidden_path(path.parent)
-        with _removed_on_error(hidden):
-            _link(unnamed, hidden)
-            hidden.replace(path)
+        replace(path, lambda hidden: _link(unnamed, hidden))
 
 
 def _link(unnamed: BinaryIO, path: Path) -> None:
@@ -322,7 +269,7 @@ def _removed_on_error(path: Path) -> Iterator[None]:
         raise
 
 
-# Links and copies
+# Which folder, and where links lead
 
 
 def _identity(folder: Path) -> tuple[int, int] | None:
@@ -342,36 +289,3 @@ def _hops(path: Path) -> Iterator[Path]:
         if not path.is_symlink():
             return
         path = path.parent / path.readlink()
-
-
-def _copied(folder: Path) -> set[str]:
-    """Checksums of the copies that were put into a folder."""
-    try:
-        return set(map(str, json.loads((folder / COPIES).read_bytes())["sha256"]))
-    except (OSError, ValueError, KeyError, TypeError):
-        return set()
-
-
-def _sha256_of_source(source: Path) -> str:
-    try:
-        return sha256(source)
-    except OSError as error:
-        raise InputError(f"{source} cannot be read: {error.strerror}") from error
-
-
-def _copy(source: Path, target: Path, digest: str) -> None:
-    if not target.is_symlink() and target.is_file() and sha256(target) == digest:
-        return
-    try:
-        file = source.open("rb")
-    except OSError as error:
-        raise InputError(f"{source} cannot be read: {error.strerror}") from error
-    with file:
-        write_atomically(target, lambda copy: shutil.copyfileobj(file, copy))
-
-
-def _link_to(source: Path, target: Path) -> None:
-    hidden = _hidden_path(target.parent)
-    with _removed_on_error(hidden):
-        hidden.symlink_to(os.path.realpath(source))
-        hidden.replace(target)

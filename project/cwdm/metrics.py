@@ -1,4 +1,4 @@
-"""Figures of merit of a synthesised volume against the true one; arrays and numbers only.
+"""Metrics of a synthesised volume against the true one; arrays and numbers only.
 
 SSIM is that of Wang et al. (2004), equation 13, with a Gaussian window of 1.5 voxels (11×11×11), population
 covariances, k1 = 0.01 and k2 = 0.03: what scikit-image (`gaussian_weights=True`), MONAI and torchmetrics compute.
@@ -16,10 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.ndimage import gaussian_filter, uniform_filter
 
-from cwdm.images import Box, bounding_box
-
-Volume = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
+from cwdm.arrays import Box, Mask, Volume, bounding_box
 
 BRASYN_PERCENTILES = (0.5, 99.5)
 

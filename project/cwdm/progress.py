@@ -1,5 +1,6 @@
-"""What a person sees of a long run: bars on a terminal, one plain line an event elsewhere."""
+"""What a person sees: lines, and of a long run bars on a terminal, one plain line an event elsewhere."""
 
+import logging
 import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
@@ -25,6 +26,32 @@ def printable(text: str, lines: bool = True) -> str:
 def to_stderr() -> Console:
     """Standard output stays clean."""
     return Console(stderr=True, highlight=False)
+
+
+def print_line(line: object) -> None:
+    """A result, on standard output."""
+    print(printable(str(line)))
+
+
+def print_notice(line: object) -> None:
+    """What is not a result, on standard error."""
+    to_stderr().print(printable(str(line)), markup=False, soft_wrap=True)
+
+
+def print_error(message: object) -> None:
+    """What went wrong, on standard error."""
+    print_notice(f"error: {message}")
+
+
+class _Printable(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
+
+
+def make_logs_printable() -> None:
+    """Warnings in the log of a program that sets up none, as lines for a terminal."""
+    if logging.lastResort:
+        logging.lastResort.setFormatter(_Printable())
 
 
 def bars(console: Console | None = None, shown: bool = True) -> Progress:

@@ -1,18 +1,64 @@
-"""The published checkpoints' names: the one place that knows them.
+"""The published checkpoints: how they are read, and the one place that knows the names in them.
 
-The published files carry tensors and nothing else, so the architecture is read off names and shapes.
+They carry tensors and nothing else, so the architecture is read off names and shapes.
 """
 
+import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from cwdm.errors import WeightsError
+from cwdm.errors import WeightsError, listed
 from cwdm.unet import ResBlock, SkipBody, UNet, UNetConfig, WaveletBody
 
 PUBLISHED_CT = "lidc-idri_"
 """How the names of WDM's files begin that were trained on CT, those to download and those of its training code."""
+
+
+def read_tensors(path: Path) -> Mapping[Any, Any]:
+    """State dict of a published file, which runs no code from it.
+
+    Raises:
+        WeightsError: damaged, no state dict, tensors of another kind or larger than the file, or more than tensors.
+    """
+    tensors = _read_pickle(path)
+    if not isinstance(tensors, Mapping):
+        raise WeightsError(f"expected a state dict, found a {type(tensors).__name__}")
+    odd = [
+        str(name)
+        for name, value in tensors.items()
+        if isinstance(value, Tensor)
+        and (value.is_nested or value.layout is not torch.strided or value.device.type != "cpu")
+    ]
+    if odd:
+        raise WeightsError(f"expected plain tensors, found sparse or nested ones, or some without data: {listed(odd)}")
+    claimed = sum(value.nbytes for value in tensors.values() if isinstance(value, Tensor))
+    if claimed > 2 * path.stat().st_size:  # a block under two names is stored once and counted twice
+        raise WeightsError(f"its tensors claim {claimed:,} bytes, more than the file holds; refused")
+    return tensors
+
+
+def _read_pickle(path: Path) -> Any:
+    """A `torch.save` file, tensors only: `weights_only` runs no code from the file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise WeightsError("compressed entries, which PyTorch never writes; refused")
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            "the file asks to run code or holds more than tensors, so it was refused; "
+            f"save the plain state dict, best as safetensors ({str(error).splitlines()[0]})"
+        ) from error
+    except (WeightsError, OSError):
+        raise
+    except Exception as error:  # what a damaged pickle can raise has no end
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise WeightsError(f"not a whole PyTorch weights file ({reason}); copy or download it again") from error
 
 
 def published_names(model: UNet) -> dict[str, str]:

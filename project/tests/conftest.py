@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import SHAPE, TINY, link_case
 
-from cwdm.phantoms.scanner import write_phantoms
+from cwdm.phantoms import write_phantoms
 from cwdm.weights.folder import PUBLISHED_FILES
 from cwdm.weights.untrained import untrained_state
 

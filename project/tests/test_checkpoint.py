@@ -247,6 +247,61 @@ def test_crafted_headers_are_refused(tmp_path: Path, header: str | None, match: 
             read(tmp_path / "t1n.safetensors")
 
 
+def rewrite(path: Path, **changes: object) -> None:
+    """Change entries of our header; None takes one away."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:end])
+    ours = {**json.loads(header["__metadata__"]["cwdm"]), **changes}
+    ours = {name: value for name, value in ours.items() if value is not None}
+    header["__metadata__"]["cwdm"] = json.dumps(ours)
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + data[end:])
+
+
+@pytest.mark.parametrize(
+    ("changes", "found"),
+    [
+        ({"format": 3}, "format 3, this version reads up to 1"),
+        ({"format": 2, "config": None, "network": {}}, "format 2, this version reads up to 1"),
+        (
+            {"record": {"flow": True, "a\nb": 1}},
+            r"its header has 2 unknown fields (a\nb, flow)",
+        ),
+        (
+            {"config": {"in_channels": 32, "heads": 4}},
+            "its header has 1 unknown fields (heads)",
+        ),
+    ],
+)
+def test_a_file_of_a_newer_version_is_told_in_one_sentence(
+    tmp_path: Path, changes: dict[str, object], found: str
+) -> None:
+    path = tmp_path / "t1n.safetensors"
+    checkpoint.save(path, load_published(untrained_state(TINY)), Record())
+    rewrite(path, **changes)
+    with pytest.raises(WeightsError) as caught:
+        checkpoint.load(path)
+    assert str(caught.value) == f"{path}: written by a newer cwdm ({found}); pip install --upgrade cwdm"
+
+
+def test_a_file_without_a_format_number_loads_as_before(tmp_path: Path) -> None:
+    path = tmp_path / "t1n.safetensors"
+    checkpoint.save(path, load_published(untrained_state(TINY)), Record(modality="t1n"))
+    new = checkpoint.load(path)
+    rewrite(path, format=None)
+    old = checkpoint.load(path)
+    assert (old.record, old.model.config) == (new.record, new.model.config)
+
+
+def test_intended_use_and_licence_are_said_where_they_are_known(tmp_path: Path) -> None:
+    path = tmp_path / "t1n.safetensors"
+    record = Record(intended_use="research on glioma, not diagnosis", licence="CC-BY-4.0")
+    checkpoint.save(path, load_published(untrained_state(TINY)), record)
+    assert checkpoint.load(path).record == record
+    assert not {"intended_use", "licence"} & set(Record().model_dump(mode="json"))
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(WeightsError, match=r"nothing\.pt: no such weights file"):
         checkpoint.load(tmp_path / "nothing.pt")

@@ -14,7 +14,7 @@ PACKAGE = Path(cwdm.__file__).parent
 
 FLOORS = (
     ("errors", "arrays"),
-    ("files", "progress", "signals", "precision", "device", "runner"),
+    ("files", "progress", "signals", "slurm", "precision", "device", "runner", "yaml12", "strict", "copies"),
     ("kernels",),
     ("wavelet", "diffusion", "samplers", "regression", "unet", "metrics"),
     ("published", "checkpoint", "settings"),

@@ -138,11 +138,11 @@ def test_the_range_of_a_pair_is_the_wider_one() -> None:
     assert value_range((prediction, truth * 3)) == pytest.approx(float(3 * truth.max()))
 
 
-@pytest.mark.parametrize("figure", [psnr, ssim, mse, mae, brasyn_ssim])
-def test_empty_mask_is_refused(figure) -> None:
+@pytest.mark.parametrize("metric", [psnr, ssim, mse, mae, brasyn_ssim])
+def test_empty_mask_is_refused(metric) -> None:
     prediction, truth, mask = volumes()
     with pytest.raises(ValueError, match="empty"):
-        figure(prediction, truth, np.zeros_like(mask))
+        metric(prediction, truth, np.zeros_like(mask))
 
 
 def test_what_cannot_be_scaled_is_refused() -> None:

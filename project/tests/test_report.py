@@ -23,7 +23,8 @@ from cwdm import checkpoint
 from cwdm.checkpoint import Record, load_published
 from cwdm.cli.app import app
 from cwdm.errors import InputError
-from cwdm.images.cases import find_cases, read_grid, write_nifti
+from cwdm.images.cases import find_cases
+from cwdm.images.image import read_grid, write_nifti
 from cwdm.report import write_report
 from cwdm.report_data import Places, read_records, read_shown
 from cwdm.weights.untrained import untrained_state

@@ -1,52 +1,57 @@
-"""The whole system on synthetic patients: make them, take a contrast away, synthesise it, compare with the truth."""
+"""`cwdm demo`: make synthetic patients, take a modality away, synthesise it, compare with the truth."""
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
+import typer
 
-from cwdm.errors import CaseError, InputError
-from cwdm.images import (
-    CaseFolder,
-    brain_mask,
-    case_folder,
-    find_cases,
-    list_folder,
-    normalise,
-    output_name,
-    read_case,
-    read_volume,
-)
-from cwdm.inference import Synthesizer, synthesise_cohort
-from cwdm.metrics import psnr, ssim
-from cwdm.phantoms import write_phantoms
-from cwdm.prepare import drop_modalities
-from cwdm.report import Comparison, draw_comparisons
-from cwdm.weights import BUNDLED
+from cwdm import images, inference, phantoms, prepare
+from cwdm.cli.old import REQUIRED, Word, either
+from cwdm.cli.options import count, output
+from cwdm.errors import CaseError, InputError, needs_extra
+from cwdm.progress import print_line
+
+if TYPE_CHECKING:
+    from cwdm.images import CaseFolder
+    from cwdm.report import Comparison
 
 SEED = 20
 NAME = "BraTS-PHANTOM-"
 """How the names of synthetic patients begin."""
 
 
-def run_demo(out: Path, cases: int, weights: Path | str = BUNDLED, log: Callable[[str], None] = print) -> Path:
-    """Run everything into a folder; patients that are there already are kept.
+def demo(
+    out: Word = None,
+    output_path: Annotated[Path | None, output(f"Folder for patients, results and the picture. {REQUIRED}")] = None,
+    num_cases: Annotated[int, count("cases", "How many synthetic patients to make.", most=16)] = 2,
+    weights: Annotated[
+        Path, typer.Option(help="Folder or file of weights, or 'bundled', the small ones that come with cwdm.")
+    ] = Path("bundled"),
+) -> None:
+    """Try everything on synthetic patients: make, drop, synthesise, compare, and draw a picture."""
+    folder = either(output_path, out, "--output_path")
+    print_line(f"look at {run_demo(folder, num_cases, weights, print_line)}")
 
-    Args:
-        weights: folder or file, or the small ones that come with cwdm.
+
+def run_demo(out: Path, cases: int, weights: Path, log: Callable[[str], None] = print_line) -> Path:
+    """Run everything into a folder; patients that are there already are kept.
 
     Returns:
         The picture: conditions, synthesis, truth and difference of every case.
     """
+    with needs_extra("report,eval", "what the demo needs"):
+        from cwdm.report import draw_comparisons
+
     _check_own(out / "patients")
     log(f"1/4 making {cases} synthetic patients in {out / 'patients'}")
-    write_phantoms(out / "patients", cases, SEED, on_case=lambda name: log(f"    {name}"))
-    log(f"2/4 taking one contrast away from each, into {out / 'input'}")
-    dropped = drop_modalities(out / "patients", out / "input", SEED)
+    phantoms.write_phantoms(out / "patients", cases, SEED, on_case=lambda name: log(f"    {name}"))
+    log(f"2/4 taking one modality away from each, into {out / 'input'}")
+    dropped = prepare.drop_modalities(out / "patients", out / "input", SEED)
     log(f"3/4 synthesising what is missing into {out / 'output'}")
-    folders = [folder for folder in find_cases(out / "input") if folder.name in dict(dropped)]
-    synthesizer = Synthesizer(weights, device="cpu")
-    outcomes = synthesise_cohort(folders, synthesizer, out / "output", overwrite=True, report=out / "report")
+    folders = [folder for folder in images.find_cases(out / "input") if folder.name in dict(dropped)]
+    synthesizer = inference.Synthesizer(weights, device="cpu")
+    outcomes = inference.synthesise_cohort(folders, synthesizer, out / "output", overwrite=True, report=out / "report")
     if failed := [outcome for outcome in outcomes if outcome.status == "failed"]:
         raise CaseError(failed[0].case, failed[0].reason)
     log("4/4 comparing with the truth")
@@ -65,24 +70,27 @@ def _check_own(patients: Path) -> None:
     Raises:
         InputError: the folder holds others than synthetic ones.
     """
-    entries = list_folder(patients, "synthetic patients") if patients.exists() else []
+    entries = images.list_folder(patients, "synthetic patients") if patients.exists() else []
     if others := [entry.name for entry in entries if not entry.name.startswith((NAME, "."))]:
         raise InputError(f"{patients} holds {others[0]}, which is no synthetic patient; choose another folder")
 
 
-def _compare(out: Path, folder: CaseFolder, modality: str) -> Comparison:
-    case = read_case(folder)
-    truth_path = case_folder(out / "patients" / folder.name).files[modality]
-    synthesis, _ = normalise(read_volume(out / "output" / output_name(folder.name, modality)))
-    truth, _ = normalise(read_volume(truth_path))
-    seg = read_volume(truth_path.with_name(f"{folder.name}-seg.nii.gz"))
-    mask = brain_mask(case.volumes.values())
+def _compare(out: Path, folder: "CaseFolder", modality: str) -> "Comparison":
+    from cwdm.metrics import psnr, ssim
+    from cwdm.report import Comparison
+
+    case = images.read_case(folder)
+    truth_path = images.case_folder(out / "patients" / folder.name).files[modality]
+    synthesis, _ = images.normalise(images.read_volume(out / "output" / images.output_name(folder.name, modality)))
+    truth, _ = images.normalise(images.read_volume(truth_path))
+    seg = images.read_volume(truth_path.with_name(f"{folder.name}-seg.nii.gz"))
+    mask = images.brain_mask(case.volumes.values())
     return Comparison(
         name=folder.name,
-        conditions={name: normalise(volume)[0] for name, volume in case.volumes.items()},
+        conditions={name: images.normalise(volume)[0] for name, volume in case.volumes.items()},
         target=modality,
         synthesis=synthesis,
         truth=truth,
         caption=f"PSNR {psnr(synthesis, truth, mask):.1f} dB, SSIM {ssim(synthesis, truth, mask):.3f} in the brain",
-        slice_index=int(np.argmax(np.count_nonzero(seg, axis=(0, 1)))),  # where the tumour is largest
+        slice_index=int((seg != 0).sum(axis=(0, 1)).argmax()),  # where the tumour is largest
     )

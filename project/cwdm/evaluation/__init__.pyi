@@ -1,8 +1,10 @@
 from .cache import ScoreCache as ScoreCache
-from .score import score_pairs as score_pairs
+from .folders import Evaluation as Evaluation
+from .folders import evaluate as evaluate
+from .folders import score_pairs as score_pairs
+from .pairs import Pair as Pair
+from .pairs import find_pairs as find_pairs
+from .score import Score as Score
+from .score import score_pair as score_pair
 from .sets import evaluate_generated as evaluate_generated
-from .tables import Evaluation as Evaluation
-from .tables import contrasts as contrasts
 from .tables import tables as tables
-from .tables import translations as translations
-from .tables import write_evaluation as write_evaluation

@@ -3,29 +3,28 @@
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
 from cwdm import __version__
-from cwdm.evaluation.catalogue import RULES
-from cwdm.evaluation.score import Pair, Score, Scorer, score_pair
+from cwdm.evaluation.definitions import VERSIONS
+from cwdm.evaluation.pairs import Pair
+from cwdm.evaluation.score import Score, Scorer, score_pair
 from cwdm.files import write_json
-
-_SCORE = TypeAdapter(Score)
 
 
 @dataclass(frozen=True)
 class ScoreCache:
-    """A file an image; what it was made from and by is part of it, and by which version of each figure's rule.
+    """A file an image; what it was made from and by is part of it, and by which version of each metric's rule.
 
     Attributes:
         folder: must exist.
         make: makes a score that is not there yet.
         means: what it depends on beside the pair's files, in words, such as the segmenter's command.
         programs: files that it depends on; what else there is is not noticed.
-        rules: the versions of the figures' rules.
+        versions: of the metrics' rules.
         renew: nothing that is there counts.
         used: scores that were found.
     """
@@ -34,7 +33,7 @@ class ScoreCache:
     make: Scorer = score_pair
     means: Sequence[str] = ()
     programs: Sequence[Path] = ()
-    rules: Mapping[str, int] = field(default_factory=lambda: RULES)
+    versions: Mapping[str, int] = field(default_factory=lambda: VERSIONS)
     renew: bool = False
     used: list[Score] = field(default_factory=list)
 
@@ -45,7 +44,7 @@ class ScoreCache:
         if known is None:
             known = self.make(pair)
             if key and key == self._key(pair):  # else the files have changed since
-                write_json(self._path(pair), {"key": key, "score": asdict(known)})
+                write_json(self._path(pair), {"key": key, "score": known.record()})
         return known
 
     def _get(self, pair: Pair, key: str) -> Score | None:
@@ -53,7 +52,7 @@ class ScoreCache:
             return None
         try:
             found = json.loads(self._path(pair).read_text(encoding="utf-8"))
-            score = _SCORE.validate_python(found["score"]) if found["key"] == key else None
+            score = Score.of_record(found["score"]) if found["key"] == key else None
         except (OSError, ValueError, KeyError, TypeError, ValidationError):
             return None
         self.used.extend([score] if score else [])
@@ -64,10 +63,10 @@ class ScoreCache:
 
     def _key(self, pair: Pair) -> str:
         """Of the files and means, or empty where a file is not there."""
-        files = [pair.prediction, pair.truth, *pair.contrasts.values(), pair.seg, *self.programs]
+        files = [pair.prediction, pair.truth, *pair.others.values(), pair.seg, *self.programs]
         try:
             stats = [(str(file.resolve()), (s := file.stat()).st_size, s.st_mtime_ns) for file in files if file]
         except (OSError, RuntimeError):
             return ""
-        text = json.dumps([__version__, dict(self.rules), list(self.means), list(pair.contrasts), stats])
+        text = json.dumps([__version__, dict(self.versions), list(self.means), list(pair.others), stats])
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

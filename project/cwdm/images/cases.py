@@ -1,44 +1,32 @@
-"""BraTS case folders and the NIfTI files in them; no other module knows file names or NIfTI.
+"""BraTS case folders: which files are a case's, and its volumes; no module outside `images` knows file names.
 
 A case is a folder, and its name is the folder's. Files are recognised by their endings, as in
 `BraTS-GLI-00001-000-t1n.nii.gz`, `BraTS20_Training_001_flair.nii` or plain `t2.nii.gz`.
-
-Input files are not trusted. The header is read alone and checked first; then exactly the voxels that it
-promises are read, slice by slice, so that no file can cost more memory than the largest volume allowed.
 """
 
 import errno
-import gzip
-import itertools
 import logging
-import math
 import os
 import re
-import struct
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO, NamedTuple, cast
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from isal import igzip, isal_zlib
-from nibabel import orientations
-from nibabel.spatialimages import HeaderDataError
 
 from cwdm import __version__
+from cwdm.arrays import Affine, Volume
 from cwdm.errors import CaseError, InputError
-from cwdm.files import write_atomically
-
-Volume = npt.NDArray[np.float32]
-Affine = npt.NDArray[np.float64]
+from cwdm.images.grids import check_same_grid, spacing_mm
+from cwdm.images.nifti import FileError, affine_of, by, is_oriented, load, shape_of, write
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 """In the order in which the networks take them."""
 
-NEAREST = {"t1n": "t1c", "t1c": "t1n", "t2w": "t2f", "t2f": "t2w"}
-"""The contrast that looks most like each."""
+MOST_SIMILAR = {"t1n": "t1c", "t1c": "t1n", "t2w": "t2f", "t2f": "t2w"}
+"""The modality that looks most like each."""
 
 _ALIASES = {"t1": "t1n", "t1ce": "t1c", "t1gd": "t1c", "t2": "t2w", "flair": "t2f"}
 _ENDINGS = "|".join((*MODALITIES, *_ALIASES))
@@ -50,15 +38,7 @@ _SYSTEM_FOLDERS = {"lost+found", "System Volume Information", "$RECYCLE.BIN"}
 
 LONGEST_NAME = 255  # bytes that file systems allow
 _LONGEST_ENDING = "-t1n-spread.nii.gz"  # that a file named after a case gets
-_MAX_AXIS = 1024
-_MAX_VOXELS = 512**3
-_MAX_OFFSET = 1 << 20  # bytes before the first voxel, extensions included; BraTS files have up to 3 KiB
-_MAX_FILE = 9 * _MAX_VOXELS  # bytes; 8 a voxel, and what does not shrink hardly grows
-
 _LONGEST_DESCRIPTION = 79  # characters, and a zero behind them
-
-_REAL_TYPES = {2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280}  # NIfTI codes of integers and floats up to 64 bits
-
 _USUAL_SHAPE = (240, 240, 155)
 
 MARK = "synthesised by cwdm"
@@ -101,7 +81,7 @@ class CaseFolder:
 
 @dataclass(frozen=True)
 class Case:
-    """Three contrasts of one head, and the name of the fourth; fewer, where a network can do with them.
+    """Three modalities of one head, and the name of the fourth; fewer, where a network can do with them.
 
     Args:
         name: the case's name.
@@ -109,7 +89,7 @@ class Case:
         volumes: modality -> (X, Y, Z) float32 in the units and the voxel order of the file,
             in the order of MODALITIES.
         affine: (4, 4), voxel indices to mm.
-        header: of the nearest contrast, as NIfTI-1, of the volume's shape.
+        header: of the nearest modality, as NIfTI-1, of the volume's shape.
         warnings: what is unusual about the case, in plain words.
     """
 
@@ -123,21 +103,17 @@ class Case:
     @property
     def has_orientation(self) -> bool:
         """Whether the header says how the head lies; without it the affine is a guess of nibabel's."""
-        return bool(self.header["qform_code"] or self.header["sform_code"])
+        return is_oriented(self.header)
 
     @property
     def nearest(self) -> str:
-        """The contrast most like the target, of those that are there."""
+        """The modality most like the target, of those that are there."""
         return nearest_of(self.target, self.volumes)
 
 
-class _FileError(Exception):
-    """A file cannot be used; the message says what was expected and found."""
-
-
 def nearest_of(target: str, there: Collection[str]) -> str:
-    """The contrast most like the target, of those that are there."""
-    return NEAREST[target] if NEAREST[target] in there else next(iter(there))
+    """The modality most like the target, of those that are there."""
+    return MOST_SIMILAR[target] if MOST_SIMILAR[target] in there else next(iter(there))
 
 
 def find_cases(data_path: Path, flat: bool = True) -> list[CaseFolder]:
@@ -202,11 +178,11 @@ def case_files(case: CaseFolder) -> dict[str, Path]:
 
 
 def read_case(folder: CaseFolder) -> Case:
-    """Read and check the contrasts of a case.
+    """Read and check the modalities of a case.
 
     Raises:
         CaseError: other than exactly one modality is missing and none is chosen, or a file is damaged, is not one 3D
-            volume of finite real numbers with some contrast, or does not share the others' voxel grid.
+            volume of finite real numbers that is not constant, or does not share the others' voxel grid.
     """
     target = _target(folder)
     volumes: dict[str, Volume] = {}
@@ -215,89 +191,15 @@ def read_case(folder: CaseFolder) -> Case:
     for modality in (name for name in MODALITIES if name in folder.files and name != target):
         path = folder.files[modality]
         try:
-            volumes[modality], headers[modality] = _read_volume(path)
-            affines[modality] = _affine(headers[modality])
+            volumes[modality], headers[modality] = load(path)
+            affines[modality] = affine_of(headers[modality])
             _check_content(volumes[modality])
-        except _FileError as error:
+        except FileError as error:
             raise CaseError(folder.name, f"{path.name}: {error}") from error
     nearest = nearest_of(target, volumes)
     check_same_grid(folder.name, nearest, volumes, affines)
     warnings = (*_grid_warnings(headers[nearest], affines[nearest]), *_background_warnings(volumes))
     return Case(folder.name, target, volumes, affines[nearest], headers[nearest], warnings)
-
-
-def read_volume(path: Path) -> Volume:
-    """Read one file on its own: (X, Y, Z) float32 in the voxel order of the file.
-
-    Raises:
-        InputError: it is damaged, or is not one 3D volume of real numbers.
-    """
-    try:
-        return _read_volume(path)[0]
-    except _FileError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-class Image(NamedTuple):
-    """A volume and where its voxels lie.
-
-    Attributes:
-        volume: (X, Y, Z) float32 in the units and the voxel order of the file.
-        affine: (4, 4), voxel indices to mm.
-        oriented: whether the header gives the affine. Without qform and sform it is a guess of nibabel's, and the
-            volume is taken as stored like BraTS.
-    """
-
-    volume: Volume
-    affine: Affine
-    oriented: bool
-
-
-def read_grid(path: Path) -> Image:
-    """Read one file of finite numbers.
-
-    Raises:
-        InputError: it is damaged, is not one 3D volume of finite real numbers, or its affine is not invertible.
-    """
-    try:
-        volume, header = _read_volume(path)
-        if not np.isfinite(volume).all():
-            raise _FileError("holds NaN or infinity; replace them, with 0 outside the brain")
-        return Image(volume, _affine(header), bool(header["qform_code"] or header["sform_code"]))
-    except _FileError as error:
-        raise InputError(f"{path}: {error}") from error
-
-
-def read_description(path: Path) -> str:
-    """What the header of a file says in words; empty where it says nothing or cannot be read."""
-    try:
-        with _open(path) as stream:
-            text = bytes(_parse_header(stream)["descrip"].tobytes())
-    except (_FileError, EOFError, OSError, isal_zlib.IsalError):  # type: ignore[misc]  # its stubs name an instance
-        return ""
-    return text.rstrip(b"\0").decode("ascii", "replace")
-
-
-def in_order_of(like: Image, image: Image, case: str, names: tuple[str, str]) -> Volume:
-    """The volume of `image` with its axes permuted and reversed to the voxel order of `like`; a view.
-
-    Where one of both does not say how its voxels lie, they are taken as stored alike.
-
-    Args:
-        names: of `like` and `image`, for messages.
-
-    Raises:
-        CaseError: the voxels of the two do not lie at the same places.
-    """
-    volume, affine = image.volume, like.affine
-    if like.oriented and image.oriented:  # else one of the affines is a guess
-        # Between voxel indices, so that equal grids stay as they are however obliquely they lie.
-        change = orientations.io_orientation(np.linalg.inv(like.affine) @ image.affine)
-        affine = image.affine @ orientations.inv_ornt_aff(change, volume.shape)
-        volume = orientations.apply_orientation(volume, change)
-    first, second = names
-    check_same_grid(case, first, {first: like.volume, second: volume}, {first: like.affine, second: affine})
-    return volume
 
 
 def output_name(case: str, modality: str) -> str:
@@ -311,8 +213,8 @@ def write_volume(path: Path, volume: npt.ArrayLike, like: Case, native: bool = T
     Args:
         path: the file; appears whole or not at all.
         volume: (X, Y, Z) real numbers in the voxel order of the case.
-        like: the case; the contrast nearest to its target gives the header.
-        native: the intensities are the scanner's: rounded to the integer type that the nearest contrast
+        like: the case; the modality nearest to its target gives the header.
+        native: the intensities are the scanner's: rounded to the integer type that the nearest modality
             is stored in, if it is. Otherwise, and for [0, 1], float32 is written.
         made_with: for the header, at most 48 characters.
 
@@ -327,31 +229,7 @@ def write_volume(path: Path, volume: npt.ArrayLike, like: Case, native: bool = T
         raise CaseError(like.name, f"the synthesised {like.target} has {bad} voxels that are not finite numbers")
     voxels = _to_stored_type(values, header) if native else values
     _mark_as_synthesised(header, like.target, made_with)
-    _write(path, voxels, header)
-
-
-def write_nifti(
-    path: Path, voxels: npt.NDArray[np.generic], affine: Affine, description: str = "", oriented: bool = True
-) -> None:
-    """Write a volume that belongs to no case yet as .nii.gz, in the type it has; same input, same bytes.
-
-    Args:
-        path: the file; appears whole or not at all.
-        voxels: (X, Y, Z) real numbers.
-        affine: (4, 4), voxel indices to mm.
-        description: for the header, at most 79 characters.
-        oriented: False leaves open how the voxels lie in space.
-
-    Raises:
-        OutputError: the file cannot be written.
-    """
-    header = nib.Nifti1Header()
-    header.set_data_shape(voxels.shape)
-    header.set_qform(affine, code=int(oriented))
-    header.set_sform(affine, code=int(oriented))
-    header.set_xyzt_units("mm")
-    header["descrip"] = description
-    _write(path, voxels, header)
+    write(path, voxels, header)
 
 
 # Folders
@@ -502,130 +380,6 @@ def _target(folder: CaseFolder) -> str:
     )
 
 
-# Reading one file
-
-
-def _read_volume(path: Path) -> tuple[Volume, nib.Nifti1Header]:
-    try:
-        if path.is_dir():
-            raise _FileError("is a folder, expected a file")
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
-            raise _FileError("is not a regular file")
-        # A gzip file may hold any number of empty members and zeros, through which its reader must go.
-        if (size := path.stat().st_size) > _MAX_FILE:
-            raise _FileError(f"expected at most {_MAX_FILE:,} bytes, found {size:,}; store the contrast as a 3D volume")
-        with _open(path) as stream:
-            header = _read_header(stream)
-            volume = _read_voxels(stream, header)
-            # Reading on to the end makes gzip compare its checksum.
-            if len(stream.read(_MAX_OFFSET)) == _MAX_OFFSET:
-                raise _FileError("holds far more than the volume that its header describes; write it again")
-    except EOFError as error:
-        raise _FileError("the compressed data end too early; copy or download the file again") from error
-    except (gzip.BadGzipFile, isal_zlib.IsalError) as error:  # type: ignore[misc]  # its stubs name an instance
-        raise _FileError(f"is not a sound gzip file ({error}); copy or download it again") from error
-    except OSError as error:
-        raise _FileError(f"cannot be read: {error.strerror}") from error
-    return volume, _as_nifti1(header, volume.shape)
-
-
-def _open(path: Path) -> IO[bytes]:
-    if path.name.lower().endswith(".gz"):
-        with path.open("rb") as file:
-            if (start := file.read(2)) not in (b"\x1f\x8b", b""):  # of other files igzip says that they end too early
-                raise _FileError(f"is not a sound gzip file (it begins with {start!r}); copy or download it again")
-        # Compares checksums like the gzip module, and passes over empty members ten times as fast.
-        return cast(IO[bytes], igzip.open(path, "rb"))
-    return path.open("rb")
-
-
-def _read_header(stream: IO[bytes]) -> nib.Nifti1Header | nib.Nifti2Header:
-    """Read the header and check whatever decides how much will be read."""
-    header = _parse_header(stream)
-    shape = _shape(header)
-    if len(shape) < 3 or any(length != 1 for length in shape[3:]):
-        raise _FileError(f"expected one 3D volume, found {_by(shape)} voxels; store each contrast as a 3D volume")
-    if min(shape) < 1 or max(shape) > _MAX_AXIS or math.prod(shape) > _MAX_VOXELS:
-        raise _FileError(
-            f"expected 1 to {_MAX_AXIS} voxels along each axis and at most {_MAX_VOXELS} in all, "
-            f"found {_by(shape)}; the header is damaged, or the volume should be resampled"
-        )
-    if int(header["datatype"]) not in _REAL_TYPES:
-        raise _FileError(
-            f"expected one real number a voxel, found {header.get_value_label('datatype')}; store plain intensities"
-        )
-    try:
-        header.get_slope_inter()
-    except HeaderDataError as error:
-        raise _FileError(f"the header is damaged ({error})") from error
-    offset = float(header["vox_offset"])
-    if not header.sizeof_hdr + 4 <= offset <= _MAX_OFFSET:
-        raise _FileError(f"the header is damaged: voxels should begin within 1 MiB, found byte {offset:g}")
-    stream.read(int(offset) - header.sizeof_hdr)
-    return header
-
-
-def _parse_header(stream: IO[bytes]) -> nib.Nifti1Header | nib.Nifti2Header:
-    size = stream.read(4)
-    for kind, magic in ((nib.Nifti1Header, b"n+1\0"), (nib.Nifti2Header, b"n+2\0\r\n\x1a\n")):
-        for order in "<>":
-            if size != struct.pack(f"{order}i", kind.sizeof_hdr):
-                continue
-            block = size + stream.read(kind.sizeof_hdr - 4)
-            if len(block) == kind.sizeof_hdr and magic in block:
-                return kind(block, endianness=order, check=False)
-    raise _FileError("is not a NIfTI file (.nii) or ends within its header; convert or copy it again")
-
-
-def _shape(header: nib.Nifti1Header | nib.Nifti2Header) -> tuple[int, ...]:
-    rank, *lengths = (int(length) for length in header["dim"])
-    if not 1 <= rank <= 7:
-        raise _FileError(f"the header is damaged: expected 3 axes, found {rank}")
-    return tuple(lengths[:rank])
-
-
-def _read_voxels(stream: IO[bytes], header: nib.Nifti1Header | nib.Nifti2Header) -> Volume:
-    """Read the volume slice by slice, so that no other copy of it is ever in memory."""
-    dtype = header.get_data_dtype()
-    slope, inter = header.get_slope_inter()
-    shape = _shape(header)[:3]
-    slice_bytes = shape[0] * shape[1] * dtype.itemsize
-    volume = np.empty(shape, np.float32, order="F")
-    for z in range(shape[2]):
-        data = stream.read(slice_bytes)
-        if len(data) < slice_bytes:
-            raise _FileError(f"expected {_by(shape)} voxels, the file ends in slice {z + 1}; copy it again")
-        values = np.frombuffer(data, dtype).reshape(shape[:2], order="F")
-        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found among the infinities
-            volume[:, :, z] = values if slope is None else values * np.float64(slope) + np.float64(inter)
-    return volume
-
-
-def _as_nifti1(header: nib.Nifti1Header | nib.Nifti2Header, shape: tuple[int, ...]) -> nib.Nifti1Header:
-    """The same header as little-endian NIfTI-1 of a 3D volume."""
-    nifti1 = nib.Nifti1Header(endianness="<")
-    own = {"sizeof_hdr", "magic", "vox_offset"}
-    for field in set(nifti1.keys()) & set(header.keys()) - own:
-        nifti1[field] = header[field]
-    nifti1.set_data_shape(shape)
-    for code in ("qform_code", "sform_code"):
-        if nifti1[code] < 0:  # the standard counts codes above 0 alone, nibabel all but 0
-            nifti1[code] = 0
-    return nifti1
-
-
-def _affine(header: nib.Nifti1Header) -> Affine:
-    try:
-        affine = np.asarray(header.get_best_affine(), np.float64)
-    except (HeaderDataError, ValueError) as error:
-        raise _FileError(f"the orientation in the header is damaged ({error})") from error
-    lengths = np.linalg.norm(affine[:3, :3], axis=0)
-    # Below 1e-3 of a box's volume the axes nearly lie in a plane.
-    if not (np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-3 * lengths.prod() > 0):
-        raise _FileError(f"the affine in the header is not invertible: {affine.tolist()}; repair the header")
-    return affine
-
-
 # Checking content
 
 
@@ -633,44 +387,21 @@ def _check_content(volume: Volume) -> None:
     finite = np.isfinite(volume)
     if not finite.all():
         bad = volume.size - np.count_nonzero(finite)
-        raise _FileError(f"{bad} voxels are NaN or infinite; replace them, with 0 outside the brain")
+        raise FileError(f"{bad} voxels are NaN or infinite; replace them, with 0 outside the brain")
     low, high = float(volume.min()), float(volume.max())
     if low == high:
-        raise _FileError(f"every voxel is {low:g}; the image is empty, export it again")
-
-
-def check_same_grid(case: str, nearest: str, volumes: Mapping[str, Volume], affines: Mapping[str, Affine]) -> None:
-    """Volumes of one shape whose voxels lie at the same places; `nearest` is the one that the others are held to.
-
-    Raises:
-        CaseError: they do not.
-    """
-    if len({volume.shape for volume in volumes.values()}) > 1:
-        found = ", ".join(f"{modality} {_by(volume.shape)}" for modality, volume in volumes.items())
-        raise CaseError(case, f"expected volumes of one shape, found {found}; resample them to one grid")
-    # Half a voxel: less, and every voxel still lies nearest to its partner; rounding in headers moves corners
-    # by micrometres, a wrong grid by voxels.
-    corners = [(*corner, 1) for corner in itertools.product(*((0, n - 1) for n in volumes[nearest].shape))]
-    tolerance_mm = 0.5 * _spacing_mm(affines[nearest]).min()
-    for modality, affine in affines.items():
-        shift_mm = np.linalg.norm((affine - affines[nearest]) @ np.transpose(corners), axis=0).max()
-        if shift_mm > tolerance_mm:
-            raise CaseError(
-                case,
-                f"expected volumes on one grid, found corners of {modality} and {nearest} {shift_mm:.3g} mm "
-                "apart (affines differ); register or resample them to one grid",
-            )
+        raise FileError(f"every voxel is {low:g}; the image is empty, export it again")
 
 
 def _grid_warnings(header: nib.Nifti1Header, affine: Affine) -> Iterable[str]:
-    shape = _shape(header)
+    shape = shape_of(header)
     if sorted(shape) != sorted(_USUAL_SHAPE):
-        yield f"{_by(shape)} voxels instead of the {_by(_USUAL_SHAPE)} that the weights were trained on"
-    spacing_mm = _spacing_mm(affine)
-    if np.abs(spacing_mm - 1).max() > 0.01:
-        found = _by(f"{length:.3g}" for length in spacing_mm)
+        yield f"{by(shape)} voxels instead of the {by(_USUAL_SHAPE)} that the weights were trained on"
+    edges_mm = spacing_mm(affine)
+    if np.abs(edges_mm - 1).max() > 0.01:
+        found = by(f"{length:.3g}" for length in edges_mm)
         yield f"voxels of {found} mm instead of the 1 mm that the weights were trained on"
-    if not (header["qform_code"] or header["sform_code"]):
+    if not is_oriented(header):
         yield "the header does not say how the head lies (no qform, no sform); taken as stored like BraTS (LPS)"
 
 
@@ -679,14 +410,6 @@ def _background_warnings(volumes: Mapping[str, Volume]) -> Iterable[str]:
     share = {name: np.count_nonzero(volume == 0) / volume.size for name, volume in volumes.items()}
     if full := [name for name, zeros in share.items() if zeros < 0.2]:
         yield f"{', '.join(full)}: hardly any voxel is 0; the skull should be removed and the background be 0"
-
-
-def _spacing_mm(affine: Affine) -> npt.NDArray[np.float64]:
-    return cast(npt.NDArray[np.float64], np.linalg.norm(affine[:3, :3], axis=0))
-
-
-def _by(lengths: Iterable[object]) -> str:
-    return "×".join(map(str, lengths))
 
 
 # Writing
@@ -709,16 +432,3 @@ def _mark_as_synthesised(header: nib.Nifti1Header, modality: str, made_with: str
     header["descrip"] = f"{MARK} {__version__} ({modality})"[:room] + behind
     for leftover in ("cal_min", "cal_max", "glmin", "glmax", "intent_code", "aux_file", "intent_name"):
         header[leftover] = 0 if header[leftover].dtype.kind in "iuf" else b""
-
-
-def _write(path: Path, voxels: npt.NDArray[np.generic], header: nib.Nifti1Header) -> None:
-    """Write voxels as they are; of the header, what says how they are stored is set here."""
-    header.set_data_dtype(voxels.dtype)
-    header.set_slope_inter(1, 0)
-    header.set_data_offset(header.single_vox_offset)
-    header["magic"] = header.single_magic
-    contents = header.binaryblock + bytes(4) + voxels.tobytes(order="F")  # four zeros: no extensions
-
-    # Neither time nor name inside, so that equal volumes make equal files.
-    packed = igzip.compress(contents, 2, mtime=0)
-    write_atomically(path, lambda file: file.write(packed))

@@ -1,24 +1,18 @@
-"""Intensity and geometry between files and network, each with its inverse; tensors and numbers only."""
+"""Windows and voxel orders between files and network, each with its inverse."""
 
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import reduce
 from types import EllipsisType
-from typing import Literal, NamedTuple, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 from nibabel import orientations
 
-Volume = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
-Box = tuple[slice, ...]
-Rule = Literal["mask", "threshold", "none"]
-AnyType = TypeVar("AnyType", bound=np.generic)
+from cwdm.arrays import Affine, Mask, bounding_box
 
-CLIP_QUANTILES = (0.001, 0.999)
-"""Of the whole volume, background included, as published."""
+AnyType = TypeVar("AnyType", bound=np.generic)
 
 MOST_WINDOW_VOXELS = 4 * 224 * 224 * 160
 """The network's memory grows with the window: beyond this, one case would take down a machine that can do the rest."""
@@ -28,119 +22,6 @@ ORIENTATION = "LPS"
 
 PUBLISHED_WINDOW = (224, 224, 160)
 """Voxels that the published weights see of the 240×240×155 of a BraTS volume."""
-
-
-class ClipRange(NamedTuple):
-    """The intensities that became 0 and 1; both are float32 numbers."""
-
-    low: float
-    high: float
-
-
-# Intensity
-
-
-def normalise(volume: Volume) -> tuple[Volume, ClipRange]:
-    """Clip a volume to its 0.1 and 99.9 percentiles and map them to 0 and 1, as published.
-
-    Args:
-        volume: of any shape, finite, float32.
-
-    Returns:
-        The volume in [0, 1], where both ends occur, and the intensities that they stand for.
-
-    Raises:
-        ValueError: the percentiles are equal.
-    """
-    low, high = (np.float32(value) for value in clip_range(volume))
-    unit = np.clip(volume, low, high)
-    unit -= low
-    unit /= high - low
-    return unit, ClipRange(float(low), float(high))
-
-
-def clip_range(volume: Volume) -> ClipRange:
-    """The intensities that `normalise` maps to 0 and 1; raises ValueError if they are equal."""
-    low, high = (np.float32(value) for value in _quantiles(volume, CLIP_QUANTILES))
-    with np.errstate(over="ignore"):
-        span = high - low
-    if not np.isfinite(span):
-        raise ValueError(f"intensities from {low:g} to {high:g} are more than can be scaled; rescale the image")
-    if not span > 0:
-        raise ValueError(
-            f"99.8 % of the voxels have the same intensity ({low:g}), so there is nothing to scale; "
-            "check that the image is complete"
-        )
-    return ClipRange(float(low), float(high))
-
-
-def denormalise(unit: Volume, clip_range: ClipRange) -> Volume:
-    """Map 0 and 1 back to the intensities they stood for; values outside go beyond them."""
-    low, high = clip_range
-    return unit * np.float32(high - low) + np.float32(low)
-
-
-def brain_mask(volumes: Iterable[npt.NDArray[np.generic]]) -> Mask:
-    """Union of the nonzero voxels of skull-stripped volumes (X, Y, Z), before they are normalised.
-
-    Interpolation leaves negative values inside brains, so anything but zero counts.
-    """
-    return reduce(np.logical_or, (volume != 0 for volume in volumes))
-
-
-def foreground(unit: Volume, rule: Rule, brain_mask: Mask, threshold: float) -> Mask:
-    """Which voxels are kept: those of the mask, those above the threshold (in [0, 1] units), or all."""
-    if rule == "mask":
-        return brain_mask
-    if rule == "threshold":
-        return unit > np.float32(threshold)
-    return np.ones(unit.shape, np.bool_)
-
-
-def _quantiles(volume: Volume, quantiles: tuple[float, ...]) -> list[float]:
-    """What np.quantile(volume, quantiles) gives in float64, without sorting the background.
-
-    Most of a skull-stripped volume is 0. The sorted volume is the negative values, the zeros, the positive
-    values; only those parts that hold a wanted rank are partitioned. Several times as fast as np.quantile.
-    """
-    values = volume.ravel(order="K")
-    negative, positive = values[values < 0], values[values > 0]
-    first_positive = values.size - positive.size
-
-    def at(rank: int) -> float:
-        if rank < negative.size:
-            negative.partition(rank)
-            return float(negative[rank])
-        if rank < first_positive:
-            return 0.0
-        positive.partition(rank - first_positive)
-        return float(positive[rank - first_positive])
-
-    def between(quantile: float) -> float:
-        position = quantile * (values.size - 1)
-        rank = int(position)
-        neighbours = at(rank), at(min(rank + 1, values.size - 1))
-        return float(np.quantile(neighbours, position - rank))
-
-    return [between(quantile) for quantile in quantiles]
-
-
-def bounding_box(mask: Mask, margin: int = 0) -> Box:
-    """The smallest box around the voxels of a mask, wider by a margin where the volume allows; empty if the mask is."""
-    box = []
-    for axis in range(mask.ndim):
-        occupied = np.flatnonzero(mask.any(axis=tuple(other for other in range(mask.ndim) if other != axis)))
-        first, end = (int(occupied[0]) - margin, int(occupied[-1]) + 1 + margin) if occupied.size else (0, 0)
-        box.append(slice(max(0, first), min(end, mask.shape[axis])))
-    return tuple(box)
-
-
-def block_means(volume: npt.NDArray[np.generic], n: int) -> npt.NDArray[np.float32]:
-    """The means of cubes of n³ voxels of (..., X, Y, Z), float32; what fills no cube at the end is left out."""
-    *_, x, y, z = (length // n for length in volume.shape)
-    blocks = volume[..., : x * n, : y * n, : z * n].reshape(*volume.shape[:-3], x, n, y, n, z, n)
-    means: npt.NDArray[np.float32] = blocks.mean(axis=(-5, -3, -1), dtype=np.float32)
-    return means
 
 
 # Window
@@ -235,22 +116,6 @@ def tight_window(brain_mask: Mask, multiple: int, least: tuple[int, int, int] = 
     return Window(_three(starts), _three(sizes), _three(brain_mask.shape))
 
 
-def centre(volume: npt.NDArray[AnyType], axis: int, length: int) -> npt.NDArray[AnyType]:
-    """Crop or pad with zeros to a length, the same on both sides; what is left over goes to the end."""
-    have = volume.shape[axis]
-    start = centred_start(have, length)
-    if have >= length:
-        return volume.take(range(start, start + length), axis)
-    padding = [(0, 0)] * volume.ndim
-    padding[axis] = (-start, length - have + start)
-    return np.pad(volume, padding)
-
-
-def centred_start(have: int, length: int) -> int:
-    """First of `have` voxels that `centre` keeps; negative by as many as it puts before them."""
-    return (have - length) // 2 if have >= length else -((length - have) // 2)
-
-
 def _check_size(sizes: list[int]) -> None:
     if math.prod(sizes) > MOST_WINDOW_VOXELS:
         raise ValueError(f"the brain needs a window of {sizes} voxels, too many to compute; resample the case to 1 mm")
@@ -286,7 +151,7 @@ class Orientation:
         return cls((0, 1, 2), (False, False, False))
 
     @classmethod
-    def to(cls, code: str, affine: npt.NDArray[np.float64]) -> "Orientation":
+    def to(cls, code: str, affine: Affine) -> "Orientation":
         """From the voxel order that an affine (4, 4) describes to the one with a code.
 
         Args:
@@ -312,3 +177,8 @@ class Orientation:
     @property
     def _flipped(self) -> tuple[int, ...]:
         return tuple(axis for axis, flip in enumerate(self.flips) if flip)
+
+
+def to_lps(affine: Affine, oriented: bool) -> Orientation:
+    """From a file's voxel order to the network's, LPS; a file that does not say its own counts as stored like BraTS."""
+    return Orientation.to(ORIENTATION, affine) if oriented else Orientation.identity()

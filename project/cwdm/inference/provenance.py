@@ -1,4 +1,4 @@
-"""What a synthesised image was made with, in the few characters of its header, so that a later run can compare."""
+"""What decides an image beside its case: whole for its record, and in a few characters for its header."""
 
 import hashlib
 import json
@@ -9,13 +9,26 @@ from pathlib import Path
 from typing import Any
 
 from cwdm.images import read_description
+from cwdm.pipeline import Pipeline
+from cwdm.settings import Settings
 
 _MARK = re.compile(r"weights ([0-9a-f]{12}), settings ([0-9a-f]{8})")
 
 
+def describe(pipeline: Pipeline, settings: Settings) -> dict[str, Any]:
+    """What decides a result beside the case itself, for the record."""
+    checkpoint = pipeline.checkpoint
+    return {
+        "weights": {"file": str(checkpoint.path), "sha256": checkpoint.sha256},
+        "weights_record": checkpoint.record.model_dump(mode="json"),
+        **pipeline.describe(),
+        "settings": settings.model_dump(mode="json"),
+    }
+
+
 @dataclass(frozen=True)
 class Provenance:
-    """What decides an image beside its case.
+    """The same as short checksums, so that a later run can compare.
 
     Attributes:
         weights: the first 12 digits of the sha256 of the weights' file.
@@ -30,7 +43,7 @@ class Provenance:
 
 
 def provenance(described: Mapping[str, Any]) -> Provenance:
-    """The provenance in a description like that of `Synthesizer.describe`, whatever machine computed."""
+    """The provenance in what `describe` gives, whatever machine computed."""
     others = {key: value for key, value in described.items() if key not in ("weights", "weights_record", "device")}
     # As asked for, these may be left open; what came of them stands beside.
     settings = {key: value for key, value in others["settings"].items() if key not in ("sampler", "precision")}

@@ -1,4 +1,4 @@
-"""A check of a set of weights before anyone depends on it: load, and synthesise each contrast of a tiny phantom."""
+"""A check of a set of weights before anyone depends on it: load, and synthesise each modality of a tiny phantom."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,16 +19,16 @@ SHAPE, SPACING_MM = (44, 52, 40), 4.5
 def self_test(
     weights: Path | str | None,
     modalities: Sequence[str] = MODALITIES,
-    on_contrast: Callable[[str], None] = lambda line: None,
+    on_modality: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Synthesise each contrast of a phantom of a few voxels with one step, on the device that is there.
+    """Synthesise each modality of a phantom of a few voxels with one step, on the device that is there.
 
     Args:
         weights: as for `Synthesizer`.
-        on_contrast: is told about each contrast that works.
+        on_modality: is told about each modality that works.
 
     Raises:
-        WeightsError: weights for a contrast are missing, damaged or give no image.
+        WeightsError: weights for a modality are missing, damaged or give no image.
     """
     with TemporaryDirectory() as folder:
         path = write_phantoms(Path(folder), 1, seed=0, shape=SHAPE, spacing_mm=SPACING_MM)[0]
@@ -37,7 +37,7 @@ def self_test(
         for modality in modalities:
             files = {name: file for name, file in case.files.items() if name != modality}
             result = synthesizer(replace(case, files=files))
-            loaded = synthesizer.load(modality)
+            loaded = synthesizer.pipeline(modality).checkpoint
             if not np.isfinite(result.volume).all():
                 raise WeightsError(f"{loaded.path}: the {modality} it makes is not finite")
-            on_contrast("; ".join((f"{modality}: {loaded.path} works", *loaded.warnings)))
+            on_modality("; ".join((f"{modality}: {loaded.path} works", *loaded.warnings)))

@@ -7,25 +7,33 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from pydantic import ValidationError
 
 from cwdm import __version__
+from cwdm.arrays import Affine, Volume
 from cwdm.errors import CaseError, OutputError, WeightsError
 from cwdm.files import check_apart, check_writable, remove_stale
-from cwdm.images import LONGEST_NAME, MOST_WINDOW_VOXELS, centre, centred_start, write_nifti
+from cwdm.images import (
+    LONGEST_NAME,
+    MOST_WINDOW_VOXELS,
+    Grid,
+    PairSettings,
+    Subject,
+    centre,
+    centred_start,
+    decode,
+    list_subjects,
+    write_nifti,
+)
 from cwdm.inference.generate import check_same_origin, check_size, describe_volumes
 from cwdm.pipeline import Pipeline
+from cwdm.runner import Outcome, run_each
 from cwdm.settings import Settings
-from cwdm.training import DataSettings, Grid, Subject, decode, list_subjects
 
 RECORD = "translations.json"
 MOST_VOXELS = 8 * MOST_WINDOW_VOXELS
 """Of a window before its voxels are averaged; weights that nobody checked say what it is."""
-
-Affine = npt.NDArray[np.float64]
-Volume = npt.NDArray[np.float32]
 
 
 class Translation(NamedTuple):
@@ -60,19 +68,19 @@ class Translator:
         self.pipeline = Pipeline.load(weights, settings=self.settings, device=device)
         trained = self.pipeline.checkpoint.record.trained_on
         try:
-            data = DataSettings.model_validate({**trained, "path": "."})
+            data = PairSettings.model_validate(trained)
         except ValidationError as error:
             raise WeightsError(f"{weights}: does not say what it was trained on") from error
         if data.layout != "files" or not data.images or not data.images[1:] or not isinstance(data.window, list):
             raise WeightsError(f"{weights}: was not trained on pairs of images; try 'cwdm infer' or 'cwdm sample'")
         sizes = [divmod(n, data.downsample) for n in data.window]
         check_size(self.pipeline, [n for n, _ in sizes])
-        channels = sum(len(image.labels) if image.labels is not None else 1 for image in data.images)
+        channels = sum(image.channels for image in data.images)
         expected, found = 8 * channels, self.pipeline.checkpoint.model.config.in_channels
         if expected != found or any(rest for _, rest in sizes) or math.prod(data.window) > MOST_VOXELS:
             raise WeightsError(f"{weights}: its network of {found} inputs does not fit what it says of its images")
-        self.target, self.downsample, self.window = data.images[0], data.downsample, data.window
-        self.given = data.model_copy(update={"images": data.images[1:]})
+        self.target, *self.given = data.images
+        self.downsample, self.window = data.downsample, data.window
 
     def find(self, folder: Path) -> list[Subject]:
         """The cases of a folder that have the first of the images needed, sorted by name.
@@ -90,7 +98,7 @@ class Translator:
         Raises:
             CaseError: an image is missing or damaged, or the images lie on different grids.
         """
-        volumes = decode(subject, self.given)
+        volumes = decode(subject, self.given, self.window, self.downsample)
         unit, grid = volumes.unit(), volumes.files[0].grid
         condition = self.pipeline.encode(torch.from_numpy(unit)[None])
         coefficients = self.pipeline.sample(condition, seeds=[self.settings.seed], callback=lambda *_: on_step())
@@ -120,7 +128,7 @@ def translate(
     output: Path,
     on_case: Callable[[str], None] = lambda line: None,
     expect: Callable[[int], None] = lambda total: None,
-) -> list[str]:
+) -> list[Outcome]:
     """Write OUTPUT/<case>.nii.gz for every case of a folder; a bad case is told and passed over, a finished one stays.
 
     `translations.json` beside the images says what they were made with, and that they are synthesised.
@@ -128,9 +136,6 @@ def translate(
     Args:
         on_case: what became of a case, in words.
         expect: told how many there are.
-
-    Returns:
-        The names of the cases that failed.
 
     Raises:
         InputError: no case has the images needed.
@@ -145,27 +150,26 @@ def translate(
         output / RECORD, {"synthesised": True, **describe_volumes(translator.pipeline, translator.settings)}
     )
     expect(len(subjects))
-    return [subject.name for subject in subjects if not _translate_one(translator, subject, output, on_case)]
+    return run_each(
+        subjects,
+        lambda subject: _write_one(translator, subject, output / f"{subject.name}.nii.gz"),
+        name=lambda subject: subject.name,
+        # Path.exists raises where the name is too long
+        is_finished=lambda subject: os.path.exists(output / f"{subject.name}.nii.gz"),  # noqa: PTH110
+        on_outcome=lambda outcome: on_case(outcome.line),
+    )
 
 
-def _translate_one(translator: Translator, subject: Subject, output: Path, on_case: Callable[[str], None]) -> bool:
-    path = output / f"{subject.name}.nii.gz"
+def _write_one(translator: Translator, subject: Subject, path: Path) -> None:
     try:
-        if os.path.exists(path):  # noqa: PTH110  # Path.exists raises where the name is too long
-            on_case(f"{subject.name}: is there already")
-            return True
         made = translator(subject)
         description = f"synthesised by cwdm {__version__}, no acquisition"
         write_nifti(path, made.volume, made.affine, description, made.oriented)
     except OutputError as error:
         if len(os.fsencode(path.name)) <= LONGEST_NAME:
             raise  # the next case would meet it too
-        on_case(f"{subject.name}: FAILED: {error}")
-    except CaseError as error:
-        on_case(f"{subject.name}: FAILED: {error.reason}")
+        raise CaseError(subject.name, str(error)) from error
+    except CaseError:
+        raise
     except Exception as error:  # whatever it is, it must not take the other cases down
-        on_case(f"{subject.name}: FAILED: {str(error) or type(error).__name__}")
-    else:
-        on_case(f"{subject.name}: written")
-        return True
-    return False
+        raise CaseError(subject.name, str(error) or type(error).__name__) from error

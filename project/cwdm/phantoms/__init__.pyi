@@ -1,3 +1,3 @@
-from .scanner import WIDE as WIDE
-from .scanner import make_phantom as make_phantom
-from .scanner import write_phantoms as write_phantoms
+from .patients import make_phantom as make_phantom
+from .patients import write_phantoms as write_phantoms
+from .variation import WIDE as WIDE

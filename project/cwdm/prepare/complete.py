@@ -1,22 +1,14 @@
 """Case folders with all four modalities for a segmenter: the originals and the synthesised one, marked as such."""
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from cwdm import __version__
-from cwdm.errors import CaseError, CwdmError, InputError
-from cwdm.files import (
-    check_apart,
-    check_no_source_in,
-    check_replaceable,
-    output_errors,
-    put_files,
-    sha256,
-    write_json,
-)
+from cwdm.copies import check_replaceable, put_files
+from cwdm.errors import CaseError, CwdmError
+from cwdm.files import check_apart, check_no_source_in, output_errors, sha256, write_json
 from cwdm.images import (
     CaseFolder,
     case_files,
@@ -27,25 +19,18 @@ from cwdm.images import (
     read_description,
     read_grid,
 )
+from cwdm.runner import Outcome, run_each
 
 NOTICE = "holds a synthesised image, which is no substitute for an acquisition"
 
 
-@dataclass(frozen=True)
-class Completed:
-    """What became of a case.
-
-    Attributes:
-        modalities: what was synthesised, or should be.
-        reason: why the case was not completed; empty if it was.
-    """
-
-    case: str
-    modalities: tuple[str, ...]
-    reason: str = ""
-
-
-def complete_cases(data_path: Path, synthesised: Path, out: Path, copy: bool = False) -> Iterator[Completed]:
+def complete_cases(
+    data_path: Path,
+    synthesised: Path,
+    out: Path,
+    copy: bool = False,
+    on_outcome: Callable[[Outcome], None] = lambda outcome: None,
+) -> list[Outcome]:
     """Write OUT/<case>/ with the files of each case, its synthesised images and a record of what is synthesised.
 
     The record is <case>-synthesised.json; it is written before the images, so that none stands there unmarked.
@@ -57,9 +42,7 @@ def complete_cases(data_path: Path, synthesised: Path, out: Path, copy: bool = F
         synthesised: flat folder of <case>-<modality>.nii.gz, as `cwdm infer` writes it; never written to.
         copy: copy the files instead of linking to them. Links are absolute: they survive a move of OUT, but do not
             lead out of a container that mounts OUT alone.
-
-    Yields:
-        Each case once it is done, sorted by name.
+        on_outcome: told about each case once it is done, sorted by name.
 
     Raises:
         InputError: there is no case, or OUT lies in a folder that is only read, or holds what a file there links to.
@@ -75,17 +58,19 @@ def complete_cases(data_path: Path, synthesised: Path, out: Path, copy: bool = F
         [out / folder.name for folder in folders],
         (path for folder in folders for path in (*_usable(folder), *_images(folder, synthesised).values())),
     )
-    return (_complete(folder, synthesised, out / folder.name, copy) for folder in folders)
+    return run_each(
+        folders,
+        lambda folder: _complete(folder, synthesised, out / folder.name, copy),
+        name=lambda folder: folder.name,
+        on_outcome=on_outcome,
+    )
 
 
-def _complete(folder: CaseFolder, synthesised: Path, target: Path, copy: bool) -> Completed:
-    try:
-        _write_case(folder, _checked_images(folder, synthesised), target, copy)
-    except CaseError as error:
-        return Completed(folder.name, folder.missing, error.reason)
-    except InputError as error:
-        return Completed(folder.name, folder.missing, str(error))
-    return Completed(folder.name, folder.missing)
+def _complete(folder: CaseFolder, synthesised: Path, target: Path, copy: bool) -> tuple[str, ...]:
+    """Complete a case; returns what its user should know."""
+    _write_case(folder, _checked_images(folder, synthesised), target, copy)
+    several = len(folder.missing) > 1
+    return (f"its {' and '.join(folder.missing)} {'are' if several else 'is'} synthesised, not acquired",)
 
 
 def _usable(folder: CaseFolder) -> Collection[Path]:
@@ -102,7 +87,7 @@ def _images(folder: CaseFolder, synthesised: Path) -> dict[str, Path]:
 
 
 def _checked_images(folder: CaseFolder, synthesised: Path) -> dict[str, Path]:
-    """Modality -> synthesised image of a case, each known to be sound and on the grid of the contrast nearest to it."""
+    """Modality -> synthesised image of a case, each known to be sound and on the grid of the modality nearest to it."""
     if folder.problem:
         raise CaseError(folder.name, folder.problem)
     if not folder.missing:

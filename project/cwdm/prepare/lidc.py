@@ -8,21 +8,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pydicom
 from scipy import ndimage
 
-from cwdm.errors import CaseError, CwdmError, InputError
+from cwdm.arrays import Volume
+from cwdm.errors import CaseError, InputError
 from cwdm.files import check_apart, check_writable, remove_stale
 from cwdm.images import centre, write_nifti
+from cwdm.runner import Outcome, run_each
 
 AIR_HU = -1000.0
 UPPER_QUANTILE = 0.999
 SIZE = 256
 FEWEST_SLICES = 8
 MOST_VOXELS = 1024**3
-
-Volume = npt.NDArray[np.float32]
 
 LAS = np.diag([-1.0, 1.0, 1.0, 1.0])
 """Affine of the volumes: they run to the left, to the front and upwards, as WDM's converter from DICOM stores them."""
@@ -49,11 +48,11 @@ class Prepared(NamedTuple):
         return f"CT, [0, 1] is {low:.0f} to {high:.0f} HU{padded}"
 
 
-def prepare_lidc(source: Path, out: Path, on_case: Callable[[str], None] = lambda line: None) -> list[CwdmError]:
+def prepare_lidc(source: Path, out: Path, on_case: Callable[[str], None] = lambda line: None) -> list[Outcome]:
     """Write OUT/<patient>-<series>.nii.gz for every CT series below a folder of DICOM files; finished ones stay.
 
-    Returns:
-        The series that could not be used, with the reason; the others are written.
+    Args:
+        on_case: told what became of each series, in words.
 
     Raises:
         InputError: there is no CT series.
@@ -63,21 +62,19 @@ def prepare_lidc(source: Path, out: Path, on_case: Callable[[str], None] = lambd
     series = find_series(source)
     check_writable(out)
     remove_stale(out)
-    faults: list[CwdmError] = []
-    for name, files in series.items():
-        path = out / f"{name}.nii.gz"
-        if path.exists():
-            on_case(f"{name}: there already")
-            continue
-        try:
-            prepared = prepare(name, *read_series(name, files))
-        except CaseError as error:
-            faults.append(error)
-            on_case(f"error: {error}")
-            continue
-        write_nifti(path, prepared.volume, LAS, prepared.description)
+
+    def write(name: str) -> None:
+        prepared = prepare(name, *read_series(name, series[name]))
+        write_nifti(out / f"{name}.nii.gz", prepared.volume, LAS, prepared.description)
         on_case(f"{name}: written; {prepared.description}")
-    return faults
+
+    def tell(outcome: Outcome) -> None:
+        if outcome.status != "written":
+            on_case(outcome.line)
+
+    return run_each(
+        series, write, name=str, is_finished=lambda name: (out / f"{name}.nii.gz").exists(), on_outcome=tell
+    )
 
 
 def find_series(source: Path) -> dict[str, list[Path]]:

@@ -22,9 +22,10 @@ import safetensors.numpy
 
 from cwdm.errors import CaseError, OutputError
 from cwdm.files import check_writable, sha256, write_atomically, write_json
+from cwdm.images import DecodedFile, Grid, ImageSettings, Subject, Volumes
 from cwdm.progress import tracked
-from cwdm.training.settings import DataSettings, ImageSettings
-from cwdm.training.volumes import DecodedFile, Grid, Subject, Triple, Volumes, decode_file, images_of, in_window
+from cwdm.training.settings import DataSettings
+from cwdm.training.volumes import Triple, decode_file, images_of, in_window
 
 FORMAT = 2
 """The entries' format; a new number makes old entries worthless."""

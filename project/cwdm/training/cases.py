@@ -9,14 +9,13 @@ from lightning_fabric import Fabric
 
 from cwdm.errors import CaseError, InputError, SettingsError
 from cwdm.files import check_apart, check_writable, remove_stale
-from cwdm.images import MODALITIES, find_cases
+from cwdm.images import MODALITIES, Subject, find_cases, list_subjects
 from cwdm.progress import printable, to_stderr
 from cwdm.training.cache import Cache, CachedSubject
 from cwdm.training.data import Samples
 from cwdm.training.launch import gather, on_all_ranks, processes
 from cwdm.training.loader import check_shared_memory
 from cwdm.training.settings import DataSettings, TrainingSettings
-from cwdm.training.volumes import Subject, list_subjects
 
 
 class Found(NamedTuple):
@@ -36,7 +35,7 @@ def find_subjects(folder: Path, data: DataSettings) -> Found:
     if data.layout == "brats":
         return _find_brats(folder, data)
     found = Found([], [])
-    for subject in list_subjects(folder, data):
+    for subject in list_subjects(folder, data.images or []):
         if lacking := [str(file) for file in subject.files if not file.is_file()]:
             found.faults.append(CaseError(subject.name, f"expected {', '.join(lacking)}; there is no such file"))
         else:

@@ -4,8 +4,10 @@ It depends on the settings, the cases and n alone: on neither the number of proc
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -13,7 +15,6 @@ from torch.utils.data import Dataset
 from cwdm.diffusion import TIMESTEPS
 from cwdm.training.cache import Cache, CachedSubject
 from cwdm.training.settings import TrainingSettings
-from cwdm.training.volumes import Array
 
 
 class Samples(Dataset[dict[str, Tensor]]):
@@ -59,7 +60,9 @@ class Samples(Dataset[dict[str, Tensor]]):
         order = np.random.default_rng([self.settings.seed, epoch, 1]).permutation(len(self.subjects))
         return self.subjects[order[place]]
 
-    def _conditions(self, rng: np.random.Generator, channels: int, target: int) -> tuple[Array, Array]:
+    def _conditions(
+        self, rng: np.random.Generator, channels: int, target: int
+    ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Gamma of each condition, and whether the network sees it."""
         data = self.settings.data
         conditions = channels if data.condition_on == "any" else channels - 1

@@ -13,6 +13,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from cwdm.errors import CwdmError, SettingsError
+from cwdm.slurm import slurm_job
 from cwdm.training.settings import TrainingSettings
 
 T = TypeVar("T")
@@ -33,7 +34,8 @@ def launch(settings: TrainingSettings) -> Fabric:
     strategy: Any = DDPStrategy(timeout=timedelta(days=1)) if devices * nodes > 1 else "auto"
     precision: Any = "bf16-mixed" if settings.precision == "bf16" else "32-true"
     # In a batch script Slurm's variables are there too, and Fabric would wait for tasks that no one started.
-    alone: Any = LightningEnvironment() if "SLURM_NTASKS" in os.environ and not _is_task_of_slurm() else None
+    waits = (job := slurm_job()) and not job.is_task and not torch.distributed.is_torchelastic_launched()
+    alone: Any = LightningEnvironment() if waits else None
     try:
         fabric = Fabric(
             accelerator=device, strategy=strategy, devices=devices, num_nodes=nodes, precision=precision, plugins=alone
@@ -64,18 +66,9 @@ def processes(settings: TrainingSettings) -> tuple[int, int]:
     if torch.distributed.is_torchelastic_launched():
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         return devices, int(os.environ["WORLD_SIZE"]) // devices
-    return _tasks_of_slurm() if _is_task_of_slurm() else (settings.devices, settings.nodes)
-
-
-def _is_task_of_slurm() -> bool:
-    """Whether `srun` started this process as one of several; batch scripts and salloc's shell count one task a step."""
-    return "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_STEP_NUM_TASKS", 1)) > 1
-
-
-def _tasks_of_slurm() -> tuple[int, int]:
-    """Tasks on each machine, and machines."""
-    nodes = int(os.environ["SLURM_NNODES"])
-    return int(os.environ["SLURM_NTASKS"]) // nodes, nodes
+    if (job := slurm_job()) and job.is_task:
+        return job.tasks // job.nodes, job.nodes
+    return settings.devices, settings.nodes
 
 
 def on_all_ranks(fabric: Fabric, work: Callable[[], T]) -> T:

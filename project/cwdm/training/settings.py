@@ -2,7 +2,7 @@
 
 from dataclasses import fields
 from importlib.resources import files
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
@@ -11,21 +11,11 @@ from pydantic import AfterValidator, Field, create_model, model_validator
 from cwdm.checkpoint import ANY, Record, orthogonal_wavelet
 from cwdm.diffusion import PUBLISHED, known_schedule
 from cwdm.errors import SettingsError
-from cwdm.images import PUBLISHED_WINDOW
+from cwdm.images import PUBLISHED_WINDOW, ImageSettings, Range, Size
 from cwdm.samplers import known_sampler
-from cwdm.settings import StrictSettings, read_settings
+from cwdm.strict import StrictSettings, read_settings
 from cwdm.unet import UNetConfig
 
-Size = Annotated[list[Annotated[int, Field(ge=2, le=1024)]], Field(min_length=3, max_length=3)]
-
-
-def _rising(values: list[float]) -> list[float]:
-    if not -1e6 < values[0] < values[1] < 1e6:
-        raise ValueError("must be two rising numbers within a million")
-    return values
-
-
-Range = Annotated[list[float], Field(min_length=2, max_length=2), AfterValidator(_rising)]
 Positive = Annotated[int, Field(ge=1)]
 Number = Annotated[float, Field(strict=False)]  # a quoted '1e-5' too
 Folder = Annotated[Path, Field(strict=False)]
@@ -36,28 +26,6 @@ PUBLISHED_SAMPLES = 1_200_000
 
 FEW_STEPS = 10
 """Of a sampler, that a validation can afford."""
-
-
-def _inside(file: str) -> str:
-    path = PurePosixPath(file)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError("must be a path inside the data folder")
-    return file
-
-
-class ImageSettings(StrictSettings):
-    """One image of a case in the layout `files`.
-
-    Attributes:
-        file: its path inside the data folder, with `{case}` where the case's name stands.
-        labels: for a label map: the values that become one channel of 0 and 1 each.
-        intensity: how its numbers become [0, 1]: clipped to the 0.1 and 99.9 percentiles, or to a range such as
-            [-1000, 1000] HU.
-    """
-
-    file: Annotated[str, AfterValidator(_inside)]
-    labels: list[int] | None = None
-    intensity: Literal["percentiles"] | Range = "percentiles"
 
 
 class DataSettings(StrictSettings):
@@ -282,7 +250,7 @@ class TrainingSettings(StrictSettings):
         data = self.data
         if data.layout == "brats":
             return {"others": 3, "any": 4, "nothing": 0}[data.condition_on]
-        return sum(1 if image.labels is None else len(image.labels) for image in (data.images or [])[1:])
+        return sum(image.channels for image in (data.images or [])[1:])
 
     @property
     def dtype(self) -> torch.dtype:

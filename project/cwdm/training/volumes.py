@@ -1,158 +1,25 @@
-"""Any images of a case, decoded: files found by their names, read into the network's voxel order, and cut to a window.
+"""Cases as training sees them: decoded, and cut to the window that inference would take."""
 
-A file is kept as the smallest box that holds all that is not 0, in its own numbers; `Volumes` puts the files of a case
-together in the window and, with `unit`, into [0, 1].
-"""
-
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
 
 import numpy as np
-import numpy.typing as npt
 
-from cwdm.arrays import Mask, block_means, bounding_box
-from cwdm.errors import CaseError, CwdmError, InputError
+from cwdm.arrays import Mask
 from cwdm.images import (
-    ORIENTATION,
-    Orientation,
-    Window,
-    centre,
-    centred_start,
-    check_same_grid,
+    DecodedFile,
+    ImageSettings,
+    Subject,
+    Volumes,
+    centred_window,
     choose_window,
-    clip_range,
-    read_grid,
     tight_window,
 )
-from cwdm.training.settings import DataSettings, ImageSettings
+from cwdm.images import decode_file as decode_whole
+from cwdm.images import in_window as lay
+from cwdm.training.settings import DataSettings
 
-Array = npt.NDArray[Any]
 Triple = tuple[int, int, int]
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A case on disk: the files of its images, in the order of the settings."""
-
-    name: str
-    files: tuple[Path, ...]
-
-
-class Grid(NamedTuple):
-    """Where the voxels of a file lie.
-
-    Attributes:
-        shape: (X, Y, Z) in the order of the file.
-        affine: (4, 4), voxel indices to mm.
-        oriented: whether the file says so; else it counts as stored like BraTS, as in inference.
-    """
-
-    shape: tuple[int, ...]
-    affine: npt.NDArray[np.float64]
-    oriented: bool
-
-    @property
-    def orientation(self) -> Orientation:
-        """From the order of the file to the network's."""
-        return Orientation.to(ORIENTATION, self.affine) if self.oriented else Orientation.identity()
-
-
-class Voxels(Protocol):
-    """An array (C, X, Y, Z), or one on disk that is read where it is indexed."""
-
-    def __getitem__(self, index: tuple[slice, ...], /) -> Array: ...
-
-
-@dataclass(frozen=True)
-class DecodedFile:
-    """Channels of one file in the network's voxel order, cut to the smallest box that holds all that is not 0.
-
-    Attributes:
-        voxels: of the box, in the numbers of the file.
-        start, size: the box.
-        shape: of the whole volume.
-        whole: all are whole numbers, stored as int16.
-        ranges: what becomes 0 and 1, (C, 2).
-        grid: of the file.
-    """
-
-    voxels: Voxels
-    start: Triple
-    size: Triple
-    shape: Triple
-    whole: bool
-    ranges: npt.NDArray[np.float32]
-    grid: Grid
-
-
-@dataclass(frozen=True)
-class Volumes:
-    """Channels of a case in its window; beyond the volume stands what becomes 0.
-
-    Attributes:
-        files: on one grid.
-        start: of the window, negative where it begins before the volume.
-        shape: of the window.
-    """
-
-    files: tuple[DecodedFile, ...]
-    start: Triple
-    shape: Triple
-
-    @property
-    def ranges(self) -> npt.NDArray[np.float32]:
-        """What becomes 0 and 1, (C, 2)."""
-        return np.concatenate([file.ranges for file in self.files])
-
-    @property
-    def whole(self) -> bool:
-        """Whether int16 holds all that is in the window."""
-        return all(file.whole and np.all(file.ranges[:, 0] >= -(2**15)) for file in self.files)
-
-    def raw(self, box: tuple[slice, ...] | None = None, dtype: npt.DTypeLike = np.float32) -> Array:
-        """A part of all channels, (C, x, y, z), in the numbers of the files."""
-        box = box or tuple(slice(0, n) for n in self.shape)
-        first = [part.start + start for part, start in zip(box, self.start, strict=True)]
-        out = np.empty((len(self.ranges), *(part.stop - part.start for part in box)), dtype)
-        channel = 0
-        for file in self.files:
-            _fill(out[channel : channel + len(file.ranges)], file, first)
-            channel += len(file.ranges)
-        return out
-
-    def unit(self, box: tuple[slice, ...] | None = None) -> npt.NDArray[np.float32]:
-        """A part of all channels, clipped and scaled to [0, 1], (C, x, y, z)."""
-        low, high = self.ranges.T[:, :, None, None, None]
-        return (np.clip(self.raw(box), low, high) - low) / (high - low)
-
-
-def _fill(out: Array, file: DecodedFile, first: Sequence[int]) -> None:
-    """Put into `out` (C, x, y, z) what lies in the volume from the voxel `first` on."""
-    # Anything at or below the range becomes 0, and whole numbers fit into integers.
-    out[...] = np.floor(file.ranges[:, 0, None, None, None])
-    inside, _ = _overlap(first, out.shape[1:], (0, 0, 0), file.shape)
-    out[:, *inside] = 0
-    there, stored = _overlap(first, out.shape[1:], file.start, file.size)
-    if all(part.stop > part.start for part in stored):
-        out[:, *there] = file.voxels[slice(None), *stored]
-
-
-def _overlap(
-    first: Sequence[int], size: Sequence[int], start: Sequence[int], length: Sequence[int]
-) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where two boxes overlap, counted from the start of each."""
-    ends = [
-        (max(a, b), max(min(a + n, b + m), max(a, b))) for a, n, b, m in zip(first, size, start, length, strict=True)
-    ]
-    mine = tuple(slice(low - a, high - a) for (low, high), a in zip(ends, first, strict=True))
-    theirs = tuple(slice(low - b, high - b) for (low, high), b in zip(ends, start, strict=True))
-    return mine, theirs
-
-
-# --------------------------------------------------------------------------------------------------------- decoding
 
 
 def decode(subject: Subject, data: DataSettings, multiple: int = 1) -> Volumes:
@@ -175,78 +42,25 @@ def images_of(data: DataSettings, files: int) -> Sequence[ImageSettings]:
 
 def decode_file(case: str, file: Path, image: ImageSettings, data: DataSettings) -> DecodedFile:
     """One file of a case; raises CaseError if it cannot be used."""
-    try:
-        volume, affine, oriented = read_grid(file)
-        grid = Grid(volume.shape, affine, oriented)
-        volume = grid.orientation.apply(volume)
-        if image.labels is None:
-            stack: Array = volume[None]
-            ranges = [list(clip_range(volume) if image.intensity == "percentiles" else image.intensity)]
-        else:
-            stack = (volume == np.reshape(image.labels, (-1, 1, 1, 1))).astype(np.float32)
-            ranges = [[0.0, 1.0]] * len(stack)
-    except CwdmError as error:
-        raise CaseError(case, str(error)) from error
-    except ValueError as error:
-        raise CaseError(case, f"{file.name}: {error}") from error
-    limits = np.asarray(ranges, np.float32).reshape(-1, 2)
-    if data.downsample > 1:
-        stack = _average(stack, limits, data)
-    return _boxed(stack, limits, grid)
-
-
-def _average(stack: Array, ranges: npt.NDArray[np.float32], data: DataSettings) -> Array:
-    """Means of cubes of n³ voxels of the window in the centre, clipped first."""
-    low, high = ranges.T[:, :, None, None, None]
-    shifted = np.clip(stack, low, high) - low
-    for axis, length in enumerate(data.window, start=1):
-        assert isinstance(length, int)
-        shifted = centre(shifted, axis, length)
-    return block_means(shifted + low, data.downsample)
-
-
-def _boxed(stack: Array, ranges: npt.NDArray[np.float32], grid: Grid) -> DecodedFile:
-    (x, y, z), shape = bounding_box(np.any(stack, axis=0)), stack.shape[1:]
-    box = np.ascontiguousarray(stack[:, x, y, z])
-    whole = bool(np.array_equal(box, np.rint(box)) and np.abs(box).max(initial=0) < 2**15)
-    start, size = (x.start, y.start, z.start), (box.shape[1], box.shape[2], box.shape[3])
-    voxels = box.astype(np.int16 if whole else np.float32)
-    return DecodedFile(voxels, start, size, (shape[0], shape[1], shape[2]), whole, ranges, grid)
-
-
-# ------------------------------------------------------------------------------------------------------- the window
+    window = data.window if isinstance(data.window, list) else ()
+    return decode_whole(case, file, image, window, data.downsample)
 
 
 def in_window(subject: Subject, files: Sequence[DecodedFile], data: DataSettings, multiple: int) -> Volumes:
     """The files of a case in their window; raises CaseError where their grids differ or the brain is too large."""
-    # Only the shapes are looked at.
-    volumes = {
-        str(path): np.broadcast_to(np.float32(0), f.grid.shape) for path, f in zip(subject.files, files, strict=True)
-    }
-    affines = {str(path): file.grid.affine for path, file in zip(subject.files, files, strict=True)}
-    check_same_grid(subject.name, str(subject.files[0]), volumes, affines)
-    try:
-        start, shape = _window(files, data, multiple)
-    except ValueError as error:
-        raise CaseError(subject.name, str(error)) from error
-    return Volumes(tuple(files), start, shape)
+    return lay(subject, files, lambda files: _window(files, data, multiple))
 
 
 def _window(files: Sequence[DecodedFile], data: DataSettings, multiple: int) -> tuple[Triple, Triple]:
     """First voxel and size of what is kept of the volumes."""
-    shape = files[0].shape
-    if data.downsample > 1:  # the entries are of the window already
-        return (0, 0, 0), shape
     if data.window == "brain":
         x, y, z = data.crop or (0, 0, 0)
-        window: Window = tight_window(_corners(files), multiple, (x, y, z))
+        window = tight_window(_corners(files), multiple, (x, y, z))
     elif data.layout == "brats" and data.condition_on != "nothing":
         x, y, z = data.window
         window, _ = choose_window(_corners(files), multiple, (x, y, z))
     else:
-        x, y, z = data.window
-        i, j, k = (centred_start(have, length) for have, length in zip(shape, data.window, strict=True))
-        return (i, j, k), (x, y, z)
+        return centred_window(files, data.window, data.downsample)
     return window.start, window.size
 
 
@@ -256,25 +70,3 @@ def _corners(files: Sequence[DecodedFile]) -> Mask:
     mask[tuple(min(file.start[axis] for file in files) for axis in range(3))] = True
     mask[tuple(max(file.start[axis] + file.size[axis] for file in files) - 1 for axis in range(3))] = True
     return mask
-
-
-# ---------------------------------------------------------------------------------------------------- finding files
-
-
-def list_subjects(folder: Path, data: DataSettings) -> list[Subject]:
-    """For the layout `files`: the cases that have the first of the images; the others may be missing.
-
-    Raises:
-        InputError: there is none.
-    """
-    images = data.images or []
-    pattern = images[0].file
-    if pattern.count("{case}") == 0:
-        raise InputError(f"'{pattern}' names one file; put {{case}} where the case's name stands")
-    parts = [re.escape(part) for part in pattern.split("{case}")]
-    matcher = re.compile(parts[0] + "(?P<case>[^/]+)" + parts[1] + "".join(f"(?P=case){part}" for part in parts[2:]))
-    found = (path.relative_to(folder).as_posix() for path in sorted(folder.glob(pattern.replace("{case}", "*"))))
-    names = [match["case"] for path in found if (match := matcher.fullmatch(path))]
-    if not names:
-        raise InputError(f"no file like {pattern} in {folder}")
-    return [Subject(name, tuple(folder / image.file.replace("{case}", name) for image in images)) for name in names]

@@ -28,7 +28,7 @@ def untrained_state(config: UNetConfig) -> dict[str, Tensor]:
 
 
 def write_untrained(folder: Path, config: UNetConfig, record: Record) -> list[Path]:
-    """One file for each contrast, our format, with a notice that every output's record repeats.
+    """One file for each modality, our format, with a notice that every output's record repeats.
 
     Raises:
         WeightsError: a file is there already.

@@ -30,7 +30,7 @@ def test_picture_shows_a_row_a_case_and_the_images_in_it(tmp_path: Path) -> None
 def test_no_demo_beside_real_patients(tmp_path: Path) -> None:
     (tmp_path / "patients" / "BraTS-GLI-00001-000").mkdir(parents=True)
     with pytest.raises(InputError, match="holds BraTS-GLI-00001-000, which is no synthetic patient"):
-        run_demo(tmp_path, 1)
+        run_demo(tmp_path, 1, Path("bundled"))
     assert [path.name for path in tmp_path.iterdir()] == ["patients"]
 
 

@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 
 from cwdm.cli.app import app
 from cwdm.errors import InputError, SettingsError
-from cwdm.evaluation.score import Pair, Score, score_pairs
-from cwdm.evaluation.target_score import body_mask, find_translated, otsu_threshold, score_translated
-from cwdm.images.cases import write_nifti
+from cwdm.evaluation.folders import score_pairs
+from cwdm.evaluation.pairs import Pair, find_translated
+from cwdm.evaluation.score import Score
+from cwdm.evaluation.target_score import body_mask, otsu_threshold, score_translated
+from cwdm.images import write_nifti
 
 SHAPE = (24, 28, 20)
 AFFINE = np.array([[-1.0, 0, 0, 9], [0, -1.1, 0, 4], [0, 0, 1.4, -60], [0, 0, 0, 1]])
@@ -78,7 +80,7 @@ def expected(made: np.ndarray, true: np.ndarray, mask: np.ndarray, low: float, h
 
 
 @pytest.mark.parametrize("code", ["LPS", "RAS", "SPL"])
-def test_figures_against_scikit_image(folders: tuple[Path, Path], code: str) -> None:
+def test_metrics_against_scikit_image(folders: tuple[Path, Path], code: str) -> None:
     pred, truth = folders
     image = nib.load(pred / "1PA001.nii.gz")
     made, true = load(pred / "1PA001.nii.gz"), load(truth / "1PA001" / "ct.nii.gz")
@@ -89,10 +91,10 @@ def test_figures_against_scikit_image(folders: tuple[Path, Path], code: str) -> 
     write_nifti(pred / "1PA001.nii.gz", np.asarray(turned.dataobj), turned.affine)
     pair, _ = find_translated(pred, truth, "{case}/ct.nii.gz", "{case}/mask.nii.gz")
     score = score_translated(pair, RANGE)
-    assert score.figures == pytest.approx(expected(made, true, body(), *RANGE), rel=1e-5)
+    assert score.metrics == pytest.approx(expected(made, true, body(), *RANGE), rel=1e-5)
     assert (score.case, score.name, score.notes) == ("1PA001", "1PA001", ())
     own = score_translated(pair)
-    assert own.figures == pytest.approx(expected(made, true, body(), true.min(), true.max()), rel=1e-5)
+    assert own.metrics == pytest.approx(expected(made, true, body(), true.min(), true.max()), rel=1e-5)
 
 
 def test_the_body_is_found_where_no_mask_is_given(folders: tuple[Path, Path]) -> None:
@@ -103,7 +105,7 @@ def test_the_body_is_found_where_no_mask_is_given(folders: tuple[Path, Path]) ->
     affine = AFFINE[:, [*order, 3]]
     assert np.array_equal(body_mask(true.transpose(order).astype(np.float32), affine), body().transpose(order))
     given, found = (
-        score_translated(find_translated(pred, truth, "{case}/ct.nii.gz", mask)[0], RANGE).figures
+        score_translated(find_translated(pred, truth, "{case}/ct.nii.gz", mask)[0], RANGE).metrics
         for mask in ("{case}/mask.nii.gz", None)
     )
     assert given == found
@@ -121,8 +123,8 @@ def test_a_perfect_image_and_a_thin_one(tmp_path: Path) -> None:
     for name, volume in (("thick", scan()), ("thin", scan()[:, :, :5])):
         write_nifti(tmp_path / f"{name}.nii.gz", volume, AFFINE)
     thick, thin = score_pairs(find_translated(tmp_path, tmp_path, "{case}.nii.gz"), score_translated)
-    assert thick.figures == {"target_mae": 0, "target_psnr": float("inf"), "target_ssim": pytest.approx(1)}
-    assert thin.figures == {"target_mae": 0, "target_psnr": float("inf")}
+    assert thick.metrics == {"target_mae": 0, "target_psnr": float("inf"), "target_ssim": pytest.approx(1)}
+    assert thin.metrics == {"target_mae": 0, "target_psnr": float("inf")}
     assert thin.notes == ("no SSIM: SSIM needs at least 7 voxels along each axis, found 24×28×5",)
 
 
@@ -180,13 +182,13 @@ def test_through_the_command_line(folders: tuple[Path, Path], tmp_path: Path) ->
     assert "1PA001-" not in said
     content = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     pairs = find_translated(pred, truth, *files[1::2])
-    figures = [score_translated(pair, RANGE).figures for pair in pairs]
-    assert [image["figures"] for image in content["images"]] == figures
+    metrics = [score_translated(pair, RANGE).metrics for pair in pairs]
+    assert [image["figures"] for image in content["images"]] == metrics
     assert (content["truth_file"], content["range"]) == ("{case}/ct.nii.gz", [-1024, 3000])
-    assert content["summary"]["all"]["target_mae"]["mean"] == pytest.approx(np.mean([f["target_mae"] for f in figures]))
+    assert content["summary"]["all"]["target_mae"]["mean"] == pytest.approx(np.mean([f["target_mae"] for f in metrics]))
     rows = list(csv.DictReader((tmp_path / "out" / "evaluation.csv").open()))
-    assert [float(row["target_ssim"]) for row in rows] == [f["target_ssim"] for f in figures]
-    assert "2 of 2 scores are from before" in cwdm(*command, "--range", -1024, 3000)[1]
+    assert [float(row["target_ssim"]) for row in rows] == [f["target_ssim"] for f in metrics]
+    assert "2 of them from before" in cwdm(*command, "--range", -1024, 3000)[1]
     assert "from before" not in cwdm(*command, "--range", -1000, 2000)[1]
 
 

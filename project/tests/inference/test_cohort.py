@@ -25,7 +25,7 @@ from cwdm.images import cases as brats
 from cwdm.images.cases import find_cases
 from cwdm.inference.cohort import device_works, synthesise_cohort
 from cwdm.inference.provenance import read_provenance
-from cwdm.inference.synthesizer import choose_dtype
+from cwdm.precision import choose_dtype
 from cwdm.report_data import Places, read_records, read_shown
 from cwdm.settings import load_settings
 from cwdm.unet import UNet, UNetConfig

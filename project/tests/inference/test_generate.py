@@ -17,7 +17,7 @@ from cwdm.samplers import ddpm, spaced_timesteps
 from cwdm.settings import load_settings
 from cwdm.unet import UNetConfig
 from cwdm.wavelet import idwt
-from cwdm.weights.folder import convert
+from cwdm.weights.hub import convert
 from cwdm.weights.untrained import untrained_state
 
 CONFIG = UNetConfig(in_channels=8, model_channels=32, channel_mult=(1, 2), skips="additive")

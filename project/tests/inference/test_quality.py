@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from cwdm.images.geometry import brain_mask, normalise
-from cwdm.inference.quality import Quality, assess
-from cwdm.phantoms.scanner import make_phantom
+from cwdm.images.intensity import brain_mask, normalise
+from cwdm.inference.quality import CHECKS, assess
+from cwdm.inference.records import Quality
+from cwdm.phantoms import make_phantom
 
 Volume = np.ndarray
 
@@ -20,9 +21,9 @@ def head() -> tuple[Volume, dict[str, Volume], Volume]:
     return units.pop("t1n"), units, mask
 
 
-def check(head: tuple[Volume, dict[str, Volume], Volume], output: Volume, spread: Volume | None = None) -> Quality:
+def check(head: tuple[Volume, dict[str, Volume], Volume], output: Volume, std: Volume | None = None) -> Quality:
     _, conditions, mask = head
-    return assess(np.where(mask, output, 0).astype(np.float32), conditions, mask, "t1n", spread)
+    return assess(np.where(mask, output, 0).astype(np.float32), conditions, mask, "t1n", std)
 
 
 def random(shape: tuple[int, ...]) -> Volume:
@@ -36,6 +37,30 @@ def test_a_true_image_passes_and_its_figures_are_told(head) -> None:
     assert quality.figures["empty"] == pytest.approx(0, abs=1e-3)
     assert 0.3 < quality.figures["edges"] < 1
     assert quality.figures["spread"] == pytest.approx(0.005, rel=0.05)
+
+
+def test_figures_are_those_of_earlier_versions(head) -> None:
+    y = np.arange(head[0].shape[1])[:, None]
+    std = np.broadcast_to(np.where(y < 50, np.float32(0.2), np.float32(0.02)), head[0].shape)
+    quality = check(head, np.roll(head[0], 6, axis=1), std)
+    assert quality.reasons == (
+        "11% of the brain is empty in the output",
+        "the output ends 7 slices before the brain at the front",
+        "the anatomy lies beside that of the conditions, by voxels: about 6 to the back",
+        "in 35% of the brain the samples disagree as much as tissues differ",
+    )
+    expected = {"empty": 0.113, "empty_slices": 7, "median": 0.4683, "range": 0.8762, "p99": 0.9624}
+    expected |= {"saturated": 0.003402, "roughness": 0.1535, "spikes": 0.000288, "correlation_t1c": 0.1668}
+    expected |= {"correlation_t2w": -0.3297, "correlation_t2f": 0.01265, "expected_sign": 0.1697, "edges": 0.1109}
+    expected |= {"shift": 6, "spread": 0.02, "spread_share": 0.3535, "edge_share": 0}
+    assert list(quality.figures) == list(expected)
+    assert quality.figures == pytest.approx(expected, rel=1e-3)
+
+
+def test_every_check_that_judges_says_why() -> None:
+    for row in CHECKS:
+        assert bool(row.message) == (row.limits is not None), row
+    assert {row.unless for row in CHECKS} <= {"", *(row.metric for row in CHECKS)}
 
 
 def half(truth: Volume) -> Volume:

@@ -18,13 +18,13 @@ def weights(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_each_contrast_is_tried(weights: Path) -> None:
+def test_each_modality_is_tried(weights: Path) -> None:
     lines: list[str] = []
-    self_test(weights, on_contrast=lines.append)
+    self_test(weights, on_modality=lines.append)
     assert [line.split(":")[0] for line in lines] == list(MODALITIES)
 
 
-def test_a_missing_contrast_is_named(weights: Path) -> None:
+def test_a_missing_modality_is_named(weights: Path) -> None:
     (weights / "t2w.safetensors").unlink()
     with pytest.raises(WeightsError, match="no weights for t2w"):
         self_test(weights)

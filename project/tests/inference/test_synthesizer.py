@@ -10,10 +10,12 @@ from support import CASES, SHAPE, SHARED, TINY, golden, link_case, needs_cases
 from cwdm import Settings, Synthesizer, checkpoint
 from cwdm.checkpoint import Record, load_published
 from cwdm.errors import CaseError, WeightsError
-from cwdm.images.cases import MODALITIES, NEAREST, read_case
+from cwdm.images.cases import MODALITIES, MOST_SIMILAR, Case, read_case
 from cwdm.images.cases import case_folder as find_case
-from cwdm.images.geometry import choose_window, normalise
-from cwdm.inference.synthesizer import Samples
+from cwdm.images.geometry import choose_window
+from cwdm.images.intensity import normalise
+from cwdm.inference.provenance import describe
+from cwdm.inference.steps import PreparedCase, Samples, postprocess, prepare
 from cwdm.samplers import ddim
 from cwdm.settings import load_settings
 from cwdm.weights.untrained import untrained_state
@@ -23,6 +25,10 @@ FOUR_STEPS = "sampler.timesteps=[3, 2, 1, 0]"
 
 def synthesizer(weights: Path, *overrides: str) -> Synthesizer:
     return Synthesizer(weights, load_settings(overrides=("precision=fp32", FOUR_STEPS, *overrides)), "cpu")
+
+
+def prepared_by(made: Synthesizer, case: Case) -> PreparedCase:
+    return prepare(case, made.pipeline(case.target), made.settings)
 
 
 @pytest.mark.full
@@ -49,7 +55,7 @@ def case(phantoms: Path, tmp_path: Path) -> Path:
 def test_native_intensities_span_the_nearest_contrasts_clipping_range(case: Path, weights_folder: Path) -> None:
     unit = synthesizer(weights_folder, "output.intensity=unit")(case)
     native = synthesizer(weights_folder)(case)
-    low, high = normalise(unit.case.volumes[NEAREST["t1n"]])[1]
+    low, high = normalise(unit.case.volumes[MOST_SIMILAR["t1n"]])[1]
     brain = np.logical_or.reduce([volume != 0 for volume in unit.case.volumes.values()])
     assert unit.volume.shape == native.volume.shape == SHAPE
     assert unit.volume.dtype == native.volume.dtype == np.float32
@@ -59,14 +65,14 @@ def test_native_intensities_span_the_nearest_contrasts_clipping_range(case: Path
 
 
 def test_a_network_sees_the_window_that_it_was_trained_on(case: Path, weights_folder: Path, tmp_path: Path) -> None:
-    loaded = synthesizer(weights_folder).load("t1n")
+    loaded = synthesizer(weights_folder).pipeline("t1n").checkpoint
     record = loaded.record.model_copy(update={"window": (64, 32, 48)})
     checkpoint.save(tmp_path / "t1n.safetensors", loaded.model, record)
-    prepared = synthesizer(tmp_path).prepare(read_case(find_case(case)))
+    prepared = prepared_by(synthesizer(tmp_path), read_case(find_case(case)))
     brain = np.logical_or.reduce([volume != 0 for volume in prepared.case.volumes.values()])
     multiple = 2 * loaded.model.config.size_multiple
     assert prepared.window == choose_window(brain, multiple, (64, 32, 48))[0]
-    assert prepared.window != synthesizer(weights_folder).prepare(prepared.case).window
+    assert prepared.window != prepared_by(synthesizer(weights_folder), prepared.case).window
 
 
 def test_background_rules(case: Path, weights_folder: Path) -> None:
@@ -86,15 +92,15 @@ def test_same_seed_same_volume_another_seed_another(case: Path, weights_folder: 
     assert not np.array_equal(first(case).volume, synthesizer(weights_folder, "seed=2")(case).volume)
 
 
-def test_mean_and_spread_of_several_samples(case: Path, weights_folder: Path) -> None:
+def test_mean_and_std_of_several_samples(case: Path, weights_folder: Path) -> None:
     singles = [synthesizer(weights_folder, f"seed={seed}")(case).volume for seed in (5, 6, 7)]
-    assert synthesizer(weights_folder)(case).spread is None
+    assert synthesizer(weights_folder)(case).std is None
     several = synthesizer(weights_folder, "seed=5", "samples=3")(case)
     np.testing.assert_allclose(several.volume, np.mean(singles, axis=0), rtol=1e-4, atol=1e-2)
-    np.testing.assert_allclose(several.spread, np.std(singles, axis=0, ddof=1), rtol=1e-3, atol=2e-2)
+    np.testing.assert_allclose(several.std, np.std(singles, axis=0, ddof=1), rtol=1e-3, atol=2e-2)
 
 
-def test_every_sample_is_checked_with_its_spread(case: Path, weights_folder: Path) -> None:
+def test_several_samples_are_checked_with_their_std(case: Path, weights_folder: Path) -> None:
     single, several = synthesizer(weights_folder)(case), synthesizer(weights_folder, "samples=2")(case)
     assert "spread" not in single.quality.figures
     assert several.quality.figures["spread"] > 0
@@ -104,8 +110,8 @@ def test_every_sample_is_checked_with_its_spread(case: Path, weights_folder: Pat
 
 def test_every_network_evaluation_is_reported(case: Path, weights_folder: Path) -> None:
     steps = []
-    synthesizer(weights_folder, "samples=2")(case, on_step=lambda: steps.append(1))
-    assert len(steps) == 8
+    synthesizer(weights_folder, "samples=2")(case, lambda step, total, x0: steps.append((step, total, len(x0))))
+    assert steps == [(step, 4, 1) for _ in range(2) for step in (1, 2, 3, 4)]
 
 
 @pytest.mark.parametrize("code", ["RAS", "PIR", "SLA"])
@@ -172,7 +178,6 @@ def test_checkpoint_recommends_and_settings_override(weights_folder: Path, tmp_p
     published = Synthesizer(weights_folder, Settings(), "cpu")
     pipeline = published.pipeline("t1n")
     assert (pipeline.sampler_name, pipeline.timesteps) == ("ddpm", tuple(range(999, -1, -1)))
-    assert published.evaluations("t1n") == 1000
 
 
 @pytest.mark.parametrize("sampler", ["ddpm", "ddim", "dpmpp"])
@@ -202,23 +207,23 @@ def test_a_sampler_of_ones_own(case: Path, weights_folder: Path) -> None:
     expected = synthesizer(weights_folder, "sampler.name=ddim")(case).volume
     assert np.array_equal(made(case).volume, expected)
     assert calls == [[3, 2, 1, 0]]
-    assert made.describe("t1n")["sampler"] == "mine"
+    assert describe(made.pipeline("t1n"), settings)["sampler"] == "mine"
 
 
 def test_a_brain_too_large_to_compute_is_the_cases_fault(case: Path, weights_folder: Path) -> None:
     read = read_case(find_case(case))
     large = {name: np.ones((400, 400, 256), np.float32) for name in read.volumes}
     with pytest.raises(CaseError, match="resample the case to 1 mm"):
-        synthesizer(weights_folder).prepare(dataclasses.replace(read, volumes=large))
+        prepared_by(synthesizer(weights_folder), dataclasses.replace(read, volumes=large))
 
 
 def test_unlabelled_weights_are_believed_for_one_contrast_only(weights_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "brats_1200000.pt").symlink_to(weights_folder / "t1_gen.pt")
     made = synthesizer(tmp_path)
-    made.load("t1n")
+    made.pipeline("t1n")
     with pytest.raises(WeightsError, match="was taken for t1n"):
-        made.load("t2f")
-    made.load("t1n")
+        made.pipeline("t2f")
+    made.pipeline("t1n")
 
 
 def test_value_range_of_the_checkpoint_is_mapped_to_unit(case: Path, tmp_path: Path) -> None:
@@ -231,10 +236,10 @@ def test_value_range_of_the_checkpoint_is_mapped_to_unit(case: Path, tmp_path: P
 
 def test_only_the_last_contrasts_weights_stay_in_memory(weights_folder: Path) -> None:
     made = synthesizer(weights_folder)
-    first = made.load("t1n")
-    assert made.load("t1n") is first
-    assert made.load("t2f") is not first
-    assert made.load("t1n") is not first
+    first = made.pipeline("t1n")
+    assert made.pipeline("t1n") is first
+    assert made.pipeline("t2f") is not first
+    assert made.pipeline("t1n").checkpoint is not first.checkpoint
 
 
 def test_no_weights_no_gpu(tmp_path: Path, weights_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -252,14 +257,18 @@ def test_real_cases_are_read_prepared_and_written_with_their_geometry(
 ) -> None:
     made = synthesizer(weights_folder)
     case = read_case(find_case(link_case(CASES / name, tmp_path, missing)))
-    prepared = made.prepare(case)
+    prepared = prepared_by(made, case)
     assert prepared.unit.shape == (1, 3, 224, 224, 160)
     assert prepared.warnings == ()
     # The nearest contrast stands in for the network, which would take minutes here.
     order = [modality for modality in MODALITIES if modality != missing]
-    stand_in = prepared.unit[:, order.index(NEAREST[missing])]
-    made.finish(prepared, Samples(stand_in[0], None, 0.0)).save(tmp_path / "out.nii.gz")
-    written, nearest = nib.load(tmp_path / "out.nii.gz"), nib.load(CASES / name / f"{name}-{NEAREST[missing]}.nii.gz")
+    stand_in = prepared.unit[:, order.index(MOST_SIMILAR[missing])]
+    result = postprocess(prepared, Samples(stand_in[0], None, 0.0), made.settings.output)
+    result.save(tmp_path / "out.nii.gz")
+    written, nearest = (
+        nib.load(tmp_path / "out.nii.gz"),
+        nib.load(CASES / name / f"{name}-{MOST_SIMILAR[missing]}.nii.gz"),
+    )
     np.testing.assert_array_equal(written.affine, nearest.affine)
     assert written.shape == (240, 240, 155)
     clipped = np.clip(nearest.get_fdata(), *prepared.clip_range)
@@ -267,7 +276,67 @@ def test_real_cases_are_read_prepared_and_written_with_their_geometry(
 
 
 def test_record_describes_what_decides_the_result(weights_folder: Path) -> None:
-    described = json.loads(json.dumps(synthesizer(weights_folder).describe("t1c")))
+    made = synthesizer(weights_folder)
+    described = json.loads(json.dumps(describe(made.pipeline("t1c"), made.settings)))
     assert described["weights"]["sha256"] == checkpoint.sha256(weights_folder / "t1ce_gen.pt")
     assert described["timesteps"] == [3, 2, 1, 0]
     assert described["settings"]["seed"] == 42
+
+
+def test_volumes_in_memory_give_what_their_files_give(case: Path, weights_folder: Path) -> None:
+    steps = []
+    files = synthesizer(weights_folder)(case)
+    affine = nib.load(next(case.glob("*-t2w.nii.gz"))).affine
+    volumes = {name: volume.copy() for name, volume in files.case.volumes.items()}
+    before = {name: volume.copy() for name, volume in volumes.items()}
+    memory = synthesizer(weights_folder).from_arrays(volumes, affine, callback=lambda step, *_: steps.append(step))
+    np.testing.assert_array_equal(memory.volume, files.volume)
+    assert memory.case.target == "t1n"
+    assert (memory.quality, memory.warnings) == (files.quality, files.warnings)
+    assert steps == [1, 2, 3, 4]
+    for name, volume in volumes.items():
+        np.testing.assert_array_equal(volume, before[name])
+
+
+def test_volumes_in_memory_lie_as_their_affine_says(case: Path, weights_folder: Path, tmp_path: Path) -> None:
+    straight = synthesizer(weights_folder)(case)
+    affine, (x, y, z) = straight.case.affine, straight.volume.shape
+    turn = np.array([[0, -1, 0, x - 1], [0, 0, 1, 0], [-1, 0, 0, z - 1], [0, 0, 0, 1]], float)  # index there -> here
+    turned = {name: volume[::-1, :, ::-1].transpose(2, 0, 1) for name, volume in straight.case.volumes.items()}
+    result = synthesizer(weights_folder).from_arrays(turned, affine @ turn)
+    assert result.volume.shape == (z, x, y)
+    np.testing.assert_array_equal(result.volume, straight.volume[::-1, :, ::-1].transpose(2, 0, 1))
+    result.save(tmp_path / "made.nii.gz")
+    written = nib.load(tmp_path / "made.nii.gz")
+    np.testing.assert_allclose(written.affine, affine @ turn, atol=1e-4)
+    np.testing.assert_array_equal(written.get_fdata(dtype=np.float32), result.volume)
+
+
+@pytest.mark.parametrize(
+    ("change", "fault"),
+    [
+        ({"t1c": None}, "exactly one missing"),
+        ({"T2": np.ones((3, 4, 5))}, "'T2'"),
+        ({"t2f": np.ones((3, 4))}, "t2f: expected real numbers"),
+        ({"t2f": np.full((31, 32, 25), np.nan)}, "t2f: 24800 voxels are not finite"),
+        ({"t2f": np.ones((3, 4, 5))}, "one shape"),
+        ({"affine": np.zeros((4, 4))}, "affine"),
+    ],
+)
+def test_volumes_in_memory_are_checked(change: dict, fault: str, case: Path, weights_folder: Path) -> None:
+    given = dict(read_case(find_case(case)).volumes) | change
+    affine = given.pop("affine", np.diag([-6.5, -6.5, 6.5, 1]))
+    volumes = {name: volume for name, volume in given.items() if volume is not None}
+    with pytest.raises(CaseError, match=fault):
+        synthesizer(weights_folder).from_arrays(volumes, affine)
+
+
+def test_without_turning_the_check_still_sees_the_head_as_it_lies(case: Path, weights_folder: Path) -> None:
+    """A field of view cut off at the top is called so, whether or not the network sees the head turned."""
+    whole = read_case(find_case(case))
+    top = int(np.flatnonzero(np.any([volume != 0 for volume in whole.volumes.values()], axis=(0, 1, 2)))[-1])
+    cut = {name: volume[:, :, : top - 3][:, :, ::-1] for name, volume in whole.volumes.items()}
+    affine = whole.affine @ np.array([[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, -1, top - 4], [0, 0, 0, 1]], float)
+    for orient in ("true", "false"):
+        found = synthesizer(weights_folder, f"output.orient={orient}").from_arrays(cut, affine).quality
+        assert "the brain is cut off at the top: the field of view is truncated" in found.reasons

@@ -2,25 +2,17 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cwdm.phantoms.anatomy import (
-    ENHANCING,
-    NECROSIS,
-    OEDEMA,
-    Anatomy,
-    AnatomyVariation,
-    Interpolation,
-    box_average,
-    linear,
-    make_anatomy,
-)
-from cwdm.phantoms.scanner import TISSUES
+from cwdm.phantoms.anatomy import Anatomy, make_anatomy
+from cwdm.phantoms.layers import ENHANCING, NECROSIS, OEDEMA
+from cwdm.phantoms.physics import TISSUES
+from cwdm.phantoms.variation import Variation
 
 SHAPE, SPACING_MM = (96, 80, 66), 2.5
 LESIONS = ("gliosis", "oedema", "enhancing", "necrosis")
 
 
 def patient(seed: int, head_scale: float) -> Anatomy:
-    variation = AnatomyVariation(head_scale=(head_scale, head_scale))
+    variation = Variation(head_scale=(head_scale, head_scale))
     return make_anatomy(np.random.default_rng(seed), SHAPE, SPACING_MM, variation)
 
 
@@ -89,21 +81,10 @@ def test_there_is_about_as_much_cortex_as_white_matter(patients: list[Anatomy]) 
 
 @pytest.mark.parametrize("seed", [1, 4])
 def test_oedema_runs_along_white_matter_and_spares_nuclei_and_brainstem(seed: int) -> None:
-    wide = AnatomyVariation(tumour_radius_mm=(20, 20), oedema_reach_mm=(25, 25))
+    wide = Variation(tumour_radius_mm=(20, 20), oedema_reach_mm=(25, 25))
     anatomy = make_anatomy(np.random.default_rng([8, seed]), SHAPE, SPACING_MM, wide)
     deep = healthy(anatomy, "thalamus", "striatum", "pallidum", "brainstem", "cerebellar") > 0.7
     oedema = anatomy.seg == OEDEMA
     assert oedema.sum() * SPACING_MM**3 > 50_000  # mm3: it reaches far
     assert (oedema & deep).sum() < 0.01 * oedema.sum()
     assert (healthy(anatomy, "white") > 0.5)[oedema].mean() > 0.9
-
-
-def test_a_slice_is_the_mean_of_what_it_holds() -> None:
-    volume = np.random.default_rng(3).random((6, 4, 12), np.float32)
-    same = [np.eye(length, dtype=np.float32) for length in (6, 4)]
-    voxels = np.arange(12, dtype=np.float32) * 2 - 7  # mm
-    slices = voxels.reshape(4, 3).mean(1)
-    thick = Interpolation(*same, box_average(slices, 6.0, voxels, 2.0))(volume)
-    np.testing.assert_allclose(thick, volume.reshape(6, 4, 4, 3).mean(-1), rtol=1e-5)
-    back = Interpolation(*same, linear(slices, slices))(thick)
-    np.testing.assert_array_equal(back, thick)

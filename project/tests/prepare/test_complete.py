@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 from cwdm import __version__
 from cwdm.cli.app import app
 from cwdm.errors import InputError
-from cwdm.images.cases import find_cases, output_name, read_case, read_volume, write_nifti, write_volume
-from cwdm.prepare.complete import Completed, complete_cases
+from cwdm.images import find_cases, output_name, read_case, read_volume, write_nifti, write_volume
+from cwdm.prepare.complete import complete_cases
 from cwdm.prepare.drop import drop_modalities
+from cwdm.runner import Outcome
 
 
 @pytest.fixture
@@ -38,13 +39,15 @@ def tree(folder: Path) -> dict[str, bytes]:
 def test_completed_folders(cohort: Path, synthesised: Path, tmp_path: Path, copy: bool) -> None:
     before = tree(cohort), tree(synthesised)
     out = tmp_path / "complete"
-    done = list(complete_cases(cohort, synthesised, out, copy))
-    assert [(one.case, one.modalities, one.reason) for one in done] == [
-        (folder.name, folder.missing, "") for folder in find_cases(cohort)
+    done = complete_cases(cohort, synthesised, out, copy)
+    assert done == [
+        Outcome(folder.name, "written", "", (f"its {folder.missing[0]} is synthesised, not acquired",))
+        for folder in find_cases(cohort)
     ]
+    missing = {folder.name: folder.missing for folder in find_cases(cohort)}
     for folder in find_cases(out):
         assert folder.missing == ()
-        (modality,) = next(one.modalities for one in done if one.case == folder.name)
+        (modality,) = missing[folder.name]
         image = synthesised / output_name(folder.name, modality)
         record = json.loads((folder.folder / f"{folder.name}-synthesised.json").read_text())
         assert record["program"] == f"cwdm {__version__}"
@@ -68,9 +71,9 @@ def test_completed_folders(cohort: Path, synthesised: Path, tmp_path: Path, copy
 
 def test_again_replaces_and_changes_no_original(cohort: Path, synthesised: Path, tmp_path: Path) -> None:
     out = tmp_path / "complete"
-    list(complete_cases(cohort, synthesised, out))
+    complete_cases(cohort, synthesised, out)
     first, before = tree(out), tree(cohort)
-    list(complete_cases(cohort, synthesised, out, copy=True))
+    complete_cases(cohort, synthesised, out, copy=True)
     assert tree(out) == first
     assert tree(cohort) == before
 
@@ -78,7 +81,7 @@ def test_again_replaces_and_changes_no_original(cohort: Path, synthesised: Path,
 @pytest.mark.parametrize("copy", [False, True])
 def test_again_with_other_synthesised_images(cohort: Path, synthesised: Path, tmp_path: Path, copy: bool) -> None:
     out = tmp_path / "complete"
-    list(complete_cases(cohort, synthesised, out, copy))
+    complete_cases(cohort, synthesised, out, copy)
     for found in find_cases(cohort):
         case = read_case(found)
         write_volume(synthesised / output_name(case.name, case.target), case.volumes["t1c"] / 3, case)
@@ -112,10 +115,10 @@ def test_files_that_it_did_not_write_are_kept(cohort: Path, synthesised: Path, t
     for path in (own, record):
         path.parent.mkdir(parents=True)
         path.write_text("my own")
-    done = list(complete_cases(cohort, synthesised, out, copy))
+    done = complete_cases(cohort, synthesised, out, copy)
     assert f"{own} is there and was not put there by cwdm" in done[0].reason
     assert f"{record} is there and was not put there by cwdm" in done[1].reason
-    assert done[2] == Completed(third.name, third.missing)
+    assert (done[2].name, done[2].status) == (third.name, "written")
     assert [path.read_text() for path in out.glob("*/*") if path.parent.name != third.name] == ["my own"] * 2
 
 
@@ -123,7 +126,7 @@ def test_a_flat_folder(cohort: Path, synthesised: Path, tmp_path: Path) -> None:
     (tmp_path / "flat").mkdir()
     for path in cohort.glob("*/*"):
         path.rename(tmp_path / "flat" / path.name)
-    done = list(complete_cases(tmp_path / "flat", synthesised, tmp_path / "complete"))
+    done = complete_cases(tmp_path / "flat", synthesised, tmp_path / "complete")
     assert [one.reason for one in done] == ["", "", ""]
     for folder in find_cases(tmp_path / "complete"):
         assert folder.missing == ()
@@ -138,9 +141,9 @@ def test_one_bad_case_stops_no_other(cohort: Path, synthesised: Path, tmp_path: 
         app, ["complete", str(cohort), str(tmp_path / "out"), "--synthesised", str(synthesised)], catch_exceptions=False
     )
     assert done.exit_code == 1
-    assert f"{bad.name}: FAILED: expected its synthesised {bad.missing[0]}" in done.stderr
-    assert f"{wrong.name}: FAILED: expected volumes of one shape" in done.stderr
-    assert f"{good.name}: complete, with a synthesised {good.missing[0]}" in done.stderr
+    assert f"{bad.name} FAILED: expected its synthesised {bad.missing[0]}" in done.stderr
+    assert f"{wrong.name} FAILED: expected volumes of one shape" in done.stderr
+    assert f"{good.name} written\n    warning: its {good.missing[0]} is synthesised, not acquired" in done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == [good.name]
 
 
@@ -161,7 +164,8 @@ def test_several_missing_modalities_are_put_in_together(cohort: Path, synthesise
     second.files["t1c"].unlink()
     image = synthesised / output_name(second.name, lost)
     (synthesised / output_name(second.name, "t1c")).write_bytes(image.read_bytes())
-    assert list(complete_cases(cohort, synthesised, tmp_path / "out"))[1] == Completed(second.name, ("t1c", lost))
+    done = complete_cases(cohort, synthesised, tmp_path / "out")[1]
+    assert (done.status, done.warnings) == ("written", (f"its t1c and {lost} are synthesised, not acquired",))
     assert find_cases(tmp_path / "out")[1].missing == ()
     record = json.loads((tmp_path / "out" / second.name / f"{second.name}-synthesised.json").read_text())
     assert [one["modality"] for one in record["synthesised"]] == ["t1c", lost]
@@ -183,9 +187,9 @@ def test_nothing_is_written_into_what_is_read(cohort: Path, synthesised: Path, t
     (tmp_path / "link").symlink_to(cohort)
     before = tree(tmp_path)
     with pytest.raises(InputError, match="choose another folder"):
-        list(complete_cases(cohort, synthesised, tmp_path / out))
+        complete_cases(cohort, synthesised, tmp_path / out)
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / find_cases(cohort)[-1].name).symlink_to(find_cases(cohort)[-1].folder)
     with pytest.raises(InputError, match="choose another folder"):
-        list(complete_cases(cohort, synthesised, tmp_path / "elsewhere"))
+        complete_cases(cohort, synthesised, tmp_path / "elsewhere")
     assert {name: content for name, content in tree(tmp_path).items() if "elsewhere" not in name} == before

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cwdm.errors import CwdmError, InputError, SettingsError
-from cwdm.images.cases import MODALITIES, find_cases
+from cwdm.images import MODALITIES, find_cases
 from cwdm.prepare.drop import drop_modalities
 
 NAMES = [f"BraTS-GLI-{number:05d}-000" for number in (3, 20, 100, 101, 7)]

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from cwdm.checkpoint import Record
 from cwdm.cli.app import app
-from cwdm.errors import CaseError, InputError
-from cwdm.images.cases import write_nifti
+from cwdm.errors import InputError
+from cwdm.images import write_nifti
 from cwdm.prepare.lidc import LAS, find_series, prepare, prepare_lidc, read_series
 from cwdm.training.cases import find_subjects
 from cwdm.training.settings import DataSettings
@@ -160,11 +160,11 @@ def test_bad_series_are_named_and_the_others_written(scan: np.ndarray, tmp_path:
     write_series(tmp_path / "dicom" / "gap", scan, "../gap", skip=6)
     write_series(tmp_path / "dicom" / "few", scan[:, :, :3], "few")
     write_series(tmp_path / "dicom" / "side", scan, "side", orientation=(0, 1, 0, 0, 0, -1))
-    faults = prepare_lidc(tmp_path / "dicom", tmp_path / "out")
-    assert len(faults) == 3
-    assert any("_gap" in str(fault) and "missing or doubled" in str(fault) for fault in faults)
-    assert any("at least 8 slices" in str(fault) for fault in faults)
-    assert all(isinstance(fault, CaseError) for fault in faults)
+    outcomes = prepare_lidc(tmp_path / "dicom", tmp_path / "out")
+    failed = [outcome for outcome in outcomes if outcome.status == "failed"]
+    assert (len(outcomes), len(failed)) == (4, 3)
+    assert any("_gap" in one.name and "missing or doubled" in one.reason for one in failed)
+    assert any("at least 8 slices" in one.reason for one in failed)
     assert [path.name[:5] for path in (tmp_path / "out").iterdir()] == ["good-"]
 
 
@@ -174,8 +174,8 @@ def test_damaged_pixels_are_one_clear_message(scan: np.ndarray, tmp_path: Path) 
     image = pydicom.dcmread(path)
     image.PixelData = image.PixelData[:100]
     image.save_as(path)
-    (fault,) = prepare_lidc(tmp_path / "dicom", tmp_path / "out")
-    assert "cannot be read" in str(fault)
+    (outcome,) = prepare_lidc(tmp_path / "dicom", tmp_path / "out")
+    assert "cannot be read" in outcome.reason
 
 
 def test_no_series_and_output_inside_the_input_are_refused(scan: np.ndarray, tmp_path: Path) -> None:

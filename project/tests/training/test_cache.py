@@ -10,8 +10,9 @@ import pytest
 from support import SHAPE
 
 from cwdm.errors import CaseError, OutputError
-from cwdm.images.cases import MODALITIES, read_volume
-from cwdm.images.geometry import normalise
+from cwdm.images.cases import MODALITIES
+from cwdm.images.image import read_volume
+from cwdm.images.intensity import normalise
 from cwdm.training import cache as cache_module
 from cwdm.training.cache import Cache, CachedSubject
 from cwdm.training.cases import find_subjects

@@ -9,8 +9,10 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from cwdm.errors import CaseError, InputError
-from cwdm.images.cases import read_volume
-from cwdm.images.geometry import centre, choose_window, normalise
+from cwdm.images.geometry import choose_window
+from cwdm.images.image import read_volume
+from cwdm.images.intensity import normalise
+from cwdm.images.pairs import centre
 from cwdm.training.cases import find_subjects
 from cwdm.training.data import Samples, assemble, draw_noise
 from cwdm.training.settings import DataSettings

@@ -23,9 +23,10 @@ from cwdm import Synthesizer, checkpoint, progress
 from cwdm.checkpoint import ANY
 from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import CwdmError, InputError, OutputError, SettingsError
-from cwdm.images.cases import write_nifti
+from cwdm.images.image import write_nifti
 from cwdm.inference.generate import Generator
-from cwdm.settings import _leaves, load_settings
+from cwdm.settings import load_settings
+from cwdm.strict import _leaves
 from cwdm.training import TrainingError, loop, saving, train, validate
 from cwdm.training.launch import launch
 from cwdm.training.loader import batches_of_steps

@@ -1,49 +1,32 @@
 """A cohort among several workers: each gets more when it has done what it has, and a lost one is replaced.
 
-Who the workers are is the crew's business: processes of this machine (`processes`) or of a Ray cluster (`ray_workers`).
+What the workers are is the group's business: processes of this machine (`processes`) or actors of a Ray cluster
+(`ray_workers`).
 """
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import Enum, auto
-from pathlib import Path
 from typing import Protocol
 
 import torch
 
 from cwdm.errors import CwdmError, DeviceLostError
 from cwdm.images import CaseFolder
-from cwdm.inference.cohort import Outcome, Runner, cohort_run, device_works, plan_tasks
+from cwdm.inference.cohort import Runner, Work, cohort_run, device_works
+from cwdm.inference.plan import Task, plan_tasks
+from cwdm.inference.records import Outcome
 from cwdm.inference.synthesizer import Synthesizer
 from cwdm.precision import warn_of_precision
 from cwdm.progress import CohortProgress
-from cwdm.settings import Settings
-from cwdm.weights import BUNDLED, folder_of
+from cwdm.weights import folder_of
 
 ATTEMPTS = 3
 """Workers that may be lost over one case before it counts as failed: it may be the one that kills them."""
 
 STARTS = 3
 """Workers that may be lost in one place, one after the other, before they have begun: no more are started there."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """What every worker does with a case; the arguments of `Synthesizer` and `synthesise_cohort`."""
-
-    weights: Path | str | None
-    settings: Settings
-    device: str
-    output: Path
-    overwrite: bool = False
-    report: Path | None = None
-
-    def anywhere(self) -> "Work":
-        """The same in another folder and under another environment."""
-        weights = BUNDLED if str(self.weights) == BUNDLED else folder_of(self.weights).absolute()
-        report = self.report.absolute() if self.report else None
-        return replace(self, weights=weights, output=self.output.absolute(), report=report)
 
 
 class Idle(Enum):
@@ -66,7 +49,7 @@ Message = Idle | Outcome | CwdmError | Lost
 """What comes from a worker: an error is one that no other worker could do without either (weights, output)."""
 
 
-class Crew(Protocol):
+class WorkerGroup(Protocol):
     """Places for workers, numbered from 0.
 
     Attributes:
@@ -77,21 +60,23 @@ class Crew(Protocol):
     size: int
     most: int
 
-    def start(self, place: int) -> None:
+    def start_worker(self, place: int) -> None:
         """A new worker, which says that it is idle as soon as it can begin."""
 
-    def give(self, place: int, tasks: list[CaseFolder]) -> None:
+    def assign(self, place: int, tasks: list[Task]) -> None:
         """Tasks of one modality for an idle worker, which answers with an outcome for each and is then idle again."""
 
     def dismiss(self, place: int) -> None:
         """Nothing more for an idle worker."""
 
-    def hear(self) -> tuple[int, Message]:
+    def receive(self) -> tuple[int, Message]:
         """The next message of any worker, waited for."""
 
 
-def synthesise_among(crew: Crew, folders: Sequence[CaseFolder], work: Work, progress: CohortProgress) -> list[Outcome]:
-    """Like `cohort.synthesise_cohort`, with the computing done by a crew.
+def synthesise_among(
+    group: WorkerGroup, folders: Sequence[CaseFolder], work: Work, progress: CohortProgress
+) -> list[Outcome]:
+    """Like `cohort.synthesise_cohort`, with the computing done by a group of workers.
 
     Raises:
         CwdmError: no worker can use the weights or the device, or can be started.
@@ -99,7 +84,7 @@ def synthesise_among(crew: Crew, folders: Sequence[CaseFolder], work: Work, prog
     """
     tasks = plan_tasks(folders, folder_of(work.weights))
     with cohort_run(len(tasks), work.output, work.report, work.settings, progress) as tally:
-        _Dispatcher(crew, tasks, tally.end, progress.log).run()
+        _Dispatcher(group, tasks, tally.end, progress.log).run()
     return tally.outcomes
 
 
@@ -107,19 +92,19 @@ class _Dispatcher:
     """The tasks that wait, and those that each worker has."""
 
     def __init__(
-        self, crew: Crew, tasks: Iterable[CaseFolder], end: Callable[[Outcome], None], log: Callable[[str], None]
+        self, group: WorkerGroup, tasks: Iterable[Task], end: Callable[[Outcome], None], log: Callable[[str], None]
     ) -> None:
-        self.crew, self.end, self.log = crew, end, log
+        self.group, self.end, self.log = group, end, log
         # Tasks of one modality follow each other, so that a worker seldom loads other weights.
         self.waiting = deque(sorted(tasks, key=lambda task: (task.target, task.name)))
-        self.given: dict[int, list[CaseFolder]] = {}
+        self.given: dict[int, list[Task]] = {}
         self.losses: Counter[tuple[str, str]] = Counter()
         self.false_starts: Counter[int] = Counter()
 
     def run(self) -> None:
         self.fill_places("")
         while self.given:
-            place, message = self.crew.hear()
+            place, message = self.group.receive()
             if isinstance(message, Outcome):
                 self.settle(place, message)
             elif isinstance(message, Idle):
@@ -131,10 +116,10 @@ class _Dispatcher:
 
     def fill_places(self, reason: str) -> None:
         """A worker for each task that waits, where there is a free place in which one can be started."""
-        usable = [place for place in range(self.crew.size) if self.false_starts[place] < STARTS]
+        usable = [place for place in range(self.group.size) if self.false_starts[place] < STARTS]
         free = [place for place in usable if place not in self.given]
         for place in free[: len(self.waiting)]:
-            self.crew.start(place)
+            self.group.start_worker(place)
             self.given[place] = []
         if self.waiting and not self.given:
             raise CwdmError(f"no worker can be started ({reason})")
@@ -148,15 +133,15 @@ class _Dispatcher:
         self.false_starts.pop(place, None)
         if self.waiting:
             self.given[place] = self.next_tasks()
-            self.crew.give(place, list(self.given[place]))
+            self.group.assign(place, list(self.given[place]))
         else:
             del self.given[place]
-            self.crew.dismiss(place)
+            self.group.dismiss(place)
 
-    def next_tasks(self) -> list[CaseFolder]:
+    def next_tasks(self) -> list[Task]:
         """Several of one modality, fewer towards the end; alone, a task over which a worker was lost."""
         tasks = [self.waiting.popleft()]
-        most = min(self.crew.most, len(self.waiting) // (2 * self.crew.size))
+        most = min(self.group.most, len(self.waiting) // (2 * self.group.size))
         while len(tasks) < most and not self.losses[_name(tasks[0])]:
             following = self.waiting[0]
             if following.target != tasks[0].target or self.losses[_name(following)]:
@@ -179,18 +164,18 @@ class _Dispatcher:
         self.fill_places(reason)
 
 
-def _name(task: CaseFolder) -> tuple[str, str]:
+def _name(task: Task) -> tuple[str, str]:
     return task.name, task.target
 
 
-def _what_now(tasks: Sequence[CaseFolder]) -> str:
+def _what_now(tasks: Sequence[Task]) -> str:
     return f"back to the others with {', '.join(task.name for task in tasks)}" if tasks else "it had not begun"
 
 
 # ------------------------------------------------------------------------------------------------ inside a worker
 
 
-def serve(work: Work, batches: Iterator[list[CaseFolder]], post: Callable[[Message], None]) -> None:
+def serve(work: Work, batches: Iterator[list[Task]], post: Callable[[Message], None]) -> None:
     """A worker's life: what it is given to its end, and everything that comes of it posted.
 
     Raises:

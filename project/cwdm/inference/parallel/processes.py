@@ -18,8 +18,10 @@ import torch
 from cwdm.device import choose_device
 from cwdm.errors import CwdmError, DeviceLostError, SettingsError
 from cwdm.images import CaseFolder
-from cwdm.inference.cohort import Outcome
-from cwdm.inference.parallel.dispatch import Lost, Message, Work, serve, synthesise_among
+from cwdm.inference.cohort import Work
+from cwdm.inference.parallel.dispatch import Lost, Message, serve, synthesise_among
+from cwdm.inference.plan import Task
+from cwdm.inference.records import Outcome
 from cwdm.progress import CohortProgress
 
 DEVICE_LOST = 4
@@ -31,7 +33,7 @@ MOST_AT_ONCE = 8
 PATIENCE_S = 20
 """How long a worker that was told to leave may take."""
 
-Serve = Callable[[Iterator[list[CaseFolder]], Callable[[Message], None]], None]
+Serve = Callable[[Iterator[list[Task]], Callable[[Message], None]], None]
 """What a worker does with the tasks that it is given, and a function that posts what comes of them."""
 
 _CHILD = (
@@ -67,8 +69,8 @@ def synthesise_on_workers(
     gpus = choose_device(work.device).type == "cuda"
     work = replace(work, device="cuda" if gpus else "cpu")  # a worker whose GPU is gone must not go on without
     environments = [_environment(index, count, gpus) for index in range(count)]
-    with LocalCrew(partial(serve, work), environments, progress.log, MOST_AT_ONCE) as crew:
-        return synthesise_among(crew, folders, work, progress)
+    with ProcessGroup(partial(serve, work), environments, progress.log, MOST_AT_ONCE) as group:
+        return synthesise_among(group, folders, work, progress)
 
 
 def _environment(index: int, count: int, gpus: bool) -> dict[str, str]:
@@ -78,8 +80,8 @@ def _environment(index: int, count: int, gpus: bool) -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(max(1, torch.get_num_threads() // count))}
 
 
-class LocalCrew:
-    """A crew of processes of this machine; a context manager that leaves none behind.
+class ProcessGroup:
+    """A `dispatch.WorkerGroup` of processes of this machine; a context manager that leaves none behind.
 
     Args:
         serve: what each of them does; goes there by pickle.
@@ -96,7 +98,7 @@ class LocalCrew:
         self._workers: dict[int, _Process] = {}
         self._leaving: list[_Process] = []
 
-    def __enter__(self) -> "LocalCrew":
+    def __enter__(self) -> "ProcessGroup":
         return self
 
     def __exit__(self, *fault: object) -> None:
@@ -106,12 +108,12 @@ class LocalCrew:
         for worker in everyone:
             worker.end()
 
-    def start(self, place: int) -> None:
+    def start_worker(self, place: int) -> None:
         worker = self._workers[place] = _start(self._environments[place])
         worker.listen(lambda line: self._log(f"[{place}] {line}"))
         worker.send(self._serve)
 
-    def give(self, place: int, tasks: list[CaseFolder]) -> None:
+    def assign(self, place: int, tasks: list[Task]) -> None:
         self._workers[place].send(tasks)
 
     def dismiss(self, place: int) -> None:
@@ -119,7 +121,7 @@ class LocalCrew:
         worker.send(None)
         self._leaving.append(worker)
 
-    def hear(self) -> tuple[int, Message]:
+    def receive(self) -> tuple[int, Message]:
         places = {worker.connection: place for place, worker in self._workers.items()}
         connection = wait(list(places))[0]
         assert isinstance(connection, Connection)
@@ -200,7 +202,7 @@ def live(descriptor: int) -> None:
 
     It leaves at once when its parent is gone, in the middle of a case too.
     """
-    connection, tasks = Connection(descriptor), SimpleQueue[list[CaseFolder] | None]()
+    connection, tasks = Connection(descriptor), SimpleQueue[list[Task] | None]()
     signal.signal(signal.SIGTERM, _leave)
     serve: Serve = connection.recv()
     Thread(target=_receive, args=(connection, tasks), daemon=True).start()
@@ -220,7 +222,7 @@ def live(descriptor: int) -> None:
         post(error)
 
 
-def _receive(connection: Connection, tasks: "SimpleQueue[list[CaseFolder] | None]") -> None:
+def _receive(connection: Connection, tasks: "SimpleQueue[list[Task] | None]") -> None:
     try:
         while batch := connection.recv():
             tasks.put(batch)

@@ -18,8 +18,10 @@ from ray.exceptions import RayError as AnyRayError
 
 from cwdm.errors import CwdmError, DeviceLostError, SettingsError
 from cwdm.images import CaseFolder
-from cwdm.inference.cohort import Outcome, Runner
-from cwdm.inference.parallel.dispatch import IDLE, Lost, Message, Work, start_synthesizer, synthesise_among
+from cwdm.inference.cohort import Runner, Work
+from cwdm.inference.parallel.dispatch import IDLE, Lost, Message, start_synthesizer, synthesise_among
+from cwdm.inference.plan import Task
+from cwdm.inference.records import Outcome
 from cwdm.progress import CohortProgress
 from cwdm.signals import deferred, handled
 
@@ -43,7 +45,7 @@ class _Worker:
             return error
         return IDLE
 
-    def run(self, tasks: list[CaseFolder]) -> list[Outcome] | Message:
+    def run(self, tasks: list[Task]) -> list[Outcome] | Message:
         """Synthesise; what no other worker could do without either is given back."""
         work, outcomes = self.work, list[Outcome]()
         progress = CohortProgress(0)  # on standard error, which Ray keeps in the worker's log
@@ -80,8 +82,8 @@ def synthesise_on_ray(
     try:
         # Ray makes a KeyboardInterrupt of whatever ends its waiting.
         with deferred() as stopped_by:
-            crew = _RayCrew(work, workers, len(folders), stopped_by)
-            return synthesise_among(crew, folders, work, progress)
+            group = _RayGroup(work, workers, len(folders), stopped_by)
+            return synthesise_among(group, folders, work, progress)
     finally:
         ray.shutdown()
 
@@ -105,8 +107,8 @@ def _check_reachable(address: str) -> None:
         pass
 
 
-class _RayCrew:
-    """A crew of actors; see `dispatch.Crew`.
+class _RayGroup:
+    """A `dispatch.WorkerGroup` of actors.
 
     Args:
         workers: how many at most; None for the cluster's own number.
@@ -132,30 +134,30 @@ class _RayCrew:
         self.cores = 1 if self.on_gpus else cores_each(cores, self.size)
         self.actors: dict[int, Any] = {}
         self.calls: dict[Any, int] = {}
-        self.heard: deque[tuple[int, Message]] = deque()
+        self.received: deque[tuple[int, Message]] = deque()
 
-    def start(self, place: int) -> None:
+    def start_worker(self, place: int) -> None:
         """A new worker; Ray finds it a machine."""
         needs = {"num_cpus": self.cores, "num_gpus": 1 if self.on_gpus else 0}
         environment = {"env_vars": {"OMP_NUM_THREADS": str(self.cores)}}
         self.actors[place] = ray.remote(_Worker).options(**needs, runtime_env=environment).remote(self.work)
         self.calls[self.actors[place].begin.remote()] = place
 
-    def give(self, place: int, tasks: list[CaseFolder]) -> None:
+    def assign(self, place: int, tasks: list[Task]) -> None:
         self.calls[self.actors[place].run.remote(tasks)] = place
 
     def dismiss(self, place: int) -> None:
         del self.actors[place]  # and Ray has its place for one that waits
 
-    def hear(self) -> tuple[int, Message]:
-        while not self.heard:
+    def receive(self) -> tuple[int, Message]:
+        while not self.received:
             done, _ = ray.wait(list(self.calls), num_returns=1, timeout=1)
             if self.stopped_by():
                 raise SystemExit(128 + self.stopped_by())
             for call in done:
                 place = self.calls.pop(call)
-                self.heard.extend((place, message) for message in self.messages(place, call))
-        return self.heard.popleft()
+                self.received.extend((place, message) for message in self.messages(place, call))
+        return self.received.popleft()
 
     def messages(self, place: int, call: Any) -> list[Message]:
         """What came of a call; a worker that is lost is let go of."""

@@ -11,13 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from cwdm.errors import InputError
+from cwdm.slurm import SlurmJob, slurm_job
 
 T = TypeVar("T")
 
 
-def share(items: Sequence[T], names: Sequence[str], shard: str, environment: Mapping[str, str] = os.environ) -> list[T]:
-    """The items, each with a name, of a shard given as for `place`."""
-    index, count = place(shard, environment)
+def select_shard(
+    items: Sequence[T], names: Sequence[str], shard: str, environment: Mapping[str, str] = os.environ
+) -> list[T]:
+    """The items, each with a name, of a shard given as for `parse_shard`."""
+    index, count = parse_shard(shard, environment)
     return [item for item, name in zip(items, names, strict=True) if _number(name) % count == index]
 
 
@@ -26,7 +29,7 @@ def _number(name: str) -> int:
     return int.from_bytes(hashlib.sha256(os.fsencode(name)).digest()[:8])
 
 
-def place(shard: str, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+def parse_shard(shard: str, environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """i and n of a shard "i/n", i from 0 to n - 1, or "auto": the place among a scheduler's jobs.
 
     "auto" reads Slurm's job array and the tasks of `srun`, else Kubernetes' JOB_COMPLETION_INDEX with
@@ -46,22 +49,9 @@ def _parse(shard: str) -> tuple[int, int]:
 
 
 def _of_scheduler(environment: Mapping[str, str]) -> tuple[int, int]:
-    # In a batch script, and in the shell of salloc, these variables are there too, but there is one process.
-    tasks = int(environment.get("SLURM_NTASKS", 1))
-    if tasks > 1 and tasks != int(environment.get("SLURM_STEP_NUM_TASKS", 1)):
-        raise InputError(
-            f"--shard auto: the Slurm job has {environment['SLURM_NTASKS']} tasks, and this is not one of them, so the "
-            "cases of the others would be nobody's; start it with srun, or ask for one task (--ntasks=1)"
-        )
-    places = [
-        _parse(f"{int(environment[index]) - offset}/{environment[size]}")
-        for index, size, offset in (
-            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", _start_of_array(environment)),
-            ("SLURM_PROCID", "SLURM_NTASKS", 0),
-            ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS", 0),
-        )
-        if index in environment and size in environment
-    ]
+    places = _of_slurm(job) if (job := slurm_job(environment)) else []
+    if {"JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"} <= environment.keys():
+        places.append(_parse(f"{environment['JOB_COMPLETION_INDEX']}/{environment['JOB_COMPLETIONS']}"))
     if not places:
         raise InputError(
             "--shard auto: no Slurm job array (SLURM_ARRAY_TASK_ID, _COUNT), Slurm tasks (SLURM_PROCID, SLURM_NTASKS) "
@@ -73,12 +63,21 @@ def _of_scheduler(environment: Mapping[str, str]) -> tuple[int, int]:
     return index, count
 
 
-def _start_of_array(environment: Mapping[str, str]) -> int:
-    """The first number of a Slurm job array, which must have no gaps: a gap's cases would be nobody's."""
-    first, last, count = (int(environment.get(f"SLURM_ARRAY_TASK_{name}", 0)) for name in ("MIN", "MAX", "COUNT"))
-    if "SLURM_ARRAY_TASK_MAX" in environment and last - first + 1 != count:
+def _of_slurm(job: SlurmJob) -> list[tuple[int, int]]:
+    """The job's place in its array, and this process's among the job's tasks."""
+    if job.tasks > 1 and job.tasks != job.step_tasks:
         raise InputError(
-            f"--shard auto: the job array has {count} jobs from {first} to {last}, and the cases of those left out "
-            "would be nobody's; give i/n, or an array without gaps such as 0-7"
+            f"--shard auto: the Slurm job has {job.tasks} tasks, and this is not one of them, so nobody would do the "
+            "cases of the others; start it with srun, or ask for one task (--ntasks=1)"
         )
-    return first
+    places = []
+    if job.array_task is not None and job.array_tasks is not None:
+        if job.array_last is not None and job.array_last - job.array_first + 1 != job.array_tasks:
+            raise InputError(
+                f"--shard auto: the job array has {job.array_tasks} jobs from {job.array_first} to {job.array_last}, "
+                "and nobody would do the cases of those left out; give i/n, or an array without gaps such as 0-7"
+            )
+        places.append(_parse(f"{job.array_task - job.array_first}/{job.array_tasks}"))
+    if job.task is not None:
+        places.append(_parse(f"{job.task}/{job.tasks}"))
+    return places

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 
 from cwdm.errors import CwdmError, DeviceLostError, OutputError
 from cwdm.images.cases import CaseFolder
-from cwdm.inference.cohort import Outcome
-from cwdm.inference.parallel.dispatch import ATTEMPTS, IDLE, STARTS, Lost, Message, Work, synthesise_among
-from cwdm.inference.parallel.processes import LocalCrew
+from cwdm.inference.cohort import Work
+from cwdm.inference.parallel.dispatch import ATTEMPTS, IDLE, STARTS, Lost, Message, synthesise_among
+from cwdm.inference.parallel.processes import ProcessGroup
+from cwdm.inference.plan import Task
+from cwdm.inference.records import Outcome
 from cwdm.progress import CohortProgress
 from cwdm.settings import Settings
 
@@ -24,34 +26,34 @@ def folder(name: str, missing: str = "t1n") -> CaseFolder:
     return CaseFolder(name, Path(name), others)
 
 
-def outcome(task: CaseFolder) -> Outcome:
+def outcome(task: Task) -> Outcome:
     return Outcome(task.name, task.target, "written")
 
 
-def dealt(crew, folders: list[CaseFolder], output: Path) -> dict[str, Outcome]:
+def dealt(group, folders: list[CaseFolder], output: Path) -> dict[str, Outcome]:
     """What became of each case."""
     work = Work("bundled", Settings(), "cpu", output, report=output / "report")
-    outcomes = synthesise_among(crew, folders, work, CohortProgress(len(folders)))
+    outcomes = synthesise_among(group, folders, work, CohortProgress(len(folders)))
     assert len(outcomes) == len({each.case for each in outcomes})
     assert len(list((output / "report").glob("run-*.json"))) == 1
     return {each.case: each for each in outcomes}
 
 
 class Here:
-    """A crew without processes: its workers answer at once.
+    """A group of workers without processes: its workers answer at once.
 
     Args:
         lost: asked, with a place and a task, whether the worker is lost over it; with None, before it has begun.
     """
 
-    def __init__(self, size: int, most: int, lost: Callable[[int, CaseFolder | None], bool]) -> None:
+    def __init__(self, size: int, most: int, lost: Callable[[int, Task | None], bool]) -> None:
         self.size, self.most, self.lost = size, most, lost
         self.said: deque[tuple[int, Message]] = deque()
         self.begun: Counter[str] = Counter()
         self.there: set[int] = set()
         self.starts: Counter[int] = Counter()
 
-    def start(self, place: int) -> None:
+    def start_worker(self, place: int) -> None:
         assert place not in self.there
         self.starts[place] += 1
         gone = self.lost(place, None)
@@ -59,7 +61,7 @@ class Here:
         if not gone:
             self.there.add(place)
 
-    def give(self, place: int, tasks: list[CaseFolder]) -> None:
+    def assign(self, place: int, tasks: list[Task]) -> None:
         assert place in self.there
         assert len({task.target for task in tasks}) == 1
         for task in tasks:
@@ -74,20 +76,20 @@ class Here:
     def dismiss(self, place: int) -> None:
         self.there.remove(place)
 
-    def hear(self) -> tuple[int, Message]:
+    def receive(self) -> tuple[int, Message]:
         return self.said.popleft()
 
 
 @given(st.integers(1, 4), st.integers(1, 8), st.lists(st.booleans(), max_size=40))
 def test_only_the_cases_that_kill_fail(tmp_path_factory, size: int, most: int, kills: list[bool]) -> None:
     folders = [folder(f"{kill}-{number}", "t2f" if number % 3 else "t1n") for number, kill in enumerate(kills)]
-    crew = Here(size, most, lambda _, task: task is not None and task.name.startswith("True"))
-    became = dealt(crew, folders, tmp_path_factory.mktemp("output"))
+    group = Here(size, most, lambda _, task: task is not None and task.name.startswith("True"))
+    became = dealt(group, folders, tmp_path_factory.mktemp("output"))
     assert {name: each.status for name, each in became.items()} == {
         each.name: "failed" if each.name.startswith("True") else "written" for each in folders
     }
-    assert all(crew.begun[name] <= ATTEMPTS if name.startswith("True") else crew.begun[name] == 1 for name in became)
-    assert not crew.there
+    assert all(group.begun[name] <= ATTEMPTS if name.startswith("True") else group.begun[name] == 1 for name in became)
+    assert not group.there
     assert all("3 times" in each.reason for each in became.values() if each.status == "failed")
 
 
@@ -95,14 +97,14 @@ def test_a_broken_device_takes_no_case_along(tmp_path: Path) -> None:
     folders = [folder(str(number)) for number in range(9)]
     broken: set[int] = set()
 
-    def lost(place: int, task: CaseFolder | None) -> bool:
+    def lost(place: int, task: Task | None) -> bool:
         if place == 1 and task is not None:
             broken.add(place)
         return place in broken
 
-    crew = Here(2, 2, lost)
-    assert {each.status for each in dealt(crew, folders, tmp_path).values()} == {"written"}
-    assert crew.starts == {0: 1, 1: 1 + STARTS}
+    group = Here(2, 2, lost)
+    assert {each.status for each in dealt(group, folders, tmp_path).values()} == {"written"}
+    assert group.starts == {0: 1, 1: 1 + STARTS}
 
 
 def test_no_worker_that_can_begin_ends_the_run(tmp_path: Path) -> None:
@@ -113,7 +115,7 @@ def test_no_worker_that_can_begin_ends_the_run(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- real processes
 
 
-def kill_over_b(batches: Iterator[list[CaseFolder]], post: Callable[[Message], None]) -> None:
+def kill_over_b(batches: Iterator[list[Task]], post: Callable[[Message], None]) -> None:
     """A case that kills its worker."""
     post(IDLE)
     for batch in batches:
@@ -124,7 +126,7 @@ def kill_over_b(batches: Iterator[list[CaseFolder]], post: Callable[[Message], N
         post(IDLE)
 
 
-def break_on_first(batches: Iterator[list[CaseFolder]], post: Callable[[Message], None]) -> None:
+def break_on_first(batches: Iterator[list[Task]], post: Callable[[Message], None]) -> None:
     """A GPU, that of the first place, that stops working for good in the middle of a case."""
     mark = Path(os.environ["MARK"])
     if os.environ["PLACE"] == "0" and mark.exists():
@@ -139,25 +141,25 @@ def break_on_first(batches: Iterator[list[CaseFolder]], post: Callable[[Message]
         post(IDLE)
 
 
-def full_disk(batches: Iterator[list[CaseFolder]], post: Callable[[Message], None]) -> None:
+def full_disk(batches: Iterator[list[Task]], post: Callable[[Message], None]) -> None:
     raise OutputError("the disk is full")
 
 
 def test_a_case_that_kills_its_worker_fails_by_name_and_alone(tmp_path: Path) -> None:
     said: list[str] = []
-    with LocalCrew(kill_over_b, [dict(os.environ)] * 2, said.append) as crew:
-        became = dealt(crew, [folder(name) for name in "abcde"], tmp_path)
+    with ProcessGroup(kill_over_b, [dict(os.environ)] * 2, said.append) as group:
+        became = dealt(group, [folder(name) for name in "abcde"], tmp_path)
     assert {name: each.status for name, each in became.items() if each.status != "written"} == {"b": "failed"}
     assert became["b"].reason == "its worker was lost (killed by signal 11), 3 times"
 
 
 def test_the_case_of_a_broken_device_is_done_by_another(tmp_path: Path) -> None:
     environments = [{**os.environ, "MARK": str(tmp_path / "mark"), "PLACE": str(place)} for place in range(2)]
-    with LocalCrew(break_on_first, environments, lambda _: None) as crew:
-        became = dealt(crew, [folder(name) for name in "abcde"], tmp_path / "output")
+    with ProcessGroup(break_on_first, environments, lambda _: None) as group:
+        became = dealt(group, [folder(name) for name in "abcde"], tmp_path / "output")
     assert {each.status for each in became.values()} == {"written"}
 
 
 def test_what_no_worker_could_do_without_ends_the_run(tmp_path: Path) -> None:
-    with LocalCrew(full_disk, [dict(os.environ)], lambda _: None) as crew, pytest.raises(OutputError, match="full"):
-        dealt(crew, [folder("a")], tmp_path)
+    with ProcessGroup(full_disk, [dict(os.environ)], lambda _: None) as group, pytest.raises(OutputError, match="full"):
+        dealt(group, [folder("a")], tmp_path)

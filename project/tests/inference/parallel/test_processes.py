@@ -33,6 +33,15 @@ def command(cohort: tuple[Path, Path], output: Path, *options: str) -> list[str]
     return [sys.executable, "-m", "cwdm", "infer", "--device=cpu", *paths, *options]
 
 
+def test_a_run_in_one_process_loads_nothing_of_workers(cohort: tuple[Path, Path], tmp_path: Path) -> None:
+    code = "import sys\nfrom cwdm.cli.app import app\ntry:\n    app()\nfinally:\n    print(*sys.modules)"
+    start = [sys.executable, "-c", code, *command(cohort, tmp_path)[3:]]
+    loaded = subprocess.run(start, capture_output=True, text=True, check=True).stdout.split()
+    assert "cwdm.inference.cohort" in loaded
+    workers = ("cwdm.inference.parallel", "ray", "cwdm.training", "cwdm.inference.translate", "cwdm.inference.generate")
+    assert not [name for name in loaded if name.startswith(workers)]
+
+
 def images(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 

@@ -15,7 +15,7 @@ from support import TINY
 from cwdm.checkpoint import Record
 from cwdm.errors import CwdmError, OutputError, WeightsError
 from cwdm.images.cases import find_cases
-from cwdm.inference.cohort import synthesise_cohort
+from cwdm.inference.cohort import Work, synthesise_cohort
 from cwdm.inference.synthesizer import Synthesizer
 from cwdm.prepare.drop import drop_modalities
 from cwdm.progress import CohortProgress
@@ -24,7 +24,7 @@ from cwdm.weights.untrained import write_untrained
 
 pytest.importorskip("ray", reason="needs the extra 'ray'")
 
-from cwdm.inference.parallel.ray_workers import Work, cores_each, synthesise_on_ray
+from cwdm.inference.parallel.ray_workers import cores_each, synthesise_on_ray
 
 pytestmark = pytest.mark.full  # a cluster takes its time to start
 

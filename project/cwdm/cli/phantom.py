@@ -1,0 +1,24 @@
+"""`cwdm phantom`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cwdm.cli.old import REQUIRED, Word, either
+from cwdm.cli.options import count, output
+from cwdm.progress import print_line
+
+
+def phantom(
+    out: Word = None,
+    output_path: Annotated[Path | None, output(f"Folder for the case folders. {REQUIRED}")] = None,
+    num_cases: Annotated[int, count("cases", "How many synthetic patients to make.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same patients.")] = 0,
+    wide: Annotated[bool, typer.Option("--wide", help="Let them differ more than patients do, for training.")] = False,
+) -> None:
+    """Make synthetic patients: four modalities and a segmentation each, in the BraTS layout."""
+    from cwdm.phantoms import WIDE, write_phantoms
+
+    folder = either(output_path, out, "--output_path")
+    write_phantoms(folder, num_cases, seed, variation=WIDE if wide else None, on_case=print_line)

@@ -1,0 +1,54 @@
+"""`cwdm report`, and the report at the end of a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cwdm.cli.options import count, data
+from cwdm.errors import needs_extra
+from cwdm.progress import print_line
+
+FILE_NAME = "report.html"
+
+
+def report(
+    records: Annotated[Path, typer.Argument(metavar="REPORT", help="Folder that 'cwdm infer --report_path' filled.")],
+    data_path: Annotated[Path | None, data("Folder with the case folders. Default: as recorded.")] = None,
+    synthesised: Annotated[Path | None, typer.Option(help="Folder with the outputs. Default: as recorded.")] = None,
+    old_synthesised: Annotated[Path | None, typer.Option("--output_path", hidden=True)] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="True images: complete case folders, or files named like the outputs.")
+    ] = None,
+    viewer: Annotated[
+        list[str] | None, typer.Option(metavar="CASE", help="Case that gets a slice viewer; repeat for several.")
+    ] = None,
+    num_cases: Annotated[int, count("cases", "How many cases are pictured, the worst first.", least=0)] = 60,
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Folder for report.html, or a file of another name. Default: REPORT."),
+    ] = None,
+) -> None:
+    """Write one HTML file about a run: what to look at first, slices, histograms, settings, checksums."""
+    from cwdm.report_data import Places
+
+    places = Places(records, data_path, synthesised or old_synthesised, truth)
+    file = out if out is None or out.suffix or out.is_file() else out / FILE_NAME
+    print_line(f"look at {_write_report()(places, viewer or (), num_cases, file)}")
+
+
+def report_on_run(report_path: Path, data_path: Path, output_path: Path, log: Callable[[str], None]) -> None:
+    """The report at the end of a run, whose exit code tells of the cases, not of this."""
+    from cwdm.report_data import Places
+
+    try:
+        log(f"look at {_write_report()(Places(report_path, data_path, output_path))}")
+    except Exception as error:
+        log(f"warning: no report was written: {error}")
+
+
+def _write_report() -> Callable[..., Path]:
+    with needs_extra("report", "what the report needs"):
+        from cwdm.report import write_report
+    return write_report

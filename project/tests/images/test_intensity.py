@@ -1,0 +1,80 @@
+"""Laws of intensities, with NumPy as oracle."""
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from cwdm.images.intensity import ClipRange, Rule, _quantiles, brain_mask, denormalise, foreground, normalise
+
+shapes = st.tuples(*[st.integers(1, 9)] * 3)
+volumes = hnp.arrays(
+    np.float32, shapes, elements=st.floats(-1e6, 1e6, width=32) | st.just(0.0) | st.integers(-3, 3), fill=st.just(0.0)
+)
+
+
+@given(volumes)
+def test_quantiles_are_those_of_numpy(volume: np.ndarray) -> None:
+    quantiles = (0.0, 0.001, 0.3, 0.5, 0.999, 1.0)
+    assert _quantiles(volume, quantiles) == list(np.quantile(volume.astype(np.float64), quantiles))
+
+
+def test_quantiles_of_a_volume_without_background() -> None:
+    volume = np.random.RandomState(0).standard_normal((31, 40, 17)).astype(np.float32)
+    for array in (volume, volume + 100, volume - 100, np.asfortranarray(volume)):
+        expected = np.quantile(array.astype(np.float64), (0.001, 0.999))
+        assert _quantiles(array, (0.001, 0.999)) == list(expected)
+
+
+@given(volumes)
+def test_normalise_reaches_both_ends_and_goes_back(volume: np.ndarray) -> None:
+    low, high = np.quantile(volume.astype(np.float64), (0.001, 0.999)).astype(np.float32)
+    assume(low < high)
+    before = volume.copy()
+    unit, clip_range = normalise(volume)
+    np.testing.assert_array_equal(volume, before)
+    assert unit.dtype == np.float32
+    assert unit.min() == 0
+    assert unit.max() == 1
+    assert clip_range == ClipRange(float(low), float(high))
+    rounding = 4 * np.finfo(np.float32).eps * max(abs(low), abs(high))
+    np.testing.assert_allclose(denormalise(unit, clip_range), np.clip(volume, low, high), rtol=0, atol=rounding)
+
+
+def test_normalise_is_as_exact_as_float64() -> None:
+    volume = np.random.RandomState(1).gamma(2, 300, (23, 19, 14)).astype(np.float32)
+    low, high = np.quantile(volume.astype(np.float64), (0.001, 0.999))
+    expected: np.ndarray = (np.clip(volume.astype(np.float64), low, high) - low) / (high - low)
+    np.testing.assert_allclose(normalise(volume)[0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0, 7.5, -3])
+def test_normalise_refuses_a_constant(value: float) -> None:
+    volume = np.full((10, 11, 12), value, np.float32)
+    volume[3, 4, 5] = 1000  # one voxel does not reach the percentiles
+    with pytest.raises(ValueError, match="same intensity"):
+        normalise(volume)
+
+
+def test_denormalise_goes_beyond_the_range() -> None:
+    unit = np.array([-0.1, 0, 0.5, 1, 1.1], np.float32)
+    np.testing.assert_allclose(denormalise(unit, ClipRange(10, 110)), [0, 10, 60, 110, 120], rtol=1e-6)
+
+
+def test_brain_mask_is_the_union_of_what_is_not_zero() -> None:
+    first, second = np.zeros((2, 3, 4, 5), np.float32)
+    first[0, 0, 0] = -2
+    second[2, 3, 4] = 1e-3
+    second[1, 1, 1] = -0.0
+    mask = brain_mask([first, second])
+    assert mask.dtype == np.bool_
+    assert np.argwhere(mask).tolist() == [[0, 0, 0], [2, 3, 4]]
+
+
+def test_background_rules() -> None:
+    unit = np.array([[[-0.1, 0.04, 0.05, 0.9]]], np.float32)
+    mask = np.array([[[True, False, False, True]]])
+    rules: tuple[Rule, ...] = ("mask", "threshold", "none")
+    kept = {rule: foreground(unit, rule, mask, 0.04).ravel().tolist() for rule in rules}
+    assert kept == {"mask": [True, False, False, True], "threshold": [False, False, True, True], "none": [True] * 4}
