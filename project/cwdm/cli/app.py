@@ -492,10 +492,10 @@ def report(
     out: Annotated[Path | None, typer.Option(help="The file. Default: report.html beside the records.")] = None,
 ) -> None:
     """Write one HTML file about a run: what to look at first, slices, histograms, settings, checksums."""
-    from cwdm.report_data import Places
+    from cwdm.report import ReportPaths
 
-    places = Places(records, data_path, output_path, truth)
-    _say(f"look at {_write_report()(places, viewer or (), cases, out)}")
+    paths = ReportPaths(records, data_path, output_path, truth)
+    _say(f"look at {_write_report()(paths, viewer or (), cases, out)}")
 
 
 def _write_report() -> "Callable[..., Path]":
@@ -508,10 +508,10 @@ def _write_report() -> "Callable[..., Path]":
 
 def _report_on_run(report_path: Path, data_path: Path, output_path: Path, log: "Callable[[str], None]") -> None:
     """The report at the end of a run, whose exit code tells of the cases, not of this."""
-    from cwdm.report_data import Places
+    from cwdm.report import ReportPaths
 
     try:
-        log(f"look at {_write_report()(Places(report_path, data_path, output_path))}")
+        log(f"look at {_write_report()(ReportPaths(report_path, data_path, output_path))}")
     except Exception as error:
         log(f"warning: no report was written: {error}")
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
 
+from cwdm.arrays import Mask, Volume, bounding_box
 from cwdm.errors import CaseError, InputError
 from cwdm.images import (
     MODALITIES,
@@ -29,10 +29,6 @@ from cwdm.images import (
 )
 from cwdm.inference import VERDICTS, Verdict
 from cwdm.metrics import psnr, ssim
-
-Volume = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
-Box = tuple[slice, slice, slice]
 
 MOST_BYTES = 64 << 20
 """Of one record: a run's has about 300 a case."""
@@ -212,7 +208,7 @@ def _merge(runs: Sequence[RunRecord], cases: Iterable[CaseRecord]) -> Iterable[E
 
 
 @dataclass(frozen=True)
-class Places:
+class ReportPaths:
     """Where volumes are looked for; what is None is where the records say it was.
 
     Attributes:
@@ -229,7 +225,7 @@ class Places:
 
 
 @dataclass(frozen=True)
-class Shown:
+class CaseVolumes:
     """The volumes of a case as they are shown: (X, Y, Z) stored LPS, cropped to the brain, in [0, 1].
 
     Attributes:
@@ -253,17 +249,17 @@ class Shown:
     ssim: float | None = None
 
 
-def read_shown(entry: Entry, places: Places) -> Shown:
+def read_volumes(entry: Entry, paths: ReportPaths) -> CaseVolumes:
     """Read the volumes of a written case.
 
     Raises:
         CwdmError: one that is needed is not there or cannot be used.
     """
-    case = read_case(_as_given(_input_folder(entry, places), entry))
+    case = read_case(_as_given(_input_folder(entry, paths), entry))
     to_lps = Orientation.to(ORIENTATION, case.affine) if case.has_orientation else Orientation.identity()
     mask = to_lps.apply(brain_mask(case.volumes.values()))
     name, like = next(iter(case.volumes.items()))
-    box = _around(mask)
+    box = bounding_box(mask if mask.any() else ~mask, MARGIN)
 
     def read(path: Path) -> Volume:
         volume, affine, oriented = read_grid(path)
@@ -275,15 +271,15 @@ def read_shown(entry: Entry, places: Places) -> Shown:
         return np.ascontiguousarray(to_lps.apply(unit)[box])
 
     try:
-        output = read(_output_file(entry, places))
+        output = read(_output_file(entry, paths))
         low, high = _written_range(entry, case.volumes)
         conditions = {name: shown(normalise(volume)[0]) for name, volume in case.volumes.items()}
     except ValueError as error:
         raise CaseError(case.name, str(error)) from error
-    spread_path = places.report / f"{entry.case}-{entry.modality}-spread.nii.gz"
-    truth_path = _truth_file(entry, places)
+    spread_path = paths.report / f"{entry.case}-{entry.modality}-spread.nii.gz"
+    truth_path = _truth_file(entry, paths)
     lengths = np.linalg.norm(case.affine[:3, :3], axis=0)[list(to_lps.axes)]
-    result = Shown(
+    result = CaseVolumes(
         conditions=conditions,
         synthesis=shown((output - np.float32(low)) / np.float32(high - low)),
         mask=mask[box],
@@ -299,7 +295,7 @@ def read_shown(entry: Entry, places: Places) -> Shown:
     return replace(compared, centre=_fullest(tumour)) if tumour.any() else compared
 
 
-def _compare(shown: Shown, synthesis: Volume, truth: Volume) -> Shown:
+def _compare(shown: CaseVolumes, synthesis: Volume, truth: Volume) -> CaseVolumes:
     return replace(
         shown,
         truth=truth,
@@ -325,33 +321,33 @@ def _as_given(folder: CaseFolder, entry: Entry) -> CaseFolder:
     return replace(folder, files=files, chosen=entry.modality)
 
 
-def _input_folder(entry: Entry, places: Places) -> CaseFolder:
+def _input_folder(entry: Entry, paths: ReportPaths) -> CaseFolder:
     told = entry.record.input if entry.record else ""
-    folder = places.data / entry.case if places.data else Path(told)
-    if places.data and not folder.is_dir():
-        folder = places.data  # flat
-    if not folder.is_dir() or not (told or places.data):
+    folder = paths.data / entry.case if paths.data else Path(told)
+    if paths.data and not folder.is_dir():
+        folder = paths.data  # flat
+    if not folder.is_dir() or not (told or paths.data):
         raise CaseError(entry.case, f"its input is not at {told or 'a known place'}; give --data_path")
     return case_folder(folder, entry.case)
 
 
-def _output_file(entry: Entry, places: Places) -> Path:
+def _output_file(entry: Entry, paths: ReportPaths) -> Path:
     told = entry.record.output if entry.record else ""
-    path = places.output / output_name(entry.case, entry.modality) if places.output else Path(told)
+    path = paths.output / output_name(entry.case, entry.modality) if paths.output else Path(told)
     if not path.is_file():
         raise CaseError(
-            entry.case, f"its output is not at {path if places.output else told or 'a known place'}; give --output_path"
+            entry.case, f"its output is not at {path if paths.output else told or 'a known place'}; give --output_path"
         )
     return path
 
 
-def _truth_file(entry: Entry, places: Places) -> Path | None:
-    if places.truth is None:
+def _truth_file(entry: Entry, paths: ReportPaths) -> Path | None:
+    if paths.truth is None:
         return None
-    flat = places.truth / output_name(entry.case, entry.modality)
+    flat = paths.truth / output_name(entry.case, entry.modality)
     if flat.is_file():
         return flat
-    folder = places.truth / entry.case
+    folder = paths.truth / entry.case
     return case_folder(folder).files.get(entry.modality) if folder.is_dir() else None
 
 
@@ -360,16 +356,6 @@ def _written_range(entry: Entry, conditions: Mapping[str, Volume]) -> ClipRange:
     if isinstance(output, dict) and output.get("intensity") == "unit":
         return ClipRange(0.0, 1.0)
     return clip_range(conditions[nearest_of(entry.modality, conditions)])
-
-
-def _around(mask: Mask) -> Box:
-    """The box around the brain with a margin; everything where there is no brain."""
-    sides = []
-    for axis, length in enumerate(mask.shape):
-        occupied = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
-        first, last = (int(occupied[0]), int(occupied[-1])) if occupied.size else (0, length)
-        sides.append(slice(max(0, first - MARGIN), last + 1 + MARGIN))
-    return sides[0], sides[1], sides[2]
 
 
 def _fullest(mask: Mask) -> tuple[int, int, int]:

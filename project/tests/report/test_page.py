@@ -25,7 +25,7 @@ from cwdm.cli.app import app
 from cwdm.errors import InputError
 from cwdm.images.cases import find_cases, read_grid, write_nifti
 from cwdm.report import write_report
-from cwdm.report_data import Places, read_records, read_shown
+from cwdm.report.data import ReportPaths, read_records, read_volumes
 from cwdm.weights.untrained import untrained_state
 
 HOSTILE = "<img src=x onerror=alert(1)>\"'&{{7*7}}\u202e"
@@ -42,7 +42,7 @@ def cwdm(*arguments: object) -> Result:
 
 
 @pytest.fixture(scope="module")
-def run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
+def run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> ReportPaths:
     """A run over four cases of two samples: hostile names, one turned, one that fails."""
     folder = tmp_path_factory.mktemp("report")
     sources = sorted(phantoms.iterdir())
@@ -61,11 +61,11 @@ def run(phantoms: Path, tmp_path_factory: pytest.TempPathFactory) -> Places:
     result = cwdm("infer", *places, "--weights", weights, "--device", "cpu", "samples=2", "sampler.timesteps=[1, 0]")
     assert result.exit_code == 1, result.output
     assert f"look at {folder / 'report' / 'report.html'}" in result.output.replace("\n", "")
-    return Places(folder / "report", truth=folder / "truth")
+    return ReportPaths(folder / "report", truth=folder / "truth")
 
 
 @pytest.fixture(scope="module")
-def page(run: Places, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def page(run: ReportPaths, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The report of the run with the truth and a viewer."""
     return write_report(run, [HOSTILE], path=tmp_path_factory.mktemp("page") / "report.html")
 
@@ -180,7 +180,7 @@ def test_the_file_holds_all_it_needs(page: Path) -> None:
     assert re.search(r"<code>[0-9a-f]{64}</code>", plain)
 
 
-def test_without_a_viewer_it_is_small_and_says_what_it_leaves_out(run: Places, tmp_path: Path) -> None:
+def test_without_a_viewer_it_is_small_and_says_what_it_leaves_out(run: ReportPaths, tmp_path: Path) -> None:
     everything = write_report(run, path=tmp_path / "all.html")
     assert everything.stat().st_size < 400_000
     few = write_report(run, most=2, path=tmp_path / "few.html").read_text()
@@ -188,9 +188,9 @@ def test_without_a_viewer_it_is_small_and_says_what_it_leaves_out(run: Places, t
     assert few.count('class="case"') == 2
 
 
-def test_the_same_slice_of_the_same_head_whatever_order_it_is_stored_in(run: Places, tmp_path: Path) -> None:
+def test_the_same_slice_of_the_same_head_whatever_order_it_is_stored_in(run: ReportPaths, tmp_path: Path) -> None:
     entry = next(entry for entry in read_records(run.report).entries if entry.case.endswith("00001-000"))
-    straight = read_shown(entry, run)
+    straight = read_volumes(entry, run)
     assert entry.record
     turned = tmp_path / "in" / entry.case
     turned.mkdir(parents=True)
@@ -202,7 +202,7 @@ def test_the_same_slice_of_the_same_head_whatever_order_it_is_stored_in(run: Pla
         folder = turned if path != Path(entry.record.output) else tmp_path / "out"
         folder.mkdir(exist_ok=True)
         write_nifti(folder / path.name, volume[:, :, ::-1], back)
-    other = read_shown(entry, Places(tmp_path, data=tmp_path / "in", output=tmp_path / "out"))
+    other = read_volumes(entry, ReportPaths(tmp_path, data=tmp_path / "in", output=tmp_path / "out"))
     np.testing.assert_allclose(other.synthesis, straight.synthesis, atol=1e-6)
     for name, volume in straight.conditions.items():
         np.testing.assert_allclose(other.conditions[name], volume, atol=1e-6)
@@ -210,7 +210,7 @@ def test_the_same_slice_of_the_same_head_whatever_order_it_is_stored_in(run: Pla
     assert other.truth is other.spread is None
 
 
-def test_a_true_image_on_another_grid_or_missing_is_named(run: Places, tmp_path: Path) -> None:
+def test_a_true_image_on_another_grid_or_missing_is_named(run: ReportPaths, tmp_path: Path) -> None:
     assert run.truth is not None
     for source in run.truth.iterdir():
         link_case(source, tmp_path / "truth", "none")
@@ -227,7 +227,7 @@ def test_a_true_image_on_another_grid_or_missing_is_named(run: Places, tmp_path:
         write_report(replace(run, truth=tmp_path / "none"))
 
 
-def test_a_case_that_cannot_be_pictured_is_listed_with_the_reason(run: Places, tmp_path: Path) -> None:
+def test_a_case_that_cannot_be_pictured_is_listed_with_the_reason(run: ReportPaths, tmp_path: Path) -> None:
     text = write_report(replace(run, data=tmp_path), path=tmp_path / "report.html").read_text()
     assert text.count("not pictured: its input is not at") >= 3
     assert "give --data_path" in text
@@ -267,19 +267,19 @@ def test_a_damaged_record_is_named_and_the_others_stand(content: str, tmp_path: 
     records = read_records(tmp_path)
     assert [entry.case for entry in records.entries] == ["good"]
     assert "bad.json" in records.faults[0]
-    text = write_report(Places(tmp_path)).read_text()
+    text = write_report(ReportPaths(tmp_path)).read_text()
     assert "bad.json" in text
     assert "1 case, not checked" in text
 
 
-def test_wrong_arguments_are_one_clear_message(run: Places, tmp_path: Path) -> None:
+def test_wrong_arguments_are_one_clear_message(run: ReportPaths, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be read"):
         read_records(tmp_path / "none")
     with pytest.raises(InputError, match="no record of nobody"):
         write_report(run, ["nobody"])
 
 
-def test_command(run: Places, tmp_path: Path) -> None:
+def test_command(run: ReportPaths, tmp_path: Path) -> None:
     result = cwdm("report", run.report, "--truth", run.truth, "--cases", 1, "--out", tmp_path / "x.html")
     assert result.exit_code == 0, result.output
     assert "look at" in result.output
