@@ -326,9 +326,13 @@ def _input_folder(entry: Entry, paths: ReportPaths) -> CaseFolder:
     folder = paths.data / entry.case if paths.data else Path(told)
     if paths.data and not folder.is_dir():
         folder = paths.data  # flat
-    if not folder.is_dir() or not (told or paths.data):
-        raise CaseError(entry.case, f"its input is not at {told or 'a known place'}; give --data_path")
-    return case_folder(folder, entry.case)
+    try:
+        found = case_folder(folder, entry.case) if told or paths.data else None
+    except InputError:
+        found = None
+    if found is None or found.name != entry.case:  # a flat folder may hold other cases alone
+        raise CaseError(entry.case, f"its input is not at {paths.data or told or 'a known place'}; give --data_path")
+    return found
 
 
 def _output_file(entry: Entry, paths: ReportPaths) -> Path:
