@@ -488,14 +488,26 @@ def report(
     viewer: Annotated[
         list[str] | None, typer.Option(metavar="CASE", help="Case that gets a slice viewer; repeat for several.")
     ] = None,
-    cases: Annotated[int, typer.Option(min=0, help="How many cases are pictured, the worst first.")] = 60,
+    scores: Annotated[
+        Path | None, typer.Option(help="Folder that 'cwdm evaluate --out' filled. Default: --truth is scored.")
+    ] = None,
+    cases: Annotated[
+        int, typer.Option(min=0, help="How many cases are pictured, the worst first; those that are marked always are.")
+    ] = 60,
+    workers: Annotated[
+        int | None,
+        typer.Option(min=1, help="Images scored at a time, 0.75 GB each. Default: one a processor, at most 8."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="The file. Default: report.html beside the records.")] = None,
 ) -> None:
     """Write one HTML file about a run: what to look at first, slices, histograms, settings, checksums."""
+    from cwdm.progress import CohortProgress
     from cwdm.report import ReportPaths
 
-    paths = ReportPaths(records, data_path, output_path, truth)
-    _say(f"look at {_write_report()(paths, viewer or (), cases, out)}")
+    paths = ReportPaths(records, data_path, output_path, truth, scores)
+    with CohortProgress(0) as progress:
+        path = _write_report()(paths, viewer or (), cases, out, workers, progress)
+    _say(f"look at {path}")
 
 
 def _write_report() -> "Callable[..., Path]":

@@ -1,4 +1,6 @@
 from .cache import ScoreCache as ScoreCache
+from .score import Pair as Pair
+from .score import Score as Score
 from .score import score_pairs as score_pairs
 from .sets import evaluate_generated as evaluate_generated
 from .tables import Evaluation as Evaluation

@@ -7,8 +7,9 @@ and the viewer stand inside. Its content security policy forbids the browser to 
 import base64
 import hashlib
 import json
+import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from importlib import resources
@@ -21,16 +22,28 @@ from markupsafe import Markup
 
 from cwdm import __version__
 from cwdm.errors import CwdmError, InputError
+from cwdm.evaluation import Score
 from cwdm.files import check_writable, write_atomically
+from cwdm.progress import CohortProgress
 from cwdm.report.data import Entry, Records, ReportPaths, RunRecord, read_records, read_volumes
-from cwdm.report.pictures import pictures_of, thumbnail, viewer_volumes
+from cwdm.report.pictures import map_colours, pictures_of, thumbnail, viewer_volumes
+from cwdm.report.scores import PSNR, SSIM, Scores, find_poor, read_scores, score_entries
 
 MOST_CASES = 60
-"""Pictured in a report, the worst first: about 0.15 MB and 2 s each."""
+"""Pictured in a report beside those that are marked, the worst first: about 0.1 MB and 2 s each."""
 
 FILE_NAME = "report.html"
 
 WORDS = {"failed": "failed", "reject": "reject", "look": "look", "unchecked": "not checked", "ok": "ok"}
+"""For the verdicts, the worst first."""
+
+MARKED = ("reject", "look")
+"""Verdicts of images that someone should see."""
+
+_GENERATOR = f"cwdm {__version__}"
+
+_FOLDERS = re.compile(r"(?<![\w+/.:<…-])(?:/[^/\s]+)*/(?=[^/\s])")
+"""What leads to a file's name; neither a URL, nor a fraction, nor the end of a tag."""
 
 
 def write_report(
@@ -38,14 +51,18 @@ def write_report(
     viewers: Sequence[str] = (),
     most: int = MOST_CASES,
     path: Path | None = None,
+    workers: int | None = None,
+    progress: CohortProgress | None = None,
 ) -> Path:
-    """Write one HTML file about all that a report folder tells; memory holds one case at a time.
+    """Write one HTML file about all that a report folder tells.
 
     Args:
-        paths: the report folder, and where volumes are looked for.
+        paths: the report folder, and where volumes and scores are looked for.
         viewers: names of cases that get a slice viewer, about 6 MB each.
-        most: how many cases are pictured, the worst first; those with a viewer always are.
+        most: how many cases are pictured, the worst first; those that are marked and those with a viewer always are.
         path: the file; None: report.html in the report folder.
+        workers: images that are scored at a time; None for one a processor, eight at most.
+        progress: told of each score.
 
     Returns:
         The file.
@@ -62,38 +79,74 @@ def write_report(
     if paths.truth and not paths.truth.is_dir():
         raise InputError(f"the folder {paths.truth} of true images does not exist; check --truth")
     check_writable(path.parent)
-    environment = _environment()
+    environment = _environment(_folders(paths, records.entries))
     common = _common_warnings(records.entries)
-    pictured = [number for number, entry in enumerate(records.entries) if not entry.failed][:most]
+    rows = _rows(records.entries, common, _scores(records.entries, paths, workers, progress))
+    chosen = _chosen(rows, viewers, most)
     with tempfile.TemporaryFile() as sections:
-        rows = [
-            _row(number, entry, paths, entry.case in viewers, number in pictured, common, environment, sections)
-            for number, entry in enumerate(records.entries)
+        drawn = [
+            _draw(row, paths, row.entry.case in viewers, environment, sections) if row.number in chosen else row
+            for row in rows
         ]
-        rows.sort(key=_worst_first)
+        sections.seek(0)
         page = environment.get_template("report.html").generate(
-            **_page(records, rows, common, bool(viewers)), sections=_read_back(sections, rows)
+            **_page(records, drawn, common, bool(viewers)), sections=(Markup(line.decode()) for line in sections)
         )
         write_atomically(path, lambda file: _write_page(file, page))
     return path
 
 
+# Rows
+
+
 @dataclass(frozen=True)
 class Row:
-    """A line of the overview, and where in the temporary file the section stands that it leads to."""
+    """A line of the overview.
+
+    Attributes:
+        number: names the case's section.
+        warnings: but for those that all cases share.
+        poor: why its score should be looked at.
+        pictured: whether there is a section.
+        thumbnail: URI of a picture.
+    """
 
     number: int
     entry: Entry
-    whys: Sequence[str]
+    warnings: tuple[str, ...]
+    score: Score | None = None
+    poor: str = ""
+    pictured: bool = False
     thumbnail: str = ""
-    psnr_db: float | None = None
-    ssim: float | None = None
-    section_start: int = 0
-    section_bytes: int = 0
 
     @property
-    def pictured(self) -> bool:
-        return self.section_bytes > 0
+    def verdict(self) -> str:
+        """That of the check, unless it lets an image pass whose score is poor."""
+        return "look" if self.poor and self.entry.verdict in ("unchecked", "ok") else self.entry.verdict
+
+    @property
+    def rank(self) -> int:
+        return list(WORDS).index(self.verdict)
+
+    @property
+    def reasons(self) -> list[str]:
+        """Of the verdict."""
+        if self.entry.failed:
+            return [self.entry.reason]
+        return [self.poor] * bool(self.poor) + list(self.entry.quality.reasons if self.entry.quality else ())
+
+    @property
+    def whys(self) -> list[str]:
+        """All that is to be said of it."""
+        return [*self.reasons, *self.warnings]
+
+    @property
+    def psnr_db(self) -> float | None:
+        return self.score.figures.get(PSNR) if self.score else None
+
+    @property
+    def ssim(self) -> float | None:
+        return self.score.figures.get(SSIM) if self.score else None
 
     @property
     def spread(self) -> float | None:
@@ -104,54 +157,61 @@ class Row:
         return self.entry.record.seconds if self.entry.record else None
 
 
-def _row(
-    number: int,
-    entry: Entry,
-    paths: ReportPaths,
-    viewer: bool,
-    pictured: bool,
-    common: Sequence[str],
-    environment: jinja2.Environment,
-    sections: IO[bytes],
-) -> Row:
-    """Write a case's section and tell what the overview says of it."""
-    warnings = [warning for warning in entry.warnings if warning not in common]
-    reasons = [entry.reason] if entry.failed else list(entry.quality.reasons if entry.quality else ())
-    if entry.failed or not (pictured or viewer):
-        return Row(number, entry, reasons + warnings)
-    shown = None
+def _scores(
+    entries: Sequence[Entry], paths: ReportPaths, workers: int | None, progress: CohortProgress | None
+) -> Scores:
+    if paths.scores:
+        return read_scores(paths.scores, entries, paths)
+    if not paths.truth:
+        return {}
+    if progress is None:
+        return score_entries(entries, paths, workers)
+    progress.expect(sum(not entry.failed for entry in entries))
+    return score_entries(entries, paths, workers, lambda score: progress.end_case(score.line))
+
+
+def _rows(entries: Sequence[Entry], common: Collection[str], scores: Scores) -> list[Row]:
+    """The worst first: by the check, then by the agreement with the truth where there is one."""
+    poor = find_poor(scores)
+    rows = []
+    for number, entry in enumerate(entries):
+        key = entry.case, entry.modality
+        score = scores.get(key)
+        warnings = [warning for warning in entry.warnings if warning not in common]
+        warnings += [f"not scored: {score.reason}"] if score and score.reason else []
+        rows.append(Row(number, entry, tuple(warnings), score, poor.get(key, "")))
+    return sorted(rows, key=lambda row: (row.rank, row.psnr_db if row.psnr_db is not None else np.inf, row.number))
+
+
+def _chosen(rows: Sequence[Row], viewers: Collection[str], most: int) -> set[int]:
+    """Numbers of the rows that are pictured."""
+    there = [row for row in rows if not row.entry.failed]
+    wanted = [row for row in there if row.verdict in MARKED or row.entry.case in viewers]
+    return {row.number for row in (*there[:most], *wanted)}
+
+
+def _draw(row: Row, paths: ReportPaths, viewer: bool, environment: jinja2.Environment, sections: IO[bytes]) -> Row:
+    """The row of a case whose section was added to a file."""
+    shown, modality = None, row.entry.modality
     try:
-        shown = read_volumes(entry, paths)
+        shown = read_volumes(row.entry, paths)
+        row = replace(row, warnings=(*row.warnings, *shown.notes))
     except (CwdmError, OSError) as error:
-        warnings.append(f"not pictured: {getattr(error, 'reason', error)}")
-    if shown and paths.truth and shown.truth is None:
-        warnings.append(f"its true image is not in {paths.truth}")
+        row = replace(row, warnings=(*row.warnings, f"not pictured: {getattr(error, 'reason', error)}"))
+    figures = row.entry.quality.figures if row.entry.quality else {}
     section = environment.get_template("case.html").render(
-        number=number,
-        entry=entry,
+        row=row,
+        entry=row.entry,
         words=WORDS,
-        whys=reasons,
-        warnings=warnings,
-        figures=[(name, f"{value:g}") for name, value in (entry.quality.figures if entry.quality else {}).items()],
-        **pictures_of(shown, entry.modality) if shown else {},
-        **viewer_volumes(shown, entry.modality) if shown and viewer else {},
+        figures=[(name, f"{value:g}") for name, value in figures.items()],
+        **pictures_of(shown, row.entry.case, modality, row.number) if shown else {},
+        **viewer_volumes(shown, modality) if shown and viewer else {},
     )
-    start, length = sections.tell(), sections.write(_bytes(section))
-    row = Row(number, entry, reasons + warnings, section_start=start, section_bytes=length)
-    if shown is None:
-        return row
-    return replace(row, thumbnail=thumbnail(shown), psnr_db=shown.psnr_db, ssim=shown.ssim)
+    sections.write(_bytes(section))
+    return replace(row, pictured=True, thumbnail=thumbnail(shown) if shown else "")
 
 
-def _worst_first(row: Row) -> tuple[int, float, int]:
-    """By the check, then by the agreement with the truth where there is one."""
-    return row.entry.rank, row.psnr_db if row.psnr_db is not None else np.inf, row.number
-
-
-def _read_back(sections: IO[bytes], rows: Iterable[Row]) -> Iterator[Markup]:
-    for row in rows:
-        sections.seek(row.section_start)
-        yield Markup(sections.read(row.section_bytes).decode())
+# The page
 
 
 def _write_page(file: IO[bytes], page: Iterable[str]) -> None:
@@ -163,9 +223,12 @@ def _bytes(text: str) -> bytes:
     return text.encode(errors="backslashreplace")  # names of files can be any bytes
 
 
-def _environment() -> jinja2.Environment:
+def _environment(folders: Sequence[str]) -> jinja2.Environment:
     return jinja2.Environment(
-        loader=jinja2.PackageLoader("cwdm.report"), autoescape=True, undefined=_Absent, finalize=_visible
+        loader=jinja2.PackageLoader("cwdm.report"),
+        autoescape=True,
+        undefined=_Absent,
+        finalize=lambda value: _shareable(value, folders),
     )
 
 
@@ -173,29 +236,45 @@ class _Absent(jinja2.ChainableUndefined):
     """What a case without pictures leaves out."""
 
 
-def _visible(value: Any) -> Any:
-    """Text as it is but for what does not print: a name may hold what turns the rest of the line around."""
+def _folders(paths: ReportPaths, entries: Iterable[Entry]) -> list[str]:
+    """The folders that messages may speak of, the longest first."""
+    told = [Path(file) for entry in entries if entry.record for file in (entry.record.input, entry.record.output)]
+    given = [path for path in (paths.report, paths.data, paths.output, paths.truth, paths.scores) if path]
+    absolute = {path.absolute().parent for path in (*told, *given) if path.name}
+    return sorted((f"{folder}/" for folder in absolute if folder.name), key=len, reverse=True)
+
+
+def _shareable(value: Any, folders: Sequence[str]) -> Any:
+    """Text that can be shown to anyone: without what does not print, and without the folders that files lie in.
+
+    A name may hold what turns the rest of the line around; where files lie tells of people and machines.
+    """
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
+    for folder in folders:
+        value = value.replace(folder, "…/")
+    value = _FOLDERS.sub("…/", value)
     return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in value)
 
 
 def _page(records: Records, rows: Sequence[Row], common: Sequence[str], with_viewer: bool) -> dict[str, Any]:
-    verdicts = [entry.verdict for entry in records.entries]
+    verdicts = [row.verdict for row in rows]
     scripts = [_part("templates/report.js")]
     scripts += [_part("vendor/niivue/niivue.umd.js"), _part("templates/viewer.js")] if with_viewer else []
     return {
-        "policy": _policy(scripts),
-        "program": f"cwdm {__version__}",
+        "policy": Markup(_policy(scripts)),
+        "program": _GENERATOR,
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "headline": _headline(verdicts),
         "tally": [(verdict, verdicts.count(verdict)) for verdict in WORDS if verdict in verdicts],
+        "modalities": sorted({row.entry.modality for row in rows} - {""}),
         "words": WORDS,
         "notices": common,
         "faults": records.faults,
         "css": Markup(_part("templates/report.css")),
+        "map_colours": Markup(map_colours()),
         "rows": rows,
-        "has_truth": any(row.psnr_db is not None for row in rows),
+        "has_scores": any(row.psnr_db is not None for row in rows),
         "has_spread": any(row.spread is not None for row in rows),
         "pictured": sum(row.pictured for row in rows),
         "left_out": sum(not row.pictured and not row.entry.failed for row in rows),
