@@ -23,7 +23,7 @@ from markupsafe import Markup
 from cwdm import __version__
 from cwdm.errors import CwdmError, InputError
 from cwdm.evaluation import Score
-from cwdm.files import check_writable, write_atomically
+from cwdm.files import check_writable, output_errors, write_atomically
 from cwdm.progress import CohortProgress
 from cwdm.report.data import Entry, Records, ReportPaths, RunRecord, read_records, read_volumes
 from cwdm.report.pictures import map_colours, pictures_of, thumbnail, viewer_volumes
@@ -41,6 +41,8 @@ MARKED = ("reject", "look")
 """Verdicts of images that someone should see."""
 
 _GENERATOR = f"cwdm {__version__}"
+_OWN_PAGE = re.compile(rb'<meta name="generator" content="cwdm [^"]*">')
+_HEAD_BYTES = 4096  # of a page, in which that stands
 
 _FOLDERS = re.compile(r"(?<![\w+/.:<…-])(?:/[^/\s]+)*/(?=[^/\s])")
 """What leads to a file's name; neither a URL, nor a fraction, nor the end of a tag."""
@@ -68,7 +70,7 @@ def write_report(
         The file.
 
     Raises:
-        InputError: there are no records, or none of a case that should have a viewer.
+        InputError: there are no records, or none of a case that should have a viewer; or another file has the name.
         OutputError: the file cannot be written.
     """
     path = path or paths.report / FILE_NAME
@@ -79,6 +81,7 @@ def write_report(
     if paths.truth and not paths.truth.is_dir():
         raise InputError(f"the folder {paths.truth} of true images does not exist; check --truth")
     check_writable(path.parent)
+    _check_replaceable(path)
     environment = _environment(_folders(paths, records.entries))
     common = _common_warnings(records.entries)
     rows = _rows(records.entries, common, _scores(records.entries, paths, workers, progress))
@@ -94,6 +97,22 @@ def write_report(
         )
         write_atomically(path, lambda file: _write_page(file, page))
     return path
+
+
+def _check_replaceable(path: Path) -> None:
+    """Refuse to replace a file that is no report; links are not what is lost.
+
+    Raises:
+        InputError: it is another file.
+        OutputError: it cannot be read.
+    """
+    with output_errors(path.parent):
+        if path.is_symlink() or not path.is_file():
+            return
+        with path.open("rb") as file:
+            own = _OWN_PAGE.search(file.read(_HEAD_BYTES))
+    if not own:
+        raise InputError(f"{path} is there and is no report of cwdm; move it away, or choose another file with --out")
 
 
 # Rows

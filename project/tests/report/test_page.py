@@ -24,7 +24,7 @@ from typer.testing import CliRunner, Result
 from cwdm import checkpoint
 from cwdm.checkpoint import Record, load_published
 from cwdm.cli.app import app
-from cwdm.errors import InputError
+from cwdm.errors import InputError, NameInUseError
 from cwdm.images.cases import find_cases, read_grid, write_nifti
 from cwdm.report import write_report
 from cwdm.report.data import ReportPaths, read_records, read_volumes
@@ -347,6 +347,20 @@ def test_no_folder_of_this_machine_stands_in_it(run: ReportPaths, tmp_path: Path
             assert folder not in text
         assert "…/one/one-t2w.nii.gz: is damaged" in text
         assert "not in …/data; see …/x.nii" in text
+
+
+def test_only_a_report_is_replaced(run: ReportPaths, tmp_path: Path) -> None:
+    own = tmp_path / "notes.html"
+    own.write_text("<html><head><title>my notes</title></head></html>")
+    with pytest.raises(InputError, match=r"notes\.html is there and is no report of cwdm"):
+        write_report(run, path=own)
+    assert "my notes" in own.read_text()
+    page = write_report(run, most=0, path=tmp_path / "page.html")
+    first = page.read_bytes()
+    assert write_report(replace(run, truth=None), most=0, path=page).read_bytes() != first
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(NameInUseError, match="a folder has that name"):
+        write_report(run, most=0, path=tmp_path / "folder")
 
 
 def test_a_case_that_cannot_be_pictured_is_listed_with_the_reason(run: ReportPaths, tmp_path: Path) -> None:
