@@ -24,26 +24,40 @@ def report(
     viewer: Annotated[
         list[str] | None, typer.Option(metavar="CASE", help="Case that gets a slice viewer; repeat for several.")
     ] = None,
-    num_cases: Annotated[int, count("cases", "How many cases are pictured, the worst first.", least=0)] = 60,
+    scores: Annotated[
+        Path | None, typer.Option(help="Folder that 'cwdm evaluate' filled. Default: --truth is scored.")
+    ] = None,
+    num_cases: Annotated[
+        int, count("cases", "How many cases are pictured, the worst first; those that are marked always are.", least=0)
+    ] = 60,
+    num_workers: Annotated[
+        int | None, count("workers", "Images scored at a time, 0.75 GB each. Default: one a processor, at most 8.")
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", "-o", help="Folder for report.html, or a file of another name. Default: REPORT."),
     ] = None,
 ) -> None:
     """Write one HTML file about a run: what to look at first, slices, histograms, settings, checksums."""
-    from cwdm.report_data import Places
+    from cwdm.progress import CohortProgress
 
-    places = Places(records, data_path, synthesised or old_synthesised, truth)
+    write_report = _write_report()
+    from cwdm.report import ReportPaths
+
+    paths = ReportPaths(records, data_path, synthesised or old_synthesised, truth, scores)
     file = out if out is None or out.suffix or out.is_file() else out / FILE_NAME
-    print_line(f"look at {_write_report()(places, viewer or (), num_cases, file)}")
+    with CohortProgress(0) as progress:
+        path = write_report(paths, viewer or (), num_cases, file, num_workers, progress)
+    print_line(f"look at {path}")
 
 
 def report_on_run(report_path: Path, data_path: Path, output_path: Path, log: Callable[[str], None]) -> None:
     """The report at the end of a run, whose exit code tells of the cases, not of this."""
-    from cwdm.report_data import Places
-
     try:
-        log(f"look at {_write_report()(Places(report_path, data_path, output_path))}")
+        write_report = _write_report()
+        from cwdm.report import ReportPaths
+
+        log(f"look at {write_report(ReportPaths(report_path, data_path, output_path))}")
     except Exception as error:
         log(f"warning: no report was written: {error}")
 

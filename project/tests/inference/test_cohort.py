@@ -26,7 +26,7 @@ from cwdm.images.cases import find_cases
 from cwdm.inference.cohort import device_works, synthesise_cohort
 from cwdm.inference.provenance import read_provenance
 from cwdm.precision import choose_dtype
-from cwdm.report_data import Places, read_records, read_shown
+from cwdm.report.data import ReportPaths, read_records, read_volumes
 from cwdm.settings import load_settings
 from cwdm.unet import UNet, UNetConfig
 
@@ -302,8 +302,8 @@ def test_a_flat_folder_of_cases_and_what_it_holds_besides(cohort: Path, weights_
     assert result.returncode == 0, result.stderr
     assert names(tmp_path / "out") == EXPECTED
     for entry in read_records(report).entries:
-        for places in (Places(report), Places(report, flat)):
-            assert len(read_shown(entry, places).conditions) == 3
+        for places in (ReportPaths(report), ReportPaths(report, flat)):
+            assert len(read_volumes(entry, places).conditions) == 3
 
 
 def test_folders_without_images_are_named_and_those_with_other_names_fail(
@@ -425,7 +425,7 @@ def test_several_missing_modalities_are_each_made_from_the_others(
         alone = synthesizer(folder, target=modality)
         np.testing.assert_array_equal(nib.load(out / f"two-{modality}.nii.gz").get_fdata(), np.rint(alone.volume))
     link_case(source, tmp_path / "complete", "", "two")  # by the time of the report more contrasts may be there
-    shown = read_shown(read_records(report).entries[0], Places(report, tmp_path / "complete", out))
+    shown = read_volumes(read_records(report).entries[0], ReportPaths(report, tmp_path / "complete", out))
     assert set(shown.conditions) == {"t1c", "t2w"}
     again = shell(tmp_path / "in", out, for_two_missing)
     assert again.stderr.count("is there already") == 2

@@ -1,26 +1,28 @@
 """What a report is made from: the JSON records of runs and cases, and the volumes that they speak of."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from scipy import ndimage
 
-from cwdm.errors import CaseError, InputError
+from cwdm.arrays import Mask, Volume, bounding_box
+from cwdm.errors import CaseError, CwdmError, InputError
 from cwdm.images import (
     MODALITIES,
     ORIENTATION,
     CaseFolder,
     ClipRange,
+    Image,
     Orientation,
     brain_mask,
     case_folder,
-    check_same_grid,
     clip_range,
+    in_order_of,
     nearest_of,
     normalise,
     output_name,
@@ -28,11 +30,6 @@ from cwdm.images import (
     read_grid,
 )
 from cwdm.inference import VERDICTS, Verdict
-from cwdm.metrics import psnr, ssim
-
-Volume = npt.NDArray[np.float32]
-Mask = npt.NDArray[np.bool_]
-Box = tuple[slice, slice, slice]
 
 MOST_BYTES = 64 << 20
 """Of one record: a run's has about 300 a case."""
@@ -212,7 +209,7 @@ def _merge(runs: Sequence[RunRecord], cases: Iterable[CaseRecord]) -> Iterable[E
 
 
 @dataclass(frozen=True)
-class Places:
+class ReportPaths:
     """Where volumes are looked for; what is None is where the records say it was.
 
     Attributes:
@@ -220,25 +217,29 @@ class Places:
         output: folder of synthesised files.
         truth: folder of complete case folders, or of files named like the synthesised ones.
         report: folder of the records, and of the spread.
+        scores: folder that `cwdm evaluate --out` filled; None: what has a true image is scored.
     """
 
     report: Path
     data: Path | None = None
     output: Path | None = None
     truth: Path | None = None
+    scores: Path | None = None
 
 
 @dataclass(frozen=True)
-class Shown:
+class CaseVolumes:
     """The volumes of a case as they are shown: (X, Y, Z) stored LPS, cropped to the brain, in [0, 1].
 
     Attributes:
         conditions: by their own percentiles.
         synthesis: by the range that it was written with.
+        centre: the voxel through which the slices are laid: in the largest lesion, or the middle of the brain.
+        oriented: whether the header says how the head lies; otherwise it is taken as stored like BraTS.
         truth, difference: by its own percentiles; the absolute difference of both images by their own percentiles.
         spread: standard deviation over the samples, in units of the synthesis.
-        centre: the voxel through which the slices are laid.
-        psnr_db, ssim: against the truth, inside the brain.
+        tumour: what the segmentation marks, if there is one.
+        notes: what else there is and cannot be shown, in plain words.
     """
 
     conditions: dict[str, Volume]
@@ -246,67 +247,69 @@ class Shown:
     mask: Mask
     spacing_mm: tuple[float, float, float]
     centre: tuple[int, int, int]
+    oriented: bool = True
     truth: Volume | None = None
     difference: Volume | None = None
     spread: Volume | None = None
-    psnr_db: float | None = None
-    ssim: float | None = None
+    tumour: Mask | None = None
+    notes: tuple[str, ...] = ()
 
 
-def read_shown(entry: Entry, places: Places) -> Shown:
+def read_volumes(entry: Entry, paths: ReportPaths) -> CaseVolumes:
     """Read the volumes of a written case.
 
     Raises:
         CwdmError: one that is needed is not there or cannot be used.
     """
-    case = read_case(_as_given(_input_folder(entry, places), entry))
+    folder = _input_folder(entry, paths)
+    case = read_case(_as_given(folder, entry))
     to_lps = Orientation.to(ORIENTATION, case.affine) if case.has_orientation else Orientation.identity()
     mask = to_lps.apply(brain_mask(case.volumes.values()))
-    name, like = next(iter(case.volumes.items()))
-    box = _around(mask)
+    name, volume = next(iter(case.volumes.items()))
+    like = Image(volume, case.affine, case.has_orientation)
+    box = bounding_box(mask if mask.any() else ~mask, MARGIN)
 
     def read(path: Path) -> Volume:
-        volume, affine, oriented = read_grid(path)
-        own = affine if oriented and case.has_orientation else case.affine  # else one is a guess
-        check_same_grid(case.name, name, {name: like, str(path): volume}, {name: case.affine, str(path): own})
-        return volume
+        return in_order_of(like, read_grid(path), case.name, (name, str(path)))
 
     def shown(unit: Volume) -> Volume:
         return np.ascontiguousarray(to_lps.apply(unit)[box])
 
     try:
-        output = read(_output_file(entry, places))
+        output = read(output_file(entry, paths))
         low, high = _written_range(entry, case.volumes)
         conditions = {name: shown(normalise(volume)[0]) for name, volume in case.volumes.items()}
     except ValueError as error:
         raise CaseError(case.name, str(error)) from error
-    spread_path = places.report / f"{entry.case}-{entry.modality}-spread.nii.gz"
-    truth_path = _truth_file(entry, places)
+    spread_path = paths.report / f"{entry.case}-{entry.modality}-spread.nii.gz"
     lengths = np.linalg.norm(case.affine[:3, :3], axis=0)[list(to_lps.axes)]
-    result = Shown(
+    result = CaseVolumes(
         conditions=conditions,
         synthesis=shown((output - np.float32(low)) / np.float32(high - low)),
         mask=mask[box],
         spacing_mm=(float(lengths[0]), float(lengths[1]), float(lengths[2])),
         centre=_fullest(mask[box]),
+        oriented=case.has_orientation,
         spread=shown(read(spread_path) / np.float32(high - low)) if spread_path.is_file() else None,
     )
-    if truth_path is None:
-        return result
-    segmentation = truth_path.with_name(output_name(entry.case, "seg"))
-    tumour = shown(read(segmentation)) != 0 if segmentation.is_file() else np.zeros((0, 0, 0), np.bool_)
-    compared = _compare(result, _unit(output, shown), _unit(read(truth_path), shown))
-    return replace(compared, centre=_fullest(tumour)) if tumour.any() else compared
+    truth_path = truth_file(entry, paths)
+    if truth_path:
+        truth, synthesis = _unit(read(truth_path), shown), _unit(output, shown)
+        result = replace(result, truth=truth, difference=np.abs(synthesis - truth))
+    return _with_tumour(result, _segmentations(entry, truth_path, folder), lambda path: shown(read(path)) != 0)
 
 
-def _compare(shown: Shown, synthesis: Volume, truth: Volume) -> Shown:
-    return replace(
-        shown,
-        truth=truth,
-        difference=np.abs(synthesis - truth),
-        psnr_db=psnr(synthesis, truth, shown.mask),
-        ssim=ssim(synthesis, truth, shown.mask),
-    )
+def _with_tumour(volumes: CaseVolumes, paths: Iterable[Path], read: Callable[[Path], Mask]) -> CaseVolumes:
+    """The same with the first segmentation that is there; one that cannot be used takes no image away."""
+    for path in paths:
+        try:
+            tumour = read(path)
+        except CwdmError as error:
+            reason = error.reason if isinstance(error, CaseError) else error
+            return replace(volumes, notes=(f"no outline of the tumour: {reason}",))
+        centre = _fullest(_largest_part(tumour)) if tumour.any() else volumes.centre
+        return replace(volumes, tumour=tumour, centre=centre)
+    return volumes
 
 
 def _unit(volume: Volume, shown: Any) -> Volume:
@@ -325,34 +328,47 @@ def _as_given(folder: CaseFolder, entry: Entry) -> CaseFolder:
     return replace(folder, files=files, chosen=entry.modality)
 
 
-def _input_folder(entry: Entry, places: Places) -> CaseFolder:
+def _input_folder(entry: Entry, paths: ReportPaths) -> CaseFolder:
     told = entry.record.input if entry.record else ""
-    folder = places.data / entry.case if places.data else Path(told)
-    if places.data and not folder.is_dir():
-        folder = places.data  # flat
-    if not folder.is_dir() or not (told or places.data):
-        raise CaseError(entry.case, f"its input is not at {told or 'a known place'}; give --data_path")
-    return case_folder(folder, entry.case)
+    folder = paths.data / entry.case if paths.data else Path(told)
+    if paths.data and not folder.is_dir():
+        folder = paths.data  # flat
+    try:
+        found = case_folder(folder, entry.case) if told or paths.data else None
+    except InputError:
+        found = None
+    if found is None or found.name != entry.case:  # a flat folder may hold other cases alone
+        raise CaseError(entry.case, f"its input is not at {paths.data or told or 'a known place'}; give --data_path")
+    return found
 
 
-def _output_file(entry: Entry, places: Places) -> Path:
+def output_file(entry: Entry, paths: ReportPaths) -> Path:
+    """The synthesised image of a case; raises CaseError if it is not there."""
     told = entry.record.output if entry.record else ""
-    path = places.output / output_name(entry.case, entry.modality) if places.output else Path(told)
+    path = paths.output / output_name(entry.case, entry.modality) if paths.output else Path(told)
     if not path.is_file():
         raise CaseError(
-            entry.case, f"its output is not at {path if places.output else told or 'a known place'}; give --output_path"
+            entry.case, f"its output is not at {path if paths.output else told or 'a known place'}; give --output_path"
         )
     return path
 
 
-def _truth_file(entry: Entry, places: Places) -> Path | None:
-    if places.truth is None:
+def truth_file(entry: Entry, paths: ReportPaths) -> Path | None:
+    """The true image of a case; None if there is none."""
+    if paths.truth is None:
         return None
-    flat = places.truth / output_name(entry.case, entry.modality)
+    flat = paths.truth / output_name(entry.case, entry.modality)
     if flat.is_file():
         return flat
-    folder = places.truth / entry.case
+    folder = paths.truth / entry.case
     return case_folder(folder).files.get(entry.modality) if folder.is_dir() else None
+
+
+def _segmentations(entry: Entry, truth: Path | None, folder: CaseFolder) -> list[Path]:
+    """The segmentations that are there, beside the true image or the input."""
+    name = output_name(entry.case, "seg")
+    folders = [truth.parent, folder.folder] if truth else [folder.folder]
+    return [path for path in (folder / name for folder in folders) if path.is_file()]
 
 
 def _written_range(entry: Entry, conditions: Mapping[str, Volume]) -> ClipRange:
@@ -362,14 +378,10 @@ def _written_range(entry: Entry, conditions: Mapping[str, Volume]) -> ClipRange:
     return clip_range(conditions[nearest_of(entry.modality, conditions)])
 
 
-def _around(mask: Mask) -> Box:
-    """The box around the brain with a margin; everything where there is no brain."""
-    sides = []
-    for axis, length in enumerate(mask.shape):
-        occupied = np.flatnonzero(mask.any(axis=tuple({0, 1, 2} - {axis})))
-        first, last = (int(occupied[0]), int(occupied[-1])) if occupied.size else (0, length)
-        sides.append(slice(max(0, first - MARGIN), last + 1 + MARGIN))
-    return sides[0], sides[1], sides[2]
+def _largest_part(mask: Mask) -> Mask:
+    parts, _ = ndimage.label(mask)
+    largest: Mask = parts == 1 + int(np.argmax(np.bincount(parts.ravel())[1:]))
+    return largest
 
 
 def _fullest(mask: Mask) -> tuple[int, int, int]:

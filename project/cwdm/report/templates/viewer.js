@@ -33,6 +33,7 @@
       ),
     );
     const [base, overlay, opacity, slice, number] = [".base", ".overlay", ".opacity", ".slice", ".number"].map(find);
+    const [width, level, widthTold, levelTold] = [".window", ".level", ".window-told", ".level-told"].map(find);
     const slices = Number(slice.max) + 1;
 
     const show = () => {
@@ -42,6 +43,26 @@
       if (above) above.opacity = Number(opacity.value);
       nv.volumes = above ? [below, above] : [below];
       nv.setVolume(below, 0);
+      readWindow();
+    };
+    // In units of the image, as its histogram shows them; the viewer's own are 0 to 255.
+    const tellWindow = () => {
+      const unit = Number(sources[Number(base.value)].dataset.largest) / 255;
+      widthTold.value = (Number(width.value) * unit).toFixed(2);
+      levelTold.value = (Number(level.value) * unit).toFixed(2);
+      viewer.dataset.window = `${widthTold.value} ${levelTold.value}`;
+    };
+    const applyWindow = () => {
+      const image = images[Number(base.value)];
+      image.cal_min = Number(level.value) - Number(width.value) / 2;
+      image.cal_max = Number(level.value) + Number(width.value) / 2;
+      nv.updateGLVolume();
+      tellWindow();
+    };
+    const readWindow = () => {
+      const { cal_min: low, cal_max: high } = images[Number(base.value)];
+      [width.value, level.value] = [high - low, (low + high) / 2];
+      tellWindow();
     };
     const move = () => {
       const position = [...nv.scene.crosshairPos];
@@ -54,14 +75,23 @@
       slice.value = Math.floor(nv.scene.crosshairPos[AXIAL] * slices);
       number.value = slice.value;
       viewer.dataset.slice = slice.value;
+      viewer.dataset.cross = [...nv.frac2mm(nv.scene.crosshairPos)].slice(0, 3).map(Math.round).join(" ");
     };
     for (const choice of [base, overlay]) choice.addEventListener("change", show);
     opacity.addEventListener("input", show);
     slice.addEventListener("input", move);
+    for (const input of [width, level]) input.addEventListener("input", applyWindow);
+    find(".reset").addEventListener("click", () => {
+      [width.value, level.value] = [255, 127.5];
+      applyWindow();
+    });
     nv.onLocationChange = tell;
+    nv.onIntensityChange = readWindow;
     show();
     nv.setSliceType(nv.sliceTypeMultiplanar);
-    move();
+    nv.scene.crosshairPos = nv.mm2frac(JSON.parse(viewer.dataset.centre));
+    nv.drawScene();
+    tell();
     viewer.dataset.ready = "yes";
   };
 
