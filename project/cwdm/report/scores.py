@@ -81,7 +81,7 @@ def read_scores(folder: Path, entries: Iterable[Entry], paths: ReportPaths) -> S
 
 def find_poor(scores: Scores) -> dict[tuple[str, str], str]:
     """Which images are poor, and why: against what an image without detail has, and against the others."""
-    values = {key: score.metrics[PSNR] for key, score in scores.items() if PSNR in score.figures}
+    values = {key: score.metrics[PSNR] for key, score in scores.items() if PSNR in score.metrics}
     poor = {}
     for key, value in values.items():
         alike = np.array([other for (_, modality), other in values.items() if modality == key[1]])
