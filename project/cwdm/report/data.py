@@ -1,5 +1,6 @@
 """What a report is made from: the JSON records of runs and cases, and the volumes that they speak of."""
 
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -174,12 +175,13 @@ def _read_all(kind: type[Record], paths: Iterable[Path], faults: list[str]) -> I
         try:
             if not path.is_file() or path.stat().st_size > MOST_BYTES:
                 raise ValueError("not a file, or larger than any record")
-            yield kind.model_validate_json(path.read_bytes())
+            # Names of files may hold bytes that are no text, which pydantic's own reader of JSON refuses.
+            yield kind.model_validate(json.loads(path.read_bytes()))
         except ValidationError as error:
             fault = error.errors()[0]
             where = ".".join(str(key) for key in fault["loc"])
             faults.append(f"{path.name} is not a record as cwdm writes it ({where}: {fault['msg']})")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             faults.append(f"{path.name} cannot be read ({error})")
 
 

@@ -163,9 +163,24 @@ class State:
     tensors: dict[str, Tensor]
 
 
+def kept_weights(out: Path) -> Path | None:
+    """Weights that a run left in its folder."""
+    return next(
+        (path for kind in ("newest", "best", "raw") for path in sorted((out / kind).glob("*.safetensors"))), None
+    )
+
+
 def newest_whole_state(out: Path, say: Callable[[str], None]) -> State | None:
-    """The newest state that can be read; those that cannot are named."""
+    """The newest state that is whole; those that are not are named.
+
+    Raises:
+        SettingsError: one cannot be opened, which is no damage: whoever went on without it would replace it.
+    """
     for path in reversed(states(out)):
+        try:
+            path.open("rb").close()
+        except OSError as error:
+            raise SettingsError(f"{path} cannot be read ({error.strerror}); make it readable, then resume") from error
         try:
             with safetensors.safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["cwdm"])

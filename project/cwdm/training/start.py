@@ -37,6 +37,11 @@ def start(settings: TrainingSettings, fabric: Fabric, resume: bool) -> Run:
     samples, held_out = decode_all(settings, fabric, *found)
     log = TrainingLog(out / "log", fabric.is_global_zero)
     state = saving.newest_whole_state(out, log.say) if resume else None
+    if not saving.states(out) and (weights := saving.kept_weights(out)):
+        raise SettingsError(
+            f"{weights} is of a run whose states are gone, so that nothing can go on from it and a new run would "
+            "replace it; move it away, or train into another folder"
+        )
     torch.manual_seed(settings.seed)
     model = UNet(settings.unet(), SCHEDULES[settings.loss.schedule])
     if model.config.regression and state is None:

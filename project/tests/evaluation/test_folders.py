@@ -246,7 +246,7 @@ def test_label_four_means_what_was_asked_for(folders: tuple[Path, Path]) -> None
     assert "expected labels 0, 1, 2, 4, found 3" in refused.reason
     done = CliRunner().invoke(app, ["evaluate", str(pred), str(truth), "--seg", str(truth), "--labels", "2020"])
     assert done.exit_code == 1
-    assert done.stderr.count("FAILED: ") == 2  # as it is met, and at the end
+    assert done.stderr.count("expected labels 0, 1, 2, 4, found 3") == 2  # as it is met, and at the end
 
 
 def test_folders_that_cannot_be_used(folders: tuple[Path, Path], tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from support import link_case
 
-from cwdm.images.cases import output_name, read_grid, write_nifti
+from cwdm.images import output_name, read_grid, write_nifti
 from cwdm.report import ReportPaths
 
 MODALITY = "t1n"

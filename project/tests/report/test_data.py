@@ -1,5 +1,6 @@
 """What a report is made from: records, and the volumes that they speak of."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from cwdm.errors import CaseError
-from cwdm.images.cases import output_name, read_grid, write_nifti
+from cwdm.images import output_name, read_grid, write_nifti
 from cwdm.report import ReportPaths
 from cwdm.report.data import CaseVolumes, read_records, read_volumes
 
@@ -81,3 +82,11 @@ def test_a_segmentation_beside_the_input_serves_without_a_truth(paths: ReportPat
     shown = volumes(replace(paths, truth=None))
     assert shown.truth is None
     np.testing.assert_array_equal(shown.tumour, volumes(paths).tumour)
+
+
+def test_a_name_that_is_no_text_hides_no_case(paths: ReportPaths) -> None:
+    record = next(paths.report.glob("*.json"))
+    record.write_text(json.dumps({**json.loads(record.read_text()), "case": "bad\udcff"}))
+    records = read_records(paths.report)
+    assert not records.faults
+    assert "bad\udcff" in {entry.case for entry in records.entries}

@@ -61,8 +61,8 @@ def test_the_numbers_are_those_of_evaluate(cohort: ReportPaths, tmp_path: Path) 
     read = read_scores(tmp_path / "scores", entries, cohort)
     assert own.keys() == read.keys() == {(name, MODALITY) for name in "abcd"}
     for key, score in own.items():
-        assert {name: score.figures[name] for name in (PSNR, SSIM)} == {
-            name: read[key].figures[name] for name in (PSNR, SSIM)
+        assert {name: score.metrics[name] for name in (PSNR, SSIM)} == {
+            name: read[key].metrics[name] for name in (PSNR, SSIM)
         }
 
 

@@ -443,6 +443,28 @@ def test_a_damaged_state_is_passed_over(small: Path, tmp_path: Path) -> None:
     assert newest.read_bytes() == whole
 
 
+def test_weights_whose_states_are_gone_are_not_replaced(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    weights = train(settings(small, out))
+    kept = weights.read_bytes()
+    for state in (out / "states").iterdir():
+        state.unlink()
+    for resume in (False, True):
+        with pytest.raises(SettingsError, match="states are gone"):
+            train(settings(small, out), resume)
+    assert weights.read_bytes() == kept
+
+
+def test_a_state_that_cannot_be_opened_is_not_taken_for_damaged(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(settings(small, out))
+    newest = sorted((out / "states").iterdir())[-1]
+    newest.unlink()
+    newest.symlink_to(newest)  # goes in a circle, for root too
+    with pytest.raises(SettingsError, match="cannot be read"):
+        train(settings(small, out), resume=True)
+
+
 def test_states_later_than_the_one_resumed_from_are_damaged_and_go(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(settings(small, out))

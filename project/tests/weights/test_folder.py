@@ -107,13 +107,13 @@ def test_one_file_for_any_modality_serves_those_without_one_of_their_own(tmp_pat
     checkpoint.save(tmp_path / "any.safetensors", UNet(ANY_CONFIG), Record(modality=ANY, window="brain"))
     torch.save(untrained_state(TINY), tmp_path / "t1_gen.pt")
     synthesizer = Synthesizer(tmp_path, device="cpu")
-    assert [synthesizer.load(m).path.name for m in ("t1c", "t1n", "t2w", "t2f")] == [
+    assert [synthesizer.pipeline(m).checkpoint.path.name for m in ("t1c", "t1n", "t2w", "t2f")] == [
         "any.safetensors",
         "t1_gen.pt",
         "any.safetensors",
         "any.safetensors",
     ]
-    assert synthesizer.load("t2w") is synthesizer.load("t2f")  # not read again
+    assert synthesizer.pipeline("t2w").checkpoint is synthesizer.pipeline("t2f").checkpoint  # not read again
 
 
 def test_a_network_that_contradicts_its_record_is_refused(tmp_path: Path) -> None:
