@@ -1,5 +1,6 @@
 """The records that a report folder holds, also those of older versions."""
 
+import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -58,10 +59,11 @@ def _read_all(kind: type[T], paths: Iterable[Path], faults: list[str]) -> Iterat
         try:
             if not path.is_file() or path.stat().st_size > MOST_BYTES:
                 raise ValueError("not a file, or larger than any record")
-            yield schema.validate_json(path.read_bytes())
+            # Names of files may hold bytes that are no text, which pydantic's own reader of JSON refuses.
+            yield schema.validate_python(json.loads(path.read_bytes()))
         except ValidationError as error:
             fault = error.errors()[0]
             where = ".".join(str(key) for key in fault["loc"])
             faults.append(f"{path.name} is not a record as cwdm writes it ({where}: {fault['msg']})")
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             faults.append(f"{path.name} cannot be read ({error})")

@@ -1,20 +1,16 @@
 """What a report is made from: the JSON records of runs and cases, and the volumes that they speak of."""
 
-import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Any
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from scipy import ndimage
 
 from cwdm.arrays import Mask, Volume, bounding_box
 from cwdm.errors import CaseError, CwdmError, InputError
 from cwdm.images import (
-    MODALITIES,
     ORIENTATION,
     CaseFolder,
     ClipRange,
@@ -30,75 +26,14 @@ from cwdm.images import (
     read_case,
     read_grid,
 )
-from cwdm.inference import VERDICTS, Verdict
-
-MOST_BYTES = 64 << 20
-"""Of one record: a run's has about 300 a case."""
+from cwdm.inference import VERDICTS, CaseRecord, Quality, RunRecord
+from cwdm.inference import read_records as read_every_record
 
 MARGIN = 4
 """Voxels around the brain that are shown."""
 
 
 # Records
-
-
-def _file_name(name: str) -> str:
-    if not name or name in (".", "..") or "/" in name or "\0" in name:
-        raise ValueError("is not the name of a folder")
-    return name
-
-
-class QualityRecord(BaseModel):
-    """As `cwdm.inference.quality.Quality`."""
-
-    verdict: Verdict
-    reasons: list[str] = []
-    figures: dict[str, float] = {}
-
-
-class OutcomeRecord(BaseModel):
-    """What a run's record says of a case."""
-
-    case: Annotated[str, AfterValidator(_file_name)]
-    modality: Literal["", *MODALITIES] = ""  # type: ignore[valid-type]
-    status: Literal["written", "skipped", "failed"]
-    reason: str = ""
-    seconds: float = 0.0
-    warnings: list[str] = []
-    quality: QualityRecord | None = None
-
-
-class WeightsRecord(BaseModel):
-    """Which file, and its checksum."""
-
-    file: str = ""
-    sha256: str = ""
-
-
-class CaseRecord(OutcomeRecord):
-    """What the record of a written case says."""
-
-    program: str = ""
-    input: str = ""
-    output: str = ""
-    given: list[Literal[MODALITIES]] = []  # type: ignore[valid-type]
-    weights: WeightsRecord = WeightsRecord()
-    weights_record: dict[str, Any] = {}
-    sampler: str = ""
-    timesteps: list[int] = []
-    device: str = ""
-    precision: str = ""
-    settings: dict[str, Any] = {}
-
-
-class RunRecord(BaseModel):
-    """What the record of a run says."""
-
-    program: str = ""
-    started: str
-    seconds: float = 0.0
-    settings: dict[str, Any] = {}
-    cases: list[OutcomeRecord] = Field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -114,7 +49,7 @@ class Entry:
     failed: bool
     reason: str = ""
     warnings: tuple[str, ...] = ()
-    quality: QualityRecord | None = None
+    quality: Quality | None = None
     record: CaseRecord | None = None
 
     @property
@@ -138,11 +73,8 @@ class Records:
     """
 
     entries: list[Entry]
-    runs: list[RunRecord]
-    faults: list[str] = field(default_factory=list)
-
-
-Record = TypeVar("Record", bound=BaseModel)
+    runs: Sequence[RunRecord]
+    faults: Sequence[str] = ()
 
 
 def read_records(folder: Path) -> Records:
@@ -151,38 +83,13 @@ def read_records(folder: Path) -> Records:
     Raises:
         InputError: the folder cannot be read, or holds no record.
     """
-    try:
-        paths = sorted(path for path in folder.iterdir() if path.suffix == ".json" and path.name[0] != ".")
-    except OSError as error:
-        raise InputError(f"the report folder {folder} cannot be read: {error.strerror}") from error
-    faults: list[str] = []
-    run_paths = [path for path in paths if re.fullmatch(r"run-\d{8}T\d{6}\.\d+-\d+\.json", path.name)]
-    runs = sorted(_read_all(RunRecord, run_paths, faults), key=lambda run: run.started)
-    cases = list(_read_all(CaseRecord, [path for path in paths if path not in set(run_paths)], faults))
-    if not runs and not cases:
-        told = f" ({faults[0]})" if faults else ""
-        raise InputError(f"no record found in {folder}{told}; fill it with 'cwdm infer --report_path {folder}'")
-    entries = sorted(_merge(runs, cases), key=_worst_first)
-    return Records(entries, runs, faults)
+    told = read_every_record(folder)
+    entries = sorted(_merge(told.runs, told.cases), key=_worst_first)
+    return Records(entries, told.runs, told.faults)
 
 
 def _worst_first(entry: Entry) -> tuple[int, int, str]:
     return entry.rank, -len(entry.quality.reasons if entry.quality else ()), entry.case
-
-
-def _read_all(kind: type[Record], paths: Iterable[Path], faults: list[str]) -> Iterable[Record]:
-    for path in paths:
-        try:
-            if not path.is_file() or path.stat().st_size > MOST_BYTES:
-                raise ValueError("not a file, or larger than any record")
-            # Names of files may hold bytes that are no text, which pydantic's own reader of JSON refuses.
-            yield kind.model_validate(json.loads(path.read_bytes()))
-        except ValidationError as error:
-            fault = error.errors()[0]
-            where = ".".join(str(key) for key in fault["loc"])
-            faults.append(f"{path.name} is not a record as cwdm writes it ({where}: {fault['msg']})")
-        except (OSError, ValueError, RecursionError) as error:
-            faults.append(f"{path.name} cannot be read ({error})")
 
 
 def _merge(runs: Sequence[RunRecord], cases: Iterable[CaseRecord]) -> Iterable[Entry]:

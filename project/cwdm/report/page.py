@@ -10,7 +10,7 @@ import json
 import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from importlib import resources
 from pathlib import Path
@@ -24,8 +24,9 @@ from cwdm import __version__
 from cwdm.errors import CwdmError, InputError
 from cwdm.evaluation import Score
 from cwdm.files import check_writable, output_errors, write_atomically
+from cwdm.inference import RunRecord
 from cwdm.progress import CohortProgress
-from cwdm.report.data import Entry, Records, ReportPaths, RunRecord, read_records, read_volumes
+from cwdm.report.data import Entry, Records, ReportPaths, read_records, read_volumes
 from cwdm.report.pictures import map_colours, pictures_of, thumbnail, viewer_volumes
 from cwdm.report.scores import PSNR, SSIM, Scores, find_poor, read_scores, score_entries
 
@@ -336,7 +337,10 @@ def _made(entries: Iterable[Entry]) -> Iterator[Provenance]:
     ways: dict[str, list[Entry]] = {}
     for entry in entries:
         if record := entry.record:
-            way = record.model_dump(include={"program", "weights", "sampler", "timesteps", "device", "precision"})
+            way = {
+                key: asdict(record)[key]
+                for key in ("program", "weights", "sampler", "timesteps", "device", "precision")
+            }
             ways.setdefault(json.dumps([way, record.settings], sort_keys=True), []).append(entry)
     for alike in ways.values():
         record = alike[0].record

@@ -13,7 +13,10 @@ from pydantic import BaseModel, ValidationError
 from cwdm.errors import CwdmError, InputError
 from cwdm.evaluation import Pair, Score, score_pairs
 from cwdm.images import case_folder
-from cwdm.report.data import MOST_BYTES, Entry, ReportPaths, output_file, truth_file
+from cwdm.report.data import Entry, ReportPaths, output_file, truth_file
+
+MOST_BYTES = 64 << 20
+"""Of an evaluation's record."""
 
 Scores = Mapping[tuple[str, str], Score]
 """Case and modality -> score."""

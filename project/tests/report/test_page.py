@@ -337,7 +337,8 @@ def test_no_folder_of_this_machine_stands_in_it(run: ReportPaths, tmp_path: Path
     report = tmp_path / "a folder" / "report"
     shutil.copytree(run.report, report)
     hidden = ["/srv/my hospital/in/one/one-t2w.nii.gz: is damaged", "not in /data; see /home/me/x.nii"]
-    outcomes = [{"case": f"{i}", "status": "failed", "reason": reason} for i, reason in enumerate(hidden)]
+    failed = {"modality": "", "status": "failed"}
+    outcomes = [{**failed, "case": f"{i}", "reason": reason} for i, reason in enumerate(hidden)]
     record = {"case": "one", "modality": "t1n", "status": "written", "input": "/srv/my hospital/in/one"}
     (report / "one-t1n.json").write_text(json.dumps(record))
     (report / "run-20290101T000000.0-1.json").write_text(json.dumps({"started": "2029", "cases": outcomes}))
