@@ -65,6 +65,7 @@ class Record(BaseModel):
         sampler, steps: what the makers of the weights recommend.
         notice: what every user of the outputs must know, such as "trained on phantoms, not for clinical use".
         most_missing: how many of the four modalities may be missing at once, the target included.
+        intensities: what of an image becomes 0 and 1 for the network, see `cwdm.images.clip_range`.
         intended_use: what the weights are for and what not, in a sentence; empty if nobody said.
         licence: of the weights, such as "CC-BY-4.0"; empty if nobody said.
         training: free-form record of the training run.
@@ -82,6 +83,7 @@ class Record(BaseModel):
     steps: int = Field(default=1000, ge=1, le=1000)
     notice: str = Field(default="", max_length=500)
     most_missing: int = Field(default=1, ge=1, le=3)
+    intensities: Literal["published", "brain"] = "published"
     intended_use: str = Field(default="", max_length=500)
     licence: str = Field(default="", max_length=100)
     training: dict[str, Any] = Field(default_factory=dict)
@@ -106,7 +108,8 @@ class Record(BaseModel):
     @model_serializer(mode="wrap")
     def _without_the_unsaid(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        return {name: value for name, value in values.items() if value or name not in ("intended_use", "licence")}
+        unsaid = {"intended_use": "", "licence": "", "intensities": "published"}
+        return {name: value for name, value in values.items() if unsaid.get(name) != value}
 
     @field_validator("sampler")
     @classmethod

@@ -33,6 +33,8 @@ from .image import read_grid as read_grid
 from .image import read_volume as read_volume
 from .image import write_nifti as write_nifti
 from .intensity import ClipRange as ClipRange
+from .intensity import Intensities as Intensities
+from .intensity import as_published as as_published
 from .intensity import brain_mask as brain_mask
 from .intensity import clip_range as clip_range
 from .intensity import denormalise as denormalise
@@ -55,3 +57,4 @@ from .pairs import decode as decode
 from .pairs import decode_file as decode_file
 from .pairs import in_window as in_window
 from .pairs import list_subjects as list_subjects
+from .pairs import with_absent as with_absent

@@ -10,9 +10,16 @@ import numpy.typing as npt
 from cwdm.arrays import Mask, Volume
 
 Rule = Literal["mask", "threshold", "none"]
+Intensities = Literal["published", "brain"]
 
 CLIP_QUANTILES = (0.001, 0.999)
 """Of the whole volume, background included, as published."""
+
+BRAIN_QUANTILE, BRAIN_LEVEL = 0.95, 0.5
+"""With the intensities `brain`, this quantile of the voxels that are not 0 becomes this level."""
+
+TYPICAL_LEVEL = {"t1n": 0.91, "t1c": 0.71, "t2w": 0.71, "t2f": 0.83}
+"""Where the same quantile lies, as a rule, in an image that is scaled to [0, 1] as published."""
 
 
 class ClipRange(NamedTuple):
@@ -22,27 +29,38 @@ class ClipRange(NamedTuple):
     high: float
 
 
-def normalise(volume: Volume) -> tuple[Volume, ClipRange]:
-    """Clip a volume to its 0.1 and 99.9 percentiles and map them to 0 and 1, as published.
+def normalise(volume: Volume, intensities: Intensities = "published") -> tuple[Volume, ClipRange]:
+    """Clip a volume to its `clip_range` and map that to [0, 1].
 
     Args:
         volume: of any shape, finite, float32.
 
     Returns:
-        The volume in [0, 1], where both ends occur, and the intensities that they stand for.
+        The volume in [0, 1], and the intensities that 0 and 1 stand for.
 
     Raises:
-        ValueError: the percentiles are equal.
+        ValueError: there is nothing to scale.
     """
-    low, high = (np.float32(value) for value in clip_range(volume))
+    low, high = (np.float32(value) for value in clip_range(volume, intensities))
     unit = np.clip(volume, low, high)
     unit -= low
     unit /= high - low
     return unit, ClipRange(float(low), float(high))
 
 
-def clip_range(volume: Volume) -> ClipRange:
-    """The intensities that `normalise` maps to 0 and 1; raises ValueError if they are equal."""
+def clip_range(volume: Volume, intensities: Intensities = "published") -> ClipRange:
+    """The intensities that become 0 and 1.
+
+    `published`: the 0.1 and 99.9 percentiles of the whole volume. Where the upper one lies hangs on a few bright
+    voxels, vessels and tumours, which the other modalities do not tell.
+    `brain`: 0, so that the background of a skull-stripped volume stays what it is, and twice the 95th percentile of
+    the voxels that are not 0. That is how bright the bulk of the brain is, with room for what is brighter.
+
+    Raises:
+        ValueError: they are equal, or too far apart.
+    """
+    if intensities == "brain":
+        return _brain_range(volume)
     low, high = (np.float32(value) for value in _quantiles(volume, CLIP_QUANTILES))
     with np.errstate(over="ignore"):
         span = high - low
@@ -54,6 +72,31 @@ def clip_range(volume: Volume) -> ClipRange:
             "check that the image is complete"
         )
     return ClipRange(float(low), float(high))
+
+
+def _brain_range(volume: Volume) -> ClipRange:
+    inside = volume[volume != 0]
+    # The quantile itself and no value between two, so that it is the same for every size of sample.
+    place = int(BRAIN_QUANTILE * (inside.size - 1)) if inside.size else 0
+    bright = float(np.partition(inside, place)[place]) if inside.size else 0.0
+    if not bright > 0:
+        raise ValueError(f"expected a brain brighter than 0, found {bright:g} at its 95th percentile")
+    with np.errstate(over="ignore"):
+        high = np.float32(bright) / np.float32(BRAIN_LEVEL)
+    if not np.isfinite(high):
+        raise ValueError(f"intensities up to {bright:g} are more than can be scaled; rescale the image")
+    return ClipRange(0.0, float(high))
+
+
+def as_published(unit: Volume, modality: str, intensities: Intensities) -> Volume:
+    """A volume in the network's range as it would be, as a rule, by its own percentiles; beyond 1 where brighter.
+
+    Args:
+        unit: of [0, 1], or a standard deviation in its units.
+    """
+    if intensities == "published":
+        return unit
+    return unit * np.float32(TYPICAL_LEVEL[modality] / BRAIN_LEVEL)
 
 
 def denormalise(unit: Volume, clip_range: ClipRange) -> Volume:

@@ -6,7 +6,7 @@ together in the window and, with `unit`, into [0, 1].
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, NamedTuple, Protocol, TypeVar
 
@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from cwdm.arrays import Affine, block_means, bounding_box
+from cwdm.arrays import Affine, Volume, block_means, bounding_box
 from cwdm.errors import CaseError, CwdmError, InputError
 from cwdm.images.geometry import Orientation, to_lps
 from cwdm.images.grids import check_same_grid
@@ -50,13 +50,13 @@ class ImageSettings(StrictSettings):
     Attributes:
         file: its path inside the data folder, with `{case}` where the case's name stands.
         labels: for a label map: the values that become one channel of 0 and 1 each.
-        intensity: how its numbers become [0, 1]: clipped to the 0.1 and 99.9 percentiles, or to a range such as
-            [-1000, 1000] HU.
+        intensity: how its numbers become [0, 1]: clipped to the 0.1 and 99.9 percentiles, to what `clip_range` makes
+            of the `brain` of a skull-stripped image, or to a range such as [-1000, 1000] HU.
     """
 
     file: Annotated[str, AfterValidator(_inside)]
     labels: list[int] | None = None
-    intensity: Literal["percentiles"] | Range = "percentiles"
+    intensity: Literal["percentiles", "brain"] | Range = "percentiles"
 
     @property
     def channels(self) -> int:
@@ -84,10 +84,15 @@ class PairSettings(BaseModel):
 
 @dataclass(frozen=True)
 class Subject:
-    """A case on disk: the files of its images, in the order of the settings."""
+    """A case on disk: the files of its images, in the order of the settings.
+
+    Attributes:
+        absent: places among its images of those that it does not have, rising.
+    """
 
     name: str
     files: tuple[Path, ...]
+    absent: tuple[int, ...] = ()
 
 
 class Grid(NamedTuple):
@@ -250,7 +255,7 @@ def decode_file(
         volume = grid.orientation.apply(volume)
         if image.labels is None:
             stack: Array = volume[None]
-            ranges = [list(clip_range(volume) if image.intensity == "percentiles" else image.intensity)]
+            ranges = [_range(volume, image)]
         else:
             stack = (volume == np.reshape(image.labels, (-1, 1, 1, 1))).astype(np.float32)
             ranges = [[0.0, 1.0]] * len(stack)
@@ -262,6 +267,12 @@ def decode_file(
     if downsample > 1:
         stack = _average(stack, limits, window, downsample)
     return _boxed(stack, limits, grid)
+
+
+def _range(volume: Volume, image: ImageSettings) -> list[float]:
+    if isinstance(image.intensity, list):
+        return image.intensity
+    return list(clip_range(volume, "brain" if image.intensity == "brain" else "published"))
 
 
 def _average(stack: Array, ranges: npt.NDArray[np.float32], window: Sequence[int], n: int) -> Array:
@@ -285,6 +296,16 @@ def _boxed(stack: Array, ranges: npt.NDArray[np.float32], grid: Grid) -> Decoded
 # The window
 
 
+def with_absent(files: Sequence[DecodedFile], absent: Sequence[int]) -> list[DecodedFile]:
+    """The files of a case, with zeros on their grid in the places of those that it does not have."""
+    nothing, ranges = np.zeros((1, 0, 0, 0), np.int16), np.array([[0, 1]], np.float32)
+    zeros = replace(files[0], voxels=nothing, size=(0, 0, 0), whole=True, ranges=ranges)
+    there = list(files)
+    for place in absent:
+        there.insert(place, zeros)
+    return there
+
+
 def in_window(
     subject: Subject,
     files: Sequence[DecodedFile],
@@ -305,7 +326,7 @@ def in_window(
     affines = {str(path): file.grid.affine for path, file in zip(subject.files, files, strict=True)}
     check_same_grid(subject.name, str(subject.files[0]), volumes, affines)
     try:
-        return Volumes(tuple(files), *choose(files))
+        return Volumes(tuple(with_absent(files, subject.absent)), *choose(files))
     except ValueError as error:
         raise CaseError(subject.name, str(error)) from error
 

@@ -18,10 +18,13 @@ from cwdm.images import (
     ORIENTATION,
     Case,
     ClipRange,
+    Intensities,
     Orientation,
     Window,
+    as_published,
     brain_mask,
     choose_window,
+    clip_range,
     denormalise,
     foreground,
     normalise,
@@ -43,7 +46,8 @@ class PreparedCase:
         unit: conditions (1, N, X, Y, Z) in [0, 1], inside the window, float32 on the CPU; zeros where one is not there.
         mask: brain of the conditions (X, Y, Z), of the whole volume in the orientation of the window.
         orientation: from the files to the window.
-        clip_range: of the most similar modality, whose intensities the result will have.
+        clip_range: of the most similar modality as published, whose intensities the result will have.
+        intensities: what of an image became 0 and 1.
     """
 
     case: Case
@@ -54,6 +58,7 @@ class PreparedCase:
     orientation: Orientation
     clip_range: ClipRange
     warnings: tuple[str, ...]
+    intensities: Intensities = "published"
 
 
 @dataclass(frozen=True)
@@ -121,19 +126,22 @@ def prepare(case: Case, pipeline: Pipeline, settings: Settings) -> PreparedCase:
     mask = orientation.apply(brain_mask(case.volumes.values()))
     window, window_warnings = _window(case, mask, pipeline)
     names = MODALITIES if checkpoint.model.config.targets else tuple(case.volumes)
-    units, clip_ranges = np.zeros((1, len(names), *window.size), np.float32), {}
+    units, ranges = np.zeros((1, len(names), *window.size), np.float32), {}
+    intensities = checkpoint.record.intensities
     for i, name in enumerate(names):
         if name in case.volumes:
             try:
-                unit, clip_ranges[name] = normalise(case.volumes[name])
+                unit, ranges[name] = normalise(case.volumes[name], intensities)
+                if intensities != "published" and name == case.nearest:
+                    ranges[name] = clip_range(case.volumes[name])
             except ValueError as error:
                 raise CaseError(case.name, f"{name}: {error}") from error
             units[0, i] = window.crop(orientation.apply(unit))
     warnings = (*case.warnings, *window_warnings, *checkpoint.warnings)
     if orientation != Orientation.identity():
         warnings = (*warnings, f"stored in another orientation; brought to {ORIENTATION} and back")
-    clip_range = clip_ranges[case.nearest]
-    return PreparedCase(case, names, torch.from_numpy(units), mask, window, orientation, clip_range, warnings)
+    tensor, nearest = torch.from_numpy(units), ranges[case.nearest]
+    return PreparedCase(case, names, tensor, mask, window, orientation, nearest, warnings, intensities)
 
 
 def _window(case: Case, mask: Mask, pipeline: Pipeline) -> tuple[Window, tuple[str, ...]]:
@@ -174,7 +182,9 @@ def postprocess(prepared: PreparedCase, samples: Samples, output: OutputSettings
         CaseError: nothing but background came out.
     """
     case, native = prepared.case, output.intensity == "native"
-    unit = prepared.window.restore(samples.mean.numpy())
+    unit = _as_published(samples.mean, prepared)
+    if not native and prepared.intensities != "published":
+        unit = unit.clip(0, 1)
     keep = foreground(unit, output.background, prepared.mask, output.threshold)
     low, high = prepared.clip_range if native else (0.0, 1.0)
     volume = np.where(keep, denormalise(unit, ClipRange(low, high)), np.float32(0))
@@ -182,11 +192,16 @@ def postprocess(prepared: PreparedCase, samples: Samples, output: OutputSettings
         raise CaseError(case.name, f"the synthesised {case.target} is empty; check the weights")
     unit_std = std = None
     if samples.std is not None:
-        unit_std = np.where(keep, prepared.window.restore(samples.std.numpy()), np.float32(0))
+        unit_std = np.where(keep, _as_published(samples.std, prepared), np.float32(0))
         std = _as_stored(unit_std * np.float32(high - low), prepared)
     quality = judge(prepared, np.where(keep, unit, np.float32(0)), unit_std)
     stored = _as_stored(volume, prepared)
     return Synthesis(case, stored, std, native, quality, prepared.warnings, samples.seconds, made_with)
+
+
+def _as_published(unit: Tensor, prepared: PreparedCase) -> Volume:
+    """What the network made, on the whole volume, in the units of an image scaled as published."""
+    return prepared.window.restore(as_published(unit.numpy(), prepared.case.target, prepared.intensities))
 
 
 def _as_stored(volume: Volume, prepared: PreparedCase) -> Volume:
@@ -200,7 +215,7 @@ def judge(prepared: PreparedCase, unit: Volume, std: Volume | None) -> Quality:
     stored = case.has_orientation and prepared.orientation == Orientation.identity()
     to_lps = Orientation.to(ORIENTATION, case.affine) if stored else Orientation.identity()
     conditions = {
-        name: to_lps.apply(prepared.window.restore(inside.numpy()))
+        name: to_lps.apply(prepared.window.restore(as_published(inside.numpy(), name, prepared.intensities)))
         for name, inside in zip(prepared.names, prepared.unit[0], strict=True)
         if name in case.volumes
     }

@@ -22,7 +22,7 @@ import safetensors.numpy
 
 from cwdm.errors import CaseError, OutputError
 from cwdm.files import check_writable, sha256, write_atomically, write_json
-from cwdm.images import DecodedFile, Grid, ImageSettings, Subject, Volumes
+from cwdm.images import DecodedFile, Grid, ImageSettings, Subject, Volumes, with_absent
 from cwdm.progress import tracked
 from cwdm.training.settings import DataSettings
 from cwdm.training.volumes import Triple, decode_file, images_of, in_window
@@ -47,6 +47,7 @@ class CachedSubject:
         start, shape: the window.
         channels: of all files together.
         whole: int16 holds them.
+        absent: channels of images that the case does not have.
     """
 
     name: str
@@ -56,6 +57,7 @@ class CachedSubject:
     shape: Triple
     channels: int
     whole: bool
+    absent: tuple[int, ...] = ()
 
 
 class Cache:
@@ -102,8 +104,9 @@ class Cache:
         """
         known = tuple(digests.get(file) or _digest_of(subject.name, file) for file in subject.files)
         volumes = in_window(subject, self._files(subject.name, subject.files, known), self.data, self.multiple)
+        channels, whole = len(volumes.ranges), volumes.whole
         return CachedSubject(
-            subject.name, subject.files, known, volumes.start, volumes.shape, len(volumes.ranges), volumes.whole
+            subject.name, subject.files, known, volumes.start, volumes.shape, channels, whole, subject.absent
         )
 
     def prepare_all(
@@ -159,7 +162,7 @@ class Cache:
             CaseError: and their files are no longer what they were.
             OutputError: and the cache cannot be written.
         """
-        files = self._files(subject.name, subject.files, subject.digests)
+        files = with_absent(self._files(subject.name, subject.files, subject.digests), subject.absent)
         return Volumes(tuple(files), subject.start, subject.shape)
 
     def _lacking(self, subject: Subject, digests: Mapping[Path, str]) -> set[Path]:

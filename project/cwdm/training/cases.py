@@ -17,6 +17,9 @@ from cwdm.training.launch import gather, on_all_ranks, processes
 from cwdm.training.loader import check_shared_memory
 from cwdm.training.settings import DataSettings, TrainingSettings
 
+FEWEST = 2
+"""Modalities that an incomplete case must have: one to make, and one to make it from."""
+
 
 class Found(NamedTuple):
     """What lies in a data folder.
@@ -47,11 +50,13 @@ def _find_brats(folder: Path, data: DataSettings) -> Found:
     found, needed = Found([], []), modalities(data)
     for case in find_cases(folder):
         lacking = [modality for modality in needed if modality not in case.files]
-        if case.problem or lacking:
+        there = [modality for modality in needed if modality in case.files]
+        if case.problem or len(there) < (FEWEST if data.incomplete else len(needed)):
             reason = case.problem or f"{', '.join(lacking)} missing; training needs them"
             found.faults.append(CaseError(case.name, reason))
         else:
-            found.subjects.append(Subject(case.name, tuple(case.files[modality] for modality in needed)))
+            absent = tuple(needed.index(modality) for modality in lacking)
+            found.subjects.append(Subject(case.name, tuple(case.files[modality] for modality in there), absent))
     return found
 
 

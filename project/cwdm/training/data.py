@@ -33,12 +33,14 @@ class Samples(Dataset[dict[str, Tensor]]):
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         settings, data = self.settings, self.settings.data
         rng = np.random.default_rng([settings.seed, n])
-        volumes = self.cache.load(self.subject(n))
+        subject = self.subject(n)
+        volumes = self.cache.load(subject)
         voxels = volumes.raw(_box(rng, volumes.shape, data.crop), self.dtype)
         if data.mirror and rng.random() < 0.5:
             voxels = np.ascontiguousarray(voxels[:, ::-1])
-        target = int(rng.integers(len(voxels))) if data.condition_on == "any" else 0
-        gammas, shown = self._conditions(rng, len(voxels), target)
+        there = [channel for channel in range(len(voxels)) if channel not in subject.absent]
+        target = there[rng.integers(len(there))] if data.condition_on == "any" else 0
+        gammas, shown = self._conditions(rng, len(voxels), target, there)
         t = int(TIMESTEPS * rng.random() ** (1 / settings.loss.timestep_power))
         seed = int(rng.integers(2**63))
         sample = {
@@ -61,7 +63,7 @@ class Samples(Dataset[dict[str, Tensor]]):
         return self.subjects[order[place]]
 
     def _conditions(
-        self, rng: np.random.Generator, channels: int, target: int
+        self, rng: np.random.Generator, channels: int, target: int, there: Sequence[int]
     ) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
         """Gamma of each condition, and whether the network sees it."""
         data = self.settings.data
@@ -70,8 +72,9 @@ class Samples(Dataset[dict[str, Tensor]]):
         if data.jitter:
             gammas = np.exp(data.jitter * rng.standard_normal(conditions)).astype(np.float32)
         if data.condition_on == "any":
-            others = rng.permutation([k for k in range(channels) if k != target])
-            shown[[target, *others[: rng.integers(data.most_missing)]]] = False
+            others = rng.permutation([k for k in there if k != target])
+            given = others[min(int(rng.integers(data.most_missing)), len(others) - 1) :]
+            shown[:] = np.isin(np.arange(channels), given)
         return gammas, shown
 
     def bytes_of(self, subject: CachedSubject) -> int:

@@ -44,6 +44,10 @@ class DataSettings(StrictSettings):
             grown as inference does to hold the brain; or "brain" for the smallest box that holds it.
         downsample: edge in voxels of the cubes that are averaged, as WDM does for 128³.
         crop: size of the random part that is trained on; None: everything.
+        incomplete: with "any", cases of two or three of the modalities are trained on too; what a case does not have
+            is neither made nor given.
+        intensities: what of an image becomes 0 and 1, see `cwdm.images.clip_range`: its percentiles as `published`, or
+            its `brain`.
         mirror: left and right change places at random.
         jitter: each condition, in [0, 1], is raised to a random power, whose logarithm has this standard deviation.
         cache: folder for the decoded volumes, which any number of runs can share; None: `cache` in the run's folder.
@@ -61,6 +65,8 @@ class DataSettings(StrictSettings):
     window: Size | Literal["brain"] = Field(default=[224, 224, 160])
     downsample: int = Field(default=1, ge=1, le=8)
     crop: Size | None = None
+    incomplete: bool = False
+    intensities: Literal["published", "brain"] = "published"
     mirror: bool = False
     jitter: Number = Field(default=0.0, ge=0, le=1)
     cache: Folder | None = None
@@ -89,6 +95,10 @@ class DataSettings(StrictSettings):
                 raise ValueError(f"crop {self.crop} does not fit into the window, {small} voxels after downsampling")
         if self.most_missing > 1 and self.condition_on != "any":
             raise ValueError("'most_missing' needs condition_on 'any'")
+        if self.incomplete and self.condition_on != "any":
+            raise ValueError("'incomplete' needs condition_on 'any'")
+        if self.intensities == "brain" and not guided:
+            raise ValueError("intensities 'brain' need layout 'brats' with conditions; images say their own")
         return self
 
 
@@ -271,6 +281,7 @@ class TrainingSettings(StrictSettings):
             steps=self.record.steps,
             notice=self.record.notice,
             most_missing=data.most_missing,
+            intensities=data.intensities,
         )
 
     def unet(self) -> UNetConfig:

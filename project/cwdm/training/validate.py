@@ -72,7 +72,8 @@ def _synthesise(run: Run, network: Checkpoint, subject: CachedSubject, number: i
     """Truth, synthesis and mask of a held-out case, (X, Y, Z) in [0, 1]."""
     settings, (sampler, steps) = run.settings, run.settings.validation_plan
     unit = run.samples.cache.load(subject).unit()
-    target = number % len(unit) if settings.data.condition_on == "any" else 0
+    there = [channel for channel in range(len(unit)) if channel not in subject.absent]
+    target = there[number % len(there)] if settings.data.condition_on == "any" else 0
     conditions = unit.copy() if settings.data.condition_on == "any" else unit[1:]
     if settings.data.condition_on == "any":
         conditions[target] = 0

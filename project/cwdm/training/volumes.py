@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -37,7 +38,8 @@ def decode(subject: Subject, data: DataSettings, multiple: int = 1) -> Volumes:
 
 def images_of(data: DataSettings, files: int) -> Sequence[ImageSettings]:
     """What the settings say of each file of a case."""
-    return data.images or [ImageSettings(file="")] * files
+    intensity: Literal["percentiles", "brain"] = "brain" if data.intensities == "brain" else "percentiles"
+    return data.images or [ImageSettings(file="", intensity=intensity)] * files
 
 
 def decode_file(case: str, file: Path, image: ImageSettings, data: DataSettings) -> DecodedFile:

@@ -6,7 +6,18 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from cwdm.images.intensity import ClipRange, Rule, _quantiles, brain_mask, denormalise, foreground, normalise
+from cwdm.images.intensity import (
+    TYPICAL_LEVEL,
+    ClipRange,
+    Rule,
+    _quantiles,
+    as_published,
+    brain_mask,
+    clip_range,
+    denormalise,
+    foreground,
+    normalise,
+)
 
 shapes = st.tuples(*[st.integers(1, 9)] * 3)
 volumes = hnp.arrays(
@@ -78,3 +89,51 @@ def test_background_rules() -> None:
     rules: tuple[Rule, ...] = ("mask", "threshold", "none")
     kept = {rule: foreground(unit, rule, mask, 0.04).ravel().tolist() for rule in rules}
     assert kept == {"mask": [True, False, False, True], "threshold": [False, False, True, True], "none": [True] * 4}
+
+
+def brain_with_vessels(vessels: float) -> np.ndarray:
+    """A brain of 5000 voxels around 500, thirty of which are vessels, in a volume of 13,500."""
+    rng = np.random.default_rng(2)
+    volume = np.zeros((30, 18, 25), np.float32)
+    volume[5:25, 4:14, :] = rng.normal(500, 90, (20, 10, 25)).clip(1)
+    volume[6:12, 5:10, 3] = vessels
+    return volume
+
+
+def test_brain_intensities_do_not_hang_on_a_few_bright_voxels() -> None:
+    dim, bright = brain_with_vessels(900), brain_with_vessels(9000)
+    assert clip_range(bright).high > 5 * clip_range(dim).high
+    assert clip_range(bright, "brain") == clip_range(dim, "brain")
+    inside = dim[dim != 0]
+    unit, (low, high) = normalise(dim, "brain")
+    assert low == 0
+    assert high == pytest.approx(2 * np.quantile(inside, 0.95), rel=1e-3)
+    assert np.all((unit == 0) == (dim == 0))
+    np.testing.assert_allclose(denormalise(unit, ClipRange(low, high)), dim, rtol=1e-6)
+
+
+@given(st.floats(1e-3, 1e3))
+def test_brain_intensities_do_not_know_the_scanner(gain: float) -> None:
+    volume = brain_with_vessels(900)
+    expected, found = normalise(volume, "brain")[0], normalise(volume * np.float32(gain), "brain")[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+def test_brain_intensities_clip_what_interpolation_left_below_0() -> None:
+    volume = brain_with_vessels(900)
+    volume[5, 4, :5] = -20
+    assert normalise(volume, "brain")[0].min() == 0
+
+
+@pytest.mark.parametrize("value", [0, -3, 3e38])
+def test_brain_intensities_need_a_brain(value: float) -> None:
+    with pytest.raises(ValueError, match=r"brighter than 0|more than can be scaled"):
+        clip_range(np.full((5, 6, 7), value, np.float32), "brain")
+
+
+def test_the_network_s_range_is_brought_to_that_of_percentiles() -> None:
+    unit = normalise(brain_with_vessels(900), "brain")[0]
+    for modality, level in TYPICAL_LEVEL.items():
+        shown = as_published(unit, modality, "brain")
+        assert np.quantile(shown[shown > 0], 0.95) == pytest.approx(level, rel=1e-3)
+        assert as_published(unit, modality, "published") is unit

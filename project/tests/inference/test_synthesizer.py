@@ -13,7 +13,7 @@ from cwdm.errors import CaseError, WeightsError
 from cwdm.images.cases import MODALITIES, MOST_SIMILAR, Case, read_case
 from cwdm.images.cases import case_folder as find_case
 from cwdm.images.geometry import choose_window
-from cwdm.images.intensity import normalise
+from cwdm.images.intensity import as_published, normalise
 from cwdm.inference.provenance import describe
 from cwdm.inference.steps import PreparedCase, Samples, postprocess, prepare
 from cwdm.samplers import ddim
@@ -232,6 +232,24 @@ def test_value_range_of_the_checkpoint_is_mapped_to_unit(case: Path, tmp_path: P
     volume = synthesizer(tmp_path, "output.intensity=unit", "output.background=none")(case).volume
     assert volume.min() >= -1e-5
     assert volume.max() <= 1 + 1e-5
+
+
+def test_brain_intensities_are_what_the_network_sees_and_what_it_makes(case: Path, tmp_path: Path) -> None:
+    record = Record(modality="t1n", intensities="brain")
+    checkpoint.save(tmp_path / "t1n.safetensors", load_published(untrained_state(TINY)), record)
+    made = synthesizer(tmp_path, "output.intensity=unit")
+    prepared = prepared_by(made, read_case(find_case(case)))
+    volumes = prepared.case.volumes
+    for name, unit in zip(prepared.names, prepared.unit[0].numpy(), strict=True):
+        np.testing.assert_array_equal(prepared.window.restore(unit), normalise(volumes[name], "brain")[0])
+    # The nearest contrast stands in for the network.
+    nearest = Samples(prepared.unit[0, prepared.names.index("t1c")], None, 0.0)
+    expected = as_published(normalise(volumes["t1c"], "brain")[0], "t1n", "brain")
+    unit = postprocess(prepared, nearest, made.settings.output).volume
+    np.testing.assert_array_equal(unit, np.clip(expected, 0, 1))
+    native = postprocess(prepared, nearest, Settings().output).volume
+    low, high = normalise(volumes["t1c"])[1]
+    np.testing.assert_allclose(native, np.where(prepared.mask, expected * (high - low) + low, 0), rtol=1e-5, atol=1e-3)
 
 
 def test_only_the_last_contrasts_weights_stay_in_memory(weights_folder: Path) -> None:

@@ -4,7 +4,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from support import SHAPE, samples
+from pydantic import ValidationError
+from support import SHAPE, link_case, samples
 from torch import Tensor
 from torch.utils.data import default_collate
 
@@ -67,6 +68,41 @@ def test_any_target_is_taken_out_of_the_conditions(phantoms: Path, tmp_path: Pat
         assert found["volume"].any()
         missing.add(len(empty))
     assert missing == {1, 2, 3}
+
+
+def test_brain_intensities_are_those_of_inference(phantoms: Path, tmp_path: Path) -> None:
+    data = DataSettings(path=phantoms, condition_on="any", window=[32, 32, 32], intensities="brain")
+    source = samples(data, tmp_path)
+    assert source.settings.to_record().intensities == "brain"
+    found, files = sample(source, 0), source.subject(0).files
+    volumes = [read_volume(file) for file in files]
+    window, _ = choose_window(np.any(np.stack(volumes) != 0, axis=0), 4, (32, 32, 32))
+    expected = np.stack([window.crop(normalise(volume, "brain")[0]) for volume in volumes])
+    target = int(found["target"])
+    np.testing.assert_allclose(found["volume"][0], expected[target], atol=1e-6)
+    expected[target] = 0
+    np.testing.assert_allclose(found["conditions"], expected, atol=1e-6)
+
+
+def test_cases_without_a_modality_are_trained_on_where_that_is_said(phantoms: Path, tmp_path: Path) -> None:
+    cases = tmp_path / "cases"
+    first, second = sorted(phantoms.iterdir())[:2]
+    link_case(first, cases, "t1c")
+    (link_case(second, cases, "t2w") / f"{second.name}-t1n.nii.gz").unlink()
+    told = {"path": cases, "condition_on": "any", "window": "brain", "most_missing": 3, "crop": [16, 16, 16]}
+    assert find_subjects(cases, DataSettings(**told)).subjects == []
+    source = samples(DataSettings(**told, incomplete=True), tmp_path)
+    assert [subject.absent for subject in source.subjects] == [(1,), (0, 2)]
+    for n in range(24):
+        absent, raw, found = source.subject(n).absent, source[n], sample(source, n)
+        assert raw["voxels"].shape == (4, 16, 16, 16)
+        assert int(raw["target"]) not in absent
+        shown = set(raw["shown"].nonzero().ravel().tolist())
+        assert shown
+        assert not shown & {*absent, int(raw["target"])}
+        assert not found["conditions"][list(absent)].any()
+    with pytest.raises(ValidationError, match="'incomplete' needs condition_on 'any'"):
+        DataSettings(path=cases, target="t1n", incomplete=True)
 
 
 def test_timesteps_cover_the_schedule_and_can_lean_towards_noise(phantoms: Path, tmp_path: Path) -> None:
