@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal
+from typing import Annotated, Any, BinaryIO, Literal, get_args
 
 import pywt
 import safetensors
@@ -48,6 +48,7 @@ def orthogonal_wavelet(name: str) -> str:
     return name
 
 
+Objective = Literal["diffusion", "one-pass"]
 Edge = Annotated[int, Field(ge=2, le=1024)]
 
 
@@ -62,6 +63,8 @@ class Record(BaseModel):
             or LAS, in which WDM's authors store CT.
         value_range: range that the predicted volume is clamped to at every step.
         schedule: noise schedule that the network was trained with, one of `cwdm.diffusion.SCHEDULES`.
+        objective: what the network was trained to predict: clean coefficients among noise (`diffusion`), their mean and
+            variance in `one-pass`.
         sampler, steps: what the makers of the weights recommend.
         notice: what every user of the outputs must know, such as "trained on phantoms, not for clinical use".
         most_missing: how many of the four modalities may be missing at once, the target included.
@@ -79,6 +82,7 @@ class Record(BaseModel):
     orientation: Literal["LPS", "LAS"] = "LPS"
     value_range: tuple[float, float] = (0.0, 1.0)
     schedule: Annotated[str, AfterValidator(known_schedule)] = PUBLISHED.name
+    objective: Objective = "diffusion"
     sampler: str = "ddpm"
     steps: int = Field(default=1000, ge=1, le=1000)
     notice: str = Field(default="", max_length=500)
@@ -95,6 +99,11 @@ class Record(BaseModel):
         data = settings.get("data") if isinstance(settings, dict) else None
         return data if isinstance(data, dict) else {}
 
+    @property
+    def one_pass(self) -> bool:
+        """Whether the network predicts mean and variance in one pass, so that there is nothing to sample."""
+        return self.objective == "one-pass"
+
     def to_range(self, unit: Tensor) -> Tensor:
         """Volumes in [0, 1], in the `value_range` that the network sees and makes."""
         low, high = self.value_range
@@ -108,8 +117,8 @@ class Record(BaseModel):
     @model_serializer(mode="wrap")
     def _without_the_unsaid(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        unsaid = {"intended_use": "", "licence": "", "intensities": "published"}
-        return {name: value for name, value in values.items() if unsaid.get(name) != value}
+        unsaid = {"intended_use": "", "licence": "", "objective": "diffusion", "intensities": "published"}
+        return {name: value for name, value in values.items() if value != unsaid.get(name, ...)}
 
     @field_validator("sampler")
     @classmethod
@@ -167,10 +176,19 @@ def load_published(state_dict: Mapping[str, Tensor], config: UNetConfig | None =
     return _fill(model, {ours: state_dict[name] for name, ours in names.items()})
 
 
+def new_network(config: UNetConfig, schedule: Schedule = PUBLISHED) -> UNet:
+    """The network of a configuration, with its first weights."""
+    if config.given:  # here, as other networks need none of it
+        from cwdm.onepass import OnePassUNet
+
+        return OnePassUNet(config)
+    return UNet(config, schedule)
+
+
 def _empty(config: UNetConfig, schedule: Schedule = PUBLISHED) -> UNet:
     """The network without memory for its weights, so that a crafted file can't make us allocate any."""
     with torch.device("meta"):
-        return UNet(config, schedule)
+        return new_network(config, schedule)
 
 
 def _fill(model: UNet, tensors: Mapping[str, Tensor]) -> UNet:
@@ -223,7 +241,10 @@ def save(path: Path, model: UNet, record: Record, dtype: torch.dtype = torch.flo
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor], config: UNetConfig, record: Record) -> None:
     """Write our safetensors like `save`, of a network's tensors by name."""
-    header = {"format": FORMAT, "config": asdict(config), "record": record.model_dump(mode="json")}
+    shape = asdict(config)
+    if not config.given:
+        del shape["given"]  # unknown to older versions, which read all other networks
+    header = {"format": FORMAT, "config": shape, "record": record.model_dump(mode="json")}
     write_tensors(path, tensors, {"format": "pt", HEADER_KEY: json.dumps(header)})
 
 
@@ -269,6 +290,8 @@ def _check_format(header: Any) -> None:
         found = f"format {number}, this version reads up to {FORMAT}"
     elif unknown := [*(set(header["config"]) - _CONFIG_FIELDS), *(set(header["record"]) - set(Record.model_fields))]:
         found = f"its header has {listed(sorted(unknown), 'unknown fields')}"
+    elif (objective := header["record"].get("objective", "diffusion")) not in get_args(Objective):
+        found = f"trained by an unknown objective, {objective!r}"
     if found:
         raise WeightsError(f"written by a newer cwdm ({found}); pip install --upgrade cwdm")
 
@@ -307,6 +330,10 @@ def _parse_header(text: str | None) -> tuple[UNetConfig, Record]:
         header = json.loads(text)
         _check_format(header)
         config, record = _config_type.validate_python(header["config"]), Record.model_validate(header["record"])
+        if record.one_pass != (config.given > 0):
+            raise ValueError(f"a network for {config.given} given images, and the objective {record.objective}")
+        if record.one_pass and record.wavelet != "haar":
+            raise ValueError("a network of one pass needs the Haar wavelet")
         record.model_dump(mode="json")  # it goes into the records of images; one nested too deeply could not
         return config, record
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

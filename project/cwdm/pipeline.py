@@ -4,6 +4,10 @@
 >>> condition = pipeline.encode(unit)             # (1, 3, X, Y, Z) in [0, 1]         # doctest: +SKIP
 >>> coefficients = pipeline.sample(condition, seeds=[1, 2])                         # doctest: +SKIP
 >>> volumes = pipeline.decode(coefficients)       # (2, 1, X, Y, Z) in [0, 1]         # doctest: +SKIP
+
+A network of one pass makes no samples, but their mean and standard deviation:
+
+>>> mean, std = pipeline.predict(condition)       # (1, 1, X, Y, Z) each              # doctest: +SKIP
 """
 
 import gc
@@ -87,15 +91,8 @@ class Pipeline:
         """
         if modality not in (None, *MODALITIES):
             raise SettingsError(f"modality {modality!r}: expected one of {', '.join(MODALITIES)}")
-        chosen, path = choose_device(device), folder_of(weights)
-        if modality is None and path.is_dir():
-            raise WeightsError(
-                f"{path} is a folder: say which modality, one of {', '.join(MODALITIES)}, or give a file"
-            )
-        loaded = load_for(path, modality) if modality else checkpoints.load(path)
-        if modality is None and loaded.model.config.targets:
-            raise WeightsError(f"{path}: makes any of {', '.join(MODALITIES)}; say which modality")
-        return cls.of(loaded, settings or Settings(), chosen, modality, sampler)
+        chosen = choose_device(device)
+        return cls.of(_load(folder_of(weights), modality), settings or Settings(), chosen, modality, sampler)
 
     @classmethod
     def of(
@@ -111,13 +108,12 @@ class Pipeline:
         # On a GPU the layout of cuDNN's fast kernels; the network keeps it from end to end.
         layout = torch.channels_last_3d if gpu else torch.contiguous_format
         checkpoint.model.to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
-        told = settings.sampler
         return cls(
             checkpoint=checkpoint,
             device=device,
             dtype=dtype,
-            sampler=sampler or SAMPLERS[told.name or record.sampler],
-            timesteps=tuple(told.timesteps or spaced_timesteps(told.steps or record.steps)),
+            sampler=sampler or SAMPLERS[settings.sampler.name or record.sampler],
+            timesteps=_timesteps(checkpoint, settings),
             target=MODALITIES.index(modality) if modality and checkpoint.model.config.targets else 0,
             batch=GPU_BATCH if gpu and sampler in (None, *SAMPLERS.values()) else 1,
             noise_device=device if settings.noise == "device" else torch.device("cpu"),
@@ -126,7 +122,7 @@ class Pipeline:
     @property
     def sampler_name(self) -> str:
         """Name of the sampler's function."""
-        return getattr(self.sampler, "__name__", "own")
+        return "one-pass" if self.checkpoint.record.one_pass else getattr(self.sampler, "__name__", "own")
 
     def describe(self) -> dict[str, Any]:
         """What decides the samples beside conditions, seeds and weights, for a record."""
@@ -185,6 +181,56 @@ class Pipeline:
         sizes = condition.shape[2:] if size is None and condition is not None else [n // 2 for n in size or ()]
         return _halving(lambda some: _draw(self, condition, sizes, some, callback), seeds, self.batch)
 
+    def predict(self, condition: Tensor, given: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each voxel, by one pass: (1, 1, X, Y, Z) each, in units of [0, 1].
+
+        Args:
+            condition: coefficients (1, 8 N, X/2, Y/2, Z/2) of what it is made from, 0 where that is not given.
+            given: which of the N images are; None: those that are not 0 everywhere.
+        """
+        return _predict(self, condition, given)
+
+
+def _load(path: Path, modality: str | None) -> Checkpoint:
+    """The checkpoint for a modality, or of a file whose network makes one kind of volume."""
+    if modality is None and path.is_dir():
+        raise WeightsError(f"{path} is a folder: say which modality, one of {', '.join(MODALITIES)}, or give a file")
+    loaded = load_for(path, modality) if modality else checkpoints.load(path)
+    if modality is None and loaded.model.config.targets:
+        raise WeightsError(f"{path}: makes any of {', '.join(MODALITIES)}; say which modality")
+    return loaded
+
+
+def _timesteps(checkpoint: Checkpoint, settings: Settings) -> tuple[int, ...]:
+    """Where the network is evaluated; one of one pass once, whatever the settings say of samplers."""
+    record, told = checkpoint.record, settings.sampler
+    if not record.one_pass:
+        return tuple(told.timesteps or spaced_timesteps(told.steps or record.steps))
+    if settings.samples > 1:
+        raise SettingsError(
+            f"samples={settings.samples}: {checkpoint.path} predicts mean and standard deviation in one pass, so that "
+            "there is nothing to average; leave samples at 1"
+        )
+    return (0,)
+
+
+@torch.inference_mode()
+def _predict(pipeline: Pipeline, condition: Tensor, given: Sequence[bool] | None) -> tuple[Tensor, Tensor]:
+    from cwdm.onepass import voxel_std  # here, as networks that denoise need none of it
+
+    if not pipeline.checkpoint.record.one_pass:
+        raise ValueError(f"a network trained by {pipeline.checkpoint.record.objective} makes samples: use sample")
+    condition = condition.to(pipeline.device)
+    shown = condition.unflatten(1, (-1, 8)).flatten(2).any(2)
+    if given is not None:
+        shown = torch.tensor([given], device=pipeline.device)
+    number = torch.tensor([pipeline.target], device=pipeline.device)
+    with exact_float32():
+        found = pipeline.checkpoint.model(condition, shown, number)
+    low, high = pipeline.checkpoint.record.value_range
+    std = voxel_std(found.variance * condition.any(1, keepdim=True)) / (high - low)
+    return pipeline.decode(found.mean).clamp_(0, 1), std
+
 
 @torch.inference_mode()
 def _draw(
@@ -196,6 +242,8 @@ def _draw(
 ) -> Tensor:
     """Coefficients of a batch, in one network pass a step; `sizes` are theirs."""
     loaded, device = pipeline.checkpoint, pipeline.device
+    if loaded.record.one_pass:
+        raise ValueError("a network of one pass makes no samples: predict gives their mean and standard deviation")
     generators = [torch.Generator(pipeline.noise_device).manual_seed(seed) for seed in seeds]
     noise = normal_noise((len(seeds), loaded.model.config.out_channels, *sizes), generators, device)
     condition = None if condition is None else condition.to(device)

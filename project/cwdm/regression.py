@@ -10,6 +10,10 @@ from cwdm.diffusion import PUBLISHED, Schedule, alpha_bars_on
 
 SMALLEST_DEVIATION = 1e-4  # of the regression's errors, so that half precision can hold it
 
+Examples = Iterable[tuple[Tensor, Tensor, Tensor, int]]
+"""Conditions (given, X, Y, Z), what should come out (out, X, Y, Z), where to learn from it, bool (X, Y, Z), and the
+target's number."""
+
 
 class Regression(nn.Module):
     """A linear Gaussian model of each voxel's clean coefficients given its conditions; a network learns the rest.
@@ -54,8 +58,7 @@ class Regression(nn.Module):
         noisy, conditions = x[:, :out], x[:, out:]
         number = torch.zeros_like(t) if target is None else target
         weight, bias = self.weight[number], self.bias[number]
-        expected = torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
-        expected = expected * conditions.any(1, keepdim=True)  # nothing outside the head
+        expected = linear(weight, bias, conditions)
         prior = self.deviation[number][..., None, None, None].float()
         alpha_bar = alpha_bars_on(t.device, self.schedule)[t][:, None, None, None, None]
         total = alpha_bar * prior**2 + 1 - alpha_bar
@@ -66,22 +69,10 @@ class Regression(nn.Module):
         return network_input, expected + prior.to(x.dtype) * innovation, left
 
     @torch.no_grad()
-    def fit(self, examples: Iterable[tuple[Tensor, Tensor, Tensor, int]]) -> None:
-        """Least squares.
-
-        Args:
-            examples: conditions (given, X, Y, Z), what should come out (out, X, Y, Z), where to learn from it, bool
-                (X, Y, Z), and the target's number.
-        """
-        targets, out, given = self.weight.shape
-        # Products of conditions, a constant and what should come out, each with each.
-        sums = torch.zeros(targets, given + 1 + out, given + 1 + out, dtype=torch.float64)
-        voxels = torch.zeros(given, dtype=torch.float64)
-        for conditions, wanted, inside, target in examples:
-            x = F.pad(conditions[:, inside].double(), (0, 0, 0, 1), value=1.0)
-            rows = torch.cat((x, wanted[:, inside].double()))
-            sums[target] += rows @ rows.mT
-            voxels += inside.sum() * conditions.flatten(1).any(1)
+    def fit(self, examples: Examples) -> None:
+        """Least squares."""
+        given = self.weight.shape[2]
+        sums, voxels = cross_products(examples, *self.weight.shape)
         squares, products = sums[:, : given + 1, : given + 1], sums[:, : given + 1, given + 1 :]
         # A condition that is always 0, such as the target itself, gets the weight 0.
         ridge = 1e-9 * squares.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(given + 1)
@@ -92,5 +83,39 @@ class Regression(nn.Module):
         count = squares[:, -1, -1:]
         deviation = (left.clamp(min=0) / count).sqrt().clamp(min=SMALLEST_DEVIATION)
         self.deviation.copy_(deviation.where(count > 0, 1))
-        condition_rms = (squares.diagonal(dim1=1, dim2=2)[:, :-1].sum(0) / voxels).sqrt()
-        self.magnitude.copy_(condition_rms.where(condition_rms > 0, 1))
+        self.magnitude.copy_(root_mean_squares(squares, voxels))
+
+
+def linear(weight: Tensor, bias: Tensor, conditions: Tensor) -> Tensor:
+    """W c + b of every voxel, or 0 where all its conditions are 0: (B, out, X, Y, Z).
+
+    Args:
+        weight: (B, out, given).
+        bias: (B, out).
+        conditions: (B, given, X, Y, Z).
+    """
+    expected = torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
+    return expected * conditions.any(1, keepdim=True)  # nothing outside the head
+
+
+def cross_products(examples: Examples, targets: int, out: int, given: int) -> tuple[Tensor, Tensor]:
+    """Sums over the voxels of each target, and in how many voxels each condition was there.
+
+    Returns:
+        Products of conditions, a constant and what should come out, each with each, (targets, given + 1 + out,
+        given + 1 + out) float64; (given,).
+    """
+    sums = torch.zeros(targets, given + 1 + out, given + 1 + out, dtype=torch.float64)
+    voxels = torch.zeros(given, dtype=torch.float64)
+    for conditions, wanted, inside, target in examples:
+        x = F.pad(conditions[:, inside].double(), (0, 0, 0, 1), value=1.0)
+        rows = torch.cat((x, wanted[:, inside].double()))
+        sums[target] += rows @ rows.mT
+        voxels += inside.sum() * conditions.flatten(1).any(1)
+    return sums, voxels
+
+
+def root_mean_squares(squares: Tensor, voxels: Tensor) -> Tensor:
+    """Of each condition, where it was there: (given,); 1 where it never was."""
+    found = (squares.diagonal(dim1=1, dim2=2)[:, :-1].sum(0) / voxels).sqrt()
+    return found.where(found > 0, 1)

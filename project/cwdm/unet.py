@@ -46,6 +46,8 @@ class UNetConfig:
         targets: kinds of volume that one network makes, told apart by an embedding; 0: one kind, as published.
         regression: the network learns what a linear regression of each voxel on its conditions does not know; see
             `Regression`.
+        given: images of which any may be given, for a network that predicts one of them in one pass; see
+            `cwdm.onepass`. 0: a network that denoises.
     """
 
     in_channels: int
@@ -58,6 +60,7 @@ class UNetConfig:
     skips: Literal["concat", "additive", "wavelet"] = "concat"
     targets: int = 0
     regression: bool = False
+    given: int = 0
 
     def __post_init__(self) -> None:
         # Bounds, because a configuration may come from a file that someone else made.
@@ -70,6 +73,9 @@ class UNetConfig:
             raise ValueError(f"not a usable number of targets: {self.targets}")
         if self.regression and self.in_channels <= self.out_channels:
             raise ValueError("a regression needs conditions")
+        one_pass = (self.in_channels, self.out_channels, self.targets) == (8 + 8 * self.given, 16, self.given)
+        if self.given and (self.regression or not one_pass or not 2 <= self.given <= 8):
+            raise ValueError(f"not a usable network for one pass over {self.given} images: {self}")
         if max(*self.widths, self.in_channels, self.out_channels) > 8192:
             raise ValueError(f"a network wider than 8192 channels: {self}")
         groups = self.groups if self.norm == "group" else 1
@@ -119,27 +125,36 @@ class UNet(nn.Module):
             self.regression = Regression(config.out_channels, given, max(config.targets, 1), schedule)
 
     def forward(self, x: Tensor, t: Tensor, target: Tensor | None = None) -> Tensor:
-        multiple = self.config.size_multiple
-        if x.ndim != 5 or x.shape[1] != self.config.in_channels or any(n % multiple for n in x.shape[2:]):
-            raise ValueError(
-                f"expected (B, {self.config.in_channels}, X, Y, Z) with X, Y, Z multiples of {multiple}, "
-                f"got {tuple(x.shape)}"
-            )
-        emb = timestep_embedding(t, self.config.model_channels).to(x.dtype)
-        first, second = self.time_embed
-        emb = second(F.silu(first(emb)))
-        if self.config.targets:
-            if target is None:
-                raise ValueError(f"which of the {self.config.targets} targets? Give their numbers, (B,)")
-            emb = emb + self.target_embed(target)
+        check_shape(x, self.config.in_channels, self.config)
+        emb = self.embed(t, target)
         if not self.config.regression:
             return self.denoise(x, emb)
         network_input, mean, deviation = self.regression(x, t, target)
         return torch.addcmul(mean, deviation, self.denoise(network_input, emb))
 
+    def embed(self, t: Tensor, target: Tensor | None) -> Tensor:
+        """What every block is told: (B, embedding)."""
+        first, second = self.time_embed
+        emb: Tensor = timestep_embedding(t, self.config.model_channels).to(self.stem.weight.dtype)
+        emb = second(F.silu(first(emb)))
+        if self.config.targets:
+            if target is None:
+                raise ValueError(f"which of the {self.config.targets} targets? Give their numbers, (B,)")
+            emb = emb + self.target_embed(target)
+        return emb
+
     def denoise(self, x: Tensor, emb: Tensor) -> Tensor:
         output: Tensor = self.head(self.body(conv3(x, self.stem), x, emb))
         return output
+
+
+def check_shape(x: Tensor, channels: int, config: UNetConfig) -> None:
+    """Raise ValueError if the network cannot take x."""
+    multiple = config.size_multiple
+    if x.ndim != 5 or x.shape[1] != channels or any(n % multiple for n in x.shape[2:]):
+        raise ValueError(
+            f"expected (B, {channels}, X, Y, Z) with X, Y, Z multiples of {multiple}, got {tuple(x.shape)}"
+        )
 
 
 def timestep_embedding(t: Tensor, channels: int) -> Tensor:

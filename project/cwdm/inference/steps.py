@@ -67,7 +67,7 @@ class Samples:
 
     Attributes:
         mean: over the samples, (X, Y, Z).
-        std: standard deviation over them, (X, Y, Z); None for a single sample.
+        std: standard deviation over them, (X, Y, Z); None for a single sample. A network of one pass predicts both.
         seconds: what it took.
     """
 
@@ -160,8 +160,11 @@ def _window(case: Case, mask: Mask, pipeline: Pipeline) -> tuple[Window, tuple[s
 def draw(prepared: PreparedCase, pipeline: Pipeline, settings: Settings, callback: Callback | None = None) -> Samples:
     """Draw the settings' number of samples; sample i is what the seed + i alone would give.
 
-    On a GPU several are drawn at once where its memory allows, which may round differently from one alone.
+    On a GPU several are drawn at once where its memory allows, which may round differently from one alone. Weights of
+    one pass give mean and standard deviation at once.
     """
+    if pipeline.checkpoint.record.one_pass:
+        return _predict(prepared, pipeline, callback)
     start, seeds = time.perf_counter(), range(settings.seed, settings.seed + settings.samples)
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())
     for batch in pipeline.sample_batches(pipeline.encode(prepared.unit), seeds=seeds, callback=callback):
@@ -173,6 +176,14 @@ def draw(prepared: PreparedCase, pipeline: Pipeline, settings: Settings, callbac
             squares = squares + difference * (sample - mean)
     std = (squares / (count - 1)).sqrt() if count > 1 else None
     return Samples(mean, std, time.perf_counter() - start)
+
+
+def _predict(prepared: PreparedCase, pipeline: Pipeline, callback: Callback | None) -> Samples:
+    start, given = time.perf_counter(), [name in prepared.case.volumes for name in prepared.names]
+    mean, std = pipeline.predict(pipeline.encode(prepared.unit), given)
+    if callback:
+        callback(1, 1, pipeline.encode(mean))
+    return Samples(mean[0, 0].cpu(), std[0, 0].cpu(), time.perf_counter() - start)
 
 
 def postprocess(prepared: PreparedCase, samples: Samples, output: OutputSettings, made_with: str = "") -> Synthesis:

@@ -23,7 +23,8 @@ class Samples(Dataset[dict[str, Tensor]]):
     Returns:
         voxels (C, X, Y, Z), the target first unless it can be any, in the numbers of the files: int16 where that
         holds every case; ranges (C, 2), what becomes 0 and 1; target (), its channel; of the conditions gammas (N,)
-        and shown (N,); t (); seed () of the noise, and noise (1, X, Y, Z) itself unless it is drawn on the device.
+        and shown (N,); t (); seed () of the noise, and noise (1, X, Y, Z) itself unless it is drawn on the device or
+        the objective has none.
     """
 
     def __init__(self, subjects: Sequence[CachedSubject], cache: Cache, settings: TrainingSettings) -> None:
@@ -52,7 +53,7 @@ class Samples(Dataset[dict[str, Tensor]]):
             "t": torch.tensor(t),
             "seed": torch.tensor(seed),
         }
-        if settings.noise == "cpu":
+        if settings.noise == "cpu" and settings.loss.objective == "diffusion":
             sample["noise"] = draw_noise(seed, voxels.shape[1:], torch.device("cpu"))
         return sample
 
@@ -103,8 +104,8 @@ def assemble(batch: Mapping[str, Tensor], settings: TrainingSettings, device: to
         batch: of samples, collated.
 
     Returns:
-        volume (B, 1, X, Y, Z) and conditions (B, N, X, Y, Z) in the range of values, noise (B, 1, X, Y, Z), t (B,)
-        and target (B,).
+        volume (B, 1, X, Y, Z) and conditions (B, N, X, Y, Z) in the range of values, given (B, N), which of these there
+        are, target (B,), t (B,) and, for an objective with noise, noise (B, 1, X, Y, Z).
     """
     data, record, seeds = settings.data, settings.to_record(), batch["seed"].tolist()
     batch = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
@@ -116,13 +117,16 @@ def assemble(batch: Mapping[str, Tensor], settings: TrainingSettings, device: to
     if data.jitter:
         conditions = conditions ** batch["gammas"][..., None, None, None]
     conditions = conditions.masked_fill(~batch["shown"][..., None, None, None], 0)
-    noise = batch.get("noise")
-    if noise is None:
-        noise = torch.stack([draw_noise(seed, unit.shape[2:], device) for seed in seeds])
-    return {
+    made = {
         "volume": record.to_range(volume),
         "conditions": record.to_range(conditions),
-        "noise": noise,
+        "given": batch["shown"],
         "t": batch["t"],
         "target": batch["target"],
     }
+    if record.objective == "diffusion":
+        noise = batch.get("noise")
+        if noise is None:
+            noise = torch.stack([draw_noise(seed, unit.shape[2:], device) for seed in seeds])
+        made["noise"] = noise
+    return made

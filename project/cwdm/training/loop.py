@@ -17,7 +17,6 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.precision import exact_float32
 from cwdm.progress import bars
 from cwdm.signals import handled
@@ -25,10 +24,11 @@ from cwdm.training import saving, validate
 from cwdm.training.data import assemble
 from cwdm.training.launch import TrainingError, largest, launch, on_all_ranks
 from cwdm.training.loader import STOPPING, batches_of_steps
+from cwdm.training.losses import losses as subbands
+from cwdm.training.losses import total
 from cwdm.training.settings import TrainingSettings
 from cwdm.training.start import start
 from cwdm.training.state import Run
-from cwdm.wavelet import LLL_DIVISOR
 
 MOST_BAD_STEPS = 20
 """Steps in a row whose loss or gradient is not finite before the run gives up."""
@@ -100,8 +100,9 @@ def step(run: Run, parts: list[dict[str, Tensor]]) -> None:
     losses = []
     for i, batch in enumerate(parts):
         with run.fabric.no_backward_sync(run.wrapped, enabled=i < len(parts) - 1):  # type: ignore[arg-type]
-            losses.append(_losses(run, batch))
-            run.fabric.backward(_total(run.settings, losses[i]) / len(parts))
+            given = assemble(batch, run.settings, run.fabric.device)
+            losses.append(subbands(run.wrapped, given, run.settings))
+            run.fabric.backward(total(run.settings, losses[i]) / len(parts))
     norm = float(nn.utils.clip_grad_norm_(run.model.parameters(), run.settings.optimiser.clip_norm or math.inf))
     bands = _gathered(run.fabric, torch.cat([part.detach() for part in losses]).float())
     finite = math.isfinite(norm) and bool(bands.isfinite().all())
@@ -133,28 +134,6 @@ def after_step(run: Run) -> None:
         on_all_ranks(run.fabric, run.writer.wait)
     if stopped:
         raise SystemExit(128 + stopped)
-
-
-def _losses(run: Run, batch: dict[str, Tensor]) -> Tensor:
-    """Squared errors (B, 8) of the subbands."""
-    given = assemble(batch, run.settings, run.fabric.device)
-    targets = (given["target"],) if run.model.config.targets else ()
-    return subband_losses(
-        lambda x, t: run.wrapped(x, t, *targets),
-        given["volume"],
-        given["conditions"] if given["conditions"].shape[1] else None,
-        given["t"],
-        given["noise"],
-        run.settings.network.wavelet,
-        SCHEDULES[run.settings.loss.schedule],
-    )
-
-
-def _total(settings: TrainingSettings, bands: Tensor) -> Tensor:
-    """The loss of (B, 8) subband errors."""
-    if settings.loss.over == "coefficients":
-        return bands.mean()
-    return bands[:, 0].mean() * LLL_DIVISOR**2 / 8 + bands[:, 1:].mean() * 7 / 8
 
 
 def _set_learning_rate(run: Run) -> float:

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, Field, create_model, model_validator
 
-from cwdm.checkpoint import ANY, Record, orthogonal_wavelet
+from cwdm.checkpoint import ANY, Objective, Record, orthogonal_wavelet
 from cwdm.diffusion import PUBLISHED, known_schedule
 from cwdm.errors import SettingsError
 from cwdm.images import PUBLISHED_WINDOW, ImageSettings, Range, Size
@@ -16,6 +16,7 @@ from cwdm.samplers import known_sampler
 from cwdm.strict import StrictSettings, read_settings
 from cwdm.unet import UNetConfig
 
+Errors = Literal["gaussian", "laplace"]
 Positive = Annotated[int, Field(ge=1)]
 Number = Annotated[float, Field(strict=False)]  # a quoted '1e-5' too
 Folder = Annotated[Path, Field(strict=False)]
@@ -106,7 +107,7 @@ _TYPES: dict[Any, Any] = {int: Positive, tuple[int, ...]: Annotated[tuple[Positi
 _OF_UNET: Any = {
     field.name: (_TYPES.get(field.type, field.type), field.default)
     for field in fields(UNetConfig)
-    if field.name not in ("in_channels", "out_channels", "targets")
+    if field.name not in ("in_channels", "out_channels", "targets", "given")
 }
 
 
@@ -152,6 +153,10 @@ class LossSettings(StrictSettings):
     """What is minimised.
 
     Attributes:
+        objective: what the network learns to predict: the clean coefficients among noise (`diffusion`), or in
+            `one-pass` their mean and variance, of each modality from whichever others are given; see `cwdm.onepass`.
+        errors, beta, structure: of one pass: how errors are distributed, how much the likely large ones count, and the
+            weight of 1 − SSIM; see `cwdm.training.losses`.
         over: `coefficients` gives each of the eight subbands the same weight, as published; `voxels` weights LLL,
             which is stored divided by 3, so that the sum is the squared error of the volume.
         timestep_power: timesteps are drawn as 1000 u^(1/power) with u uniform: 1 as published, more for noisier ones,
@@ -160,6 +165,10 @@ class LossSettings(StrictSettings):
             the image at most timesteps.
     """
 
+    objective: Objective = "diffusion"
+    errors: Errors = "gaussian"
+    beta: Number = Field(default=0.5, ge=0, le=1)
+    structure: Number = Field(default=0.0, ge=0, le=10)
     over: Literal["coefficients", "voxels"] = "coefficients"
     timestep_power: Number = Field(default=1.0, gt=0, le=100)
     schedule: Annotated[str, AfterValidator(known_schedule)] = PUBLISHED.name
@@ -239,6 +248,12 @@ class TrainingSettings(StrictSettings):
 
     @model_validator(mode="after")
     def _buildable(self) -> "TrainingSettings":
+        fits = self.data.condition_on == "any" and self.network.wavelet == "haar" and self.value_range[0] == 0
+        if self.loss.objective == "one-pass" and (self.network.regression or not fits):
+            raise ValueError(
+                "loss.objective 'one-pass' needs data.condition_on 'any', the Haar wavelet and a value_range from 0, "
+                "and no network.regression, as it has a prior of its own"
+            )
         multiple = 2 * self.unet().size_multiple
         for name, size in (("data.window", self.data.window), ("data.crop", self.data.crop)):
             for edge in size if isinstance(size, list) else ():
@@ -277,6 +292,7 @@ class TrainingSettings(StrictSettings):
             wavelet=self.network.wavelet,
             value_range=(self.value_range[0], self.value_range[1]),
             schedule=self.loss.schedule,
+            objective=self.loss.objective,
             sampler=self.record.sampler,
             steps=self.record.steps,
             notice=self.record.notice,
@@ -288,6 +304,8 @@ class TrainingSettings(StrictSettings):
         """The network's configuration."""
         targets = 4 if self.data.condition_on == "any" else 0
         shape = self.network.model_dump(exclude={"wavelet"})
+        if self.loss.objective == "one-pass":
+            shape.update(out_channels=16, given=targets)
         return UNetConfig(in_channels=8 * (1 + self.channels), targets=targets, **shape)
 
 

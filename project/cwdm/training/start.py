@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import default_collate
 
+from cwdm.checkpoint import new_network
 from cwdm.diffusion import SCHEDULES
 from cwdm.errors import SettingsError
 from cwdm.files import write_json
@@ -43,9 +44,10 @@ def start(settings: TrainingSettings, fabric: Fabric, resume: bool) -> Run:
             "replace it; move it away, or train into another folder"
         )
     torch.manual_seed(settings.seed)
-    model = UNet(settings.unet(), SCHEDULES[settings.loss.schedule])
-    if model.config.regression and state is None:
-        model.regression.fit(_examples(samples))
+    model = new_network(settings.unet(), SCHEDULES[settings.loss.schedule])
+    prior = getattr(model, "regression", None) or getattr(model, "prior", None)
+    if prior is not None and state is None:
+        prior.fit(_examples(samples))
     layout = torch.channels_last_3d if fabric.device.type == "cuda" else torch.contiguous_format
     # Before the optimiser: a sharded one takes the device of its processes' messages from its parameters.
     model.to(fabric.device, memory_format=layout)  # type: ignore[call-overload]
@@ -62,15 +64,19 @@ def start(settings: TrainingSettings, fabric: Fabric, resume: bool) -> Run:
 
 
 def _examples(samples: Samples) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
-    """Coefficients of conditions and target of the run's first samples, for `Regression.fit`.
+    """Coefficients of conditions and target of the run's first samples, for the network's prior.
 
-    Learned from are those whose eight voxels all lie in the brain: at its rim every modality falls to 0 at once, which
-    says much of the rim and nothing of how one modality follows from the others.
+    That of a network of one pass is given all images. Learned from are those whose eight voxels all lie in the brain:
+    at its rim every modality falls to 0 at once, which says much of the rim and nothing of how one modality follows
+    from the others.
     """
     settings = samples.settings
     wavelet, background = settings.network.wavelet, settings.value_range[0]
     for n in range(REGRESSION_SAMPLES):
-        sample = assemble(default_collate([samples[n]]), settings, torch.device("cpu"))
+        batch = default_collate([samples[n]])
+        if settings.loss.objective == "one-pass":
+            batch["shown"].fill_(True)
+        sample = assemble(batch, settings, torch.device("cpu"))
         conditions = sample["conditions"]
         outside = (conditions == background).all(1).float()
         inside = F.max_pool3d(outside, 2)[0] == 0

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from cwdm import __version__
 from cwdm.checkpoint import Record
-from cwdm.diffusion import PUBLISHED
 from cwdm.errors import SettingsError
 from cwdm.training.cache import CachedSubject
 from cwdm.training.data import Samples
 from cwdm.training.log import TrainingLog
-from cwdm.training.settings import TrainingSettings
+from cwdm.training.settings import LossSettings, TrainingSettings
 from cwdm.training.writer import Writer
 from cwdm.unet import UNet
 
@@ -115,8 +114,9 @@ def identity(run: Run) -> dict[str, Any]:
     keep = run.settings.model_dump(
         mode="json", include={"network", "optimiser", "loss", "seed", "value_range", "precision"}
     )
-    if run.settings.loss.schedule == PUBLISHED.name:
-        del keep["loss"]["schedule"]  # states from before there was a choice do not say
+    for name, told in LossSettings.model_fields.items():  # states from before there was a choice do not say
+        if name not in ("over", "timestep_power") and keep["loss"][name] == told.default:
+            del keep["loss"][name]
     del keep["optimiser"]["sharded"]  # states are whole, and whoever runs out of memory may switch it on
     data = run.settings.data.model_dump(mode="json", exclude={*_PLACES, "workers"})
     return {"settings": {**keep, "data": data}, "cases": [subject.name for subject in run.samples.subjects]}

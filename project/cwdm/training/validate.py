@@ -89,8 +89,13 @@ def _synthesise(run: Run, network: Checkpoint, subject: CachedSubject, number: i
         target=target,
     )
     condition = pipeline.encode(torch.from_numpy(conditions)[None]) if len(conditions) else None
-    made = pipeline.sample(condition, unit.shape[1:], [settings.seed], lambda *_: _raise_if_stopped(run))
-    volume = pipeline.decode(made)[0, 0].cpu().numpy()
+    if network.record.one_pass:
+        assert condition is not None
+        made, _ = pipeline.predict(condition, [name != target for name in range(len(unit))])
+    else:
+        coefficients = pipeline.sample(condition, unit.shape[1:], [settings.seed], lambda *_: _raise_if_stopped(run))
+        made = pipeline.decode(coefficients)
+    volume = made[0, 0].cpu().numpy()
     return unit[target], np.where(mask, volume, np.float32(0)), mask
 
 

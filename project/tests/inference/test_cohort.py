@@ -18,7 +18,7 @@ from support import link_case
 from typer.testing import CliRunner, Result
 
 from cwdm import Synthesizer, checkpoint
-from cwdm.checkpoint import ANY, Record
+from cwdm.checkpoint import ANY, Record, new_network
 from cwdm.cli.app import app, main
 from cwdm.errors import CaseError, DeviceLostError
 from cwdm.images import cases as brats
@@ -431,6 +431,33 @@ def test_several_missing_modalities_are_each_made_from_the_others(
     assert again.stderr.count("is there already") == 2
     with pytest.raises(CaseError, match="2 modalities are missing, the weights were trained for 1"):
         Synthesizer(weights_folder, device="cpu")(folder, target="t1n")
+
+
+def test_weights_of_one_pass_make_all_that_is_missing_with_their_std(phantoms: Path, tmp_path: Path) -> None:
+    shape = {"model_channels": 8, "channel_mult": (1, 1), "norm": "voxel", "targets": 4, "given": 4}
+    path = tmp_path / "any.safetensors"
+    checkpoint.save(
+        path, new_network(UNetConfig(40, 16, **shape)), Record(modality=ANY, objective="one-pass", most_missing=3)
+    )
+    source = sorted(phantoms.iterdir())[0]
+    three = link_case(source, tmp_path / "in", "t1n", "three")
+    for modality in ("t1c", "t2w"):
+        (three / f"three-{modality}.nii.gz").unlink()
+    out, report = tmp_path / "out", tmp_path / "report"
+    result = shell(tmp_path / "in", out, path, "--report_path", str(report))
+    assert result.returncode == 0, result.stderr
+    made = [f"three-{modality}" for modality in ("t1c", "t1n", "t2w")]
+    assert names(out) == [f"{name}.nii.gz" for name in made]
+    given = nib.load(three / "three-t2f.nii.gz")
+    for name in made:
+        # A new network predicts its prior: the mean of what is given, with a standard deviation of 1.
+        std = nib.load(report / f"{name}-spread.nii.gz").get_fdata()
+        assert np.array_equal(std > 0, given.get_fdata() != 0)
+        record = json.loads((report / f"{name}.json").read_text())
+        assert (record["sampler"], record["timesteps"], record["given"]) == ("one-pass", [0], ["t2f"])
+    twice = shell(tmp_path / "in", tmp_path / "twice", path, "samples=2")
+    assert twice.returncode == 1
+    assert "nothing to average" in twice.stderr
 
 
 def test_more_missing_than_the_weights_know_fails_alone(phantoms: Path, for_two_missing: Path, tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_ready_configurations_are_whole_and_describe_their_network(name: str) ->
     unet = found.unet()
     if name.startswith("cwdm"):
         assert (unet.model_channels, unet.channel_mult, unet.skips) == (64, (1, 2, 2, 4, 4), "concat")
-        assert unet.in_channels == (40 if name.endswith("any") else 32)
+        assert unet.in_channels == (40 if name.endswith(("any", "one")) else 32)
     if name.startswith("wdm"):
         assert unet.in_channels == 8
         assert unet.skips == ("wavelet" if "wav" in name else "additive")
@@ -242,13 +242,45 @@ def test_another_schedule_is_trained_validated_and_not_resumed_with_another(
         train(settings(small, out, "steps=3", "network.regression=true"), resume=True)
 
 
+def test_one_pass_is_trained_validated_and_resumed(small: Path, phantoms: Path, tmp_path: Path) -> None:
+    changes = ["loss.objective=one-pass", "data.most_missing=3", "loss.structure=0.1", "precision=bf16"]
+    held_out = [f"data.validation_path={phantoms}", "validate_every=3", "validation_cases=2"]
+    out = tmp_path / "run"
+    newest = checkpoint.load(train(settings(small, out, *changes, *held_out)))
+    assert newest.record.objective == "one-pass"
+    assert (newest.model.prior.deviation[0, 2:16:2] != 1).all()  # every set of images without the target
+    assert (newest.model.prior.deviation[0, 1::2] == 1).all()
+    assert checkpoint.load(out / "best" / "any.safetensors").record.training["best_psnr_db"] > 10
+    assert len(losses(out)) == 3
+    train(settings(small, tmp_path / "parts", *changes, "steps=4", "optimiser.final_lr=1"))
+    train(settings(small, tmp_path / "whole", *changes, "optimiser.final_lr=1"))
+    train(settings(small, tmp_path / "parts", *changes, "optimiser.final_lr=1"), resume=True)
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+    with pytest.raises(SettingsError, match="other settings"):
+        train(settings(small, tmp_path / "parts", *changes, "loss.beta=1", "optimiser.final_lr=1"), resume=True)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "data.condition_on=others data.target=t1n",
+        "network.wavelet=db2",
+        "value_range=[-1,1]",
+        "network.regression=true",
+    ],
+)
+def test_settings_that_one_pass_cannot_have_are_refused(small: Path, tmp_path: Path, change: str) -> None:
+    with pytest.raises(SettingsError, match="'one-pass' needs"):
+        settings(small, tmp_path, "loss.objective=one-pass", *change.split())
+
+
 def test_a_state_from_before_there_was_a_choice_of_schedules_goes_on(small: Path, tmp_path: Path) -> None:
     newest = train(settings(small, tmp_path / "run", "steps=2", "save_every=2"))
     assert checkpoint.load(newest).record.schedule == "linear"
     state = next((tmp_path / "run" / "states").iterdir())
     with safe_open(state, framework="pt") as file:
         header = json.loads(file.metadata()["cwdm"])
-    assert "schedule" not in header["settings"]["loss"]  # as they were written then
+    assert set(header["settings"]["loss"]) == {"over", "timestep_power"}  # as they were written then
 
 
 def test_stopped_killed_and_resumed_run_ends_with_the_same_weights(small: Path, tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""A network that predicts an image in one pass, from any of the other images: its mean and how far off it may be.
+
+One evaluation has the accuracy of the mean of many samples, whose place it takes; what is lost is the texture of a
+single sample. The network learns what the linear-Gaussian prior of the images that are given does not know: by how many
+of its standard deviations the mean lies beside, and how much wider or narrower the truth is spread around it.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cwdm.regression import SMALLEST_DEVIATION, Examples, cross_products, linear, root_mean_squares
+from cwdm.unet import UNet, UNetConfig, check_shape
+from cwdm.wavelet import LLL_DIVISOR
+
+MOST_LOG_RATIO = 8.0
+"""Standard deviations are a 55th to 55 times the prior's."""
+
+RIDGE = 1e-3
+"""Of a prior, in units of each coefficient's variance."""
+
+
+class Prior(nn.Module):
+    """A linear Gaussian model of each voxel's clean coefficients for every target and set of images that are given.
+
+    Every target is one of the images, and any of the others may be given. A target's coefficients are normal, with the
+    mean W c + b of those that are given, c (or 0 where all of these are 0), and a standard deviation for each band.
+    Until `fit`, W c is the mean of what is given, and all standard deviations are 1; training leaves them as they are.
+
+    Args:
+        images: how many there are.
+        bands: coefficients of a voxel of each.
+    """
+
+    def __init__(self, images: int, bands: int = 8) -> None:
+        super().__init__()
+        self.images, self.bands = images, bands
+        # By the target and a number whose bit i says that image i is given.
+        sets, coefficients = 2**images, images * bands
+        shown = (torch.arange(sets)[:, None] >> torch.arange(images)) & 1
+        mean = shown / shown.sum(1, keepdim=True).clamp(min=1)
+        weight = torch.einsum("si,ab->saib", mean, torch.eye(bands)).flatten(2)
+        self.weight = nn.Parameter(weight.repeat(images, 1, 1, 1), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(images, sets, bands), requires_grad=False)
+        self.deviation = nn.Parameter(torch.ones(images, sets, bands), requires_grad=False)
+        self.magnitude = nn.Parameter(torch.ones(coefficients), requires_grad=False)  # conditions' root mean square
+
+    def forward(self, conditions: Tensor, given: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the target's coefficients.
+
+        Args:
+            conditions: coefficients (B, images * bands, X, Y, Z), those of images that are not given being 0.
+            given: (B, images) bool.
+            target: (B,) numbers of images.
+
+        Returns:
+            (B, bands, X, Y, Z), (B, bands, 1, 1, 1), float32.
+        """
+        number = (given.long() << torch.arange(self.images, device=given.device)).sum(1)
+        weight, bias = self.weight[target, number].float(), self.bias[target, number].float()
+        deviation = self.deviation[target, number].float()[..., None, None, None]
+        return linear(weight, bias, conditions.float()), deviation
+
+    @torch.no_grad()
+    def fit(self, examples: Examples) -> None:
+        """Ridge regression for each target and set of images, all from the same sums.
+
+        Few patients give many voxels, yet little variety: so each coefficient is taken in units of its standard
+        deviation, and weights that the data hardly determine are drawn towards 0.
+
+        Args:
+            examples: with all images as conditions, the target's own too.
+        """
+        images, bands, constant = self.images, self.bands, self.images * self.bands
+        sums, voxels = cross_products(examples, images, bands, constant)
+        self.magnitude.copy_(root_mean_squares(sums[:, : constant + 1, : constant + 1], voxels))
+        outputs = slice(constant + 1, None)
+        for target in range(images):
+            if sums[target, constant, constant] == 0:
+                continue
+            covariance, mean = covariances(sums[target], constant)
+            for number in range(1, 2**images):
+                given = [i for i in range(images) if number >> i & 1]
+                if target in given:
+                    continue
+                inputs = torch.cat([torch.arange(i * bands, (i + 1) * bands) for i in given])
+                within, across = covariance[inputs][:, inputs], covariance[inputs][:, outputs]
+                weight = ridge(within, across)
+                left = covariance.diagonal()[outputs] + (weight * (weight @ within - 2 * across.mT)).sum(1)
+                self.weight[target, number] = 0
+                self.weight[target, number, :, inputs] = weight.float()
+                self.bias[target, number] = mean[outputs] - weight @ mean[inputs]
+                self.deviation[target, number] = left.clamp(min=SMALLEST_DEVIATION**2).sqrt()
+
+
+def ridge(within: Tensor, across: Tensor) -> Tensor:
+    """Weights (out, given) of standardised inputs' ridge regression, from their covariances with each other, (given,
+    given), and with what should come out, (given, out)."""
+    scale = within.diagonal().sqrt().clamp(min=1e-12)
+    within = within / scale / scale[:, None] + RIDGE * torch.eye(len(scale))
+    return (torch.linalg.solve(within, across / scale[:, None]) / scale[:, None]).mT
+
+
+def covariances(sums: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """Covariances (N, N) and means (N,) of what `cross_products` summed up, the constant's being 0 and 1."""
+    mean = sums[constant] / sums[constant, constant]
+    return sums / sums[constant, constant] - mean[:, None] * mean, mean
+
+
+class Prediction(NamedTuple):
+    """Coefficients as they may be, each normal around its mean; float32.
+
+    Attributes:
+        mean: (B, 8, X, Y, Z), LLL divided by 3.
+        deviation: standard deviations by the prior alone (B, 8, 1, 1, 1).
+        log_ratio: logarithm of the variances, in units of the prior's (B, 8, X, Y, Z).
+    """
+
+    mean: Tensor
+    deviation: Tensor
+    log_ratio: Tensor
+
+    @property
+    def variance(self) -> Tensor:
+        """(B, 8, X, Y, Z)."""
+        return self.deviation.square() * self.log_ratio.exp()
+
+
+class OnePassUNet(UNet):
+    """Predicts the wavelet coefficients of one image from those of the others that are given.
+
+    `OnePassUNet(config)(conditions, given, target)`: conditions (B, 8 N, X, Y, Z), 0 where they are not given, given
+    (B, N) bool, target (B,) -> `Prediction`, whose mean is 0 where all conditions are 0. There is no timestep: blocks
+    are told target and flags in its place.
+    """
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__(config)
+        self.given_embed = nn.Linear(config.given, config.embedding, bias=False)
+        self.prior = Prior(config.given)
+
+    def forward(self, conditions: Tensor, given: Tensor, target: Tensor) -> Prediction:  # type: ignore[override]
+        check_shape(conditions, 8 * self.config.given, self.config)
+        with torch.autocast(conditions.device.type, enabled=False):  # what is added up to the end stays exact
+            expected, deviation = self.prior(conditions, given, target)
+        magnitude = self.prior.magnitude.float()
+        own = magnitude.unflatten(0, (-1, 8))[target]
+        network_input = torch.cat((expected / unit(own), conditions.float() / unit(magnitude[None])), dim=1)
+        dtype = self.stem.weight.dtype
+        emb = self.embed(torch.zeros_like(target), target) + self.given_embed(given.to(dtype))
+        output = self.denoise(network_input.to(dtype), emb).float()
+        displacement, log_ratio = output.chunk(2, dim=1)
+        mean = (expected + deviation * displacement) * conditions.any(1, keepdim=True)
+        return Prediction(mean, deviation, MOST_LOG_RATIO * torch.tanh(log_ratio / MOST_LOG_RATIO))
+
+
+def unit(channels: Tensor) -> Tensor:
+    """(B, C) -> (B, C, 1, 1, 1)."""
+    return channels[..., None, None, None]
+
+
+def voxel_std(variance: Tensor, lll_divisor: float = LLL_DIVISOR) -> Tensor:
+    """Standard deviation of each voxel, if the errors of its coefficients are independent.
+
+    The inverse Haar transform is orthonormal: a voxel is the sum of its eight coefficients, each times ±√⅛, so its
+    variance is the mean of theirs, whatever the signs.
+
+    Args:
+        variance: of coefficients (B, 8, X, Y, Z), LLL divided by `lll_divisor`.
+
+    Returns:
+        (B, 1, 2 X, 2 Y, 2 Z).
+    """
+    mean = (variance[:, :1] * lll_divisor**2 + variance[:, 1:].sum(1, keepdim=True)) / 8
+    for axis in (2, 3, 4):
+        mean = mean.repeat_interleave(2, axis)
+    return mean.sqrt()
