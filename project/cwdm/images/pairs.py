@@ -17,7 +17,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from cwdm.arrays import Affine, Volume, block_means, bounding_box
 from cwdm.errors import CaseError, CwdmError, InputError
 from cwdm.images.geometry import Orientation, to_lps
-from cwdm.images.grids import check_same_grid
+from cwdm.images.grids import check_same_grid, spacing_mm
 from cwdm.images.image import read_grid
 from cwdm.images.intensity import clip_range
 from cwdm.strict import StrictSettings
@@ -112,6 +112,11 @@ class Grid(NamedTuple):
     def orientation(self) -> Orientation:
         """From the order of the file to the network's."""
         return to_lps(self.affine, self.oriented)
+
+    @property
+    def spacing_mm(self) -> npt.NDArray[np.float64]:
+        """Edges of a voxel along the axes of the network's order."""
+        return spacing_mm(self.affine)[list(self.orientation.axes)]
 
 
 class Voxels(Protocol):

@@ -47,7 +47,7 @@ def box_average(centres: Floats, size_mm: float, points: Floats, spacing_mm: flo
     return (np.clip(overlap, 0, min(size_mm, spacing_mm)) / size_mm).astype(np.float32)
 
 
-def _cubic(points: Floats, knots: NDArray[np.floating]) -> Floats:
+def cubic(points: Floats, knots: NDArray[np.floating]) -> Floats:
     """Matrix (points, knots) of cubic B-splines."""
     t = abs(points[:, None] - knots) / (knots[1] - knots[0])
     inner, outer = 2 / 3 - t**2 + t**3 / 2, np.maximum(2 - t, 0) ** 3 / 6
@@ -125,7 +125,7 @@ def lattice_axes() -> tuple[Floats, ...]:
 def _spline_to_lattice(scale_mm: float) -> tuple[tuple[int, ...], Interpolation]:
     """Number of B-splines `scale_mm` apart along each axis of the lattice, and their sum on the lattice."""
     knots = [np.arange(lo - 2 * scale_mm, hi + 3 * scale_mm, scale_mm) for lo, hi in LATTICE_LIMITS_MM]
-    matrices = [_cubic(axis, k) for axis, k in zip(lattice_axes(), knots, strict=True)]
+    matrices = [cubic(axis, k) for axis, k in zip(lattice_axes(), knots, strict=True)]
     return tuple(len(k) for k in knots), Interpolation(*matrices)
 
 

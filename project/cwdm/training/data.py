@@ -13,6 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cwdm.diffusion import TIMESTEPS
+from cwdm.images import Volumes
+from cwdm.training.augment import MARGIN, augment
 from cwdm.training.cache import Cache, CachedSubject
 from cwdm.training.settings import TrainingSettings
 
@@ -22,26 +24,29 @@ class Samples(Dataset[dict[str, Tensor]]):
 
     Returns:
         voxels (C, X, Y, Z), the target first unless it can be any, in the numbers of the files: int16 where that
-        holds every case; ranges (C, 2), what becomes 0 and 1; target (), its channel; of the conditions gammas (N,)
-        and shown (N,); t (); seed () of the noise, and noise (1, X, Y, Z) itself unless it is drawn on the device or
-        the objective has none.
+        holds every case and nothing is augmented; ranges (C, 2), what becomes 0 and 1; target (), its channel; of the
+        conditions gammas (N,) and shown (N,); t (); seed () of the noise, and noise (1, X, Y, Z) itself unless it is
+        drawn on the device or the objective has none.
     """
 
     def __init__(self, subjects: Sequence[CachedSubject], cache: Cache, settings: TrainingSettings) -> None:
         self.subjects, self.cache, self.settings = subjects, cache, settings
-        self.dtype = np.int16 if all(subject.whole for subject in subjects) else np.float32
+        whole = not settings.data.augment.happens and all(subject.whole for subject in subjects)
+        self.dtype = np.int16 if whole else np.float32
 
     def __getitem__(self, n: int) -> dict[str, Tensor]:
         settings, data = self.settings, self.settings.data
         rng = np.random.default_rng([settings.seed, n])
         subject = self.subject(n)
         volumes = self.cache.load(subject)
-        voxels = volumes.raw(_box(rng, volumes.shape, data.crop), self.dtype)
-        if data.mirror and rng.random() < 0.5:
-            voxels = np.ascontiguousarray(voxels[:, ::-1])
-        there = [channel for channel in range(len(voxels)) if channel not in subject.absent]
+        channels, box = len(volumes.ranges), _box(rng, volumes.shape, data.crop)
+        mirrored = data.mirror and rng.random() < 0.5
+        there = [channel for channel in range(channels) if channel not in subject.absent]
         target = there[rng.integers(len(there))] if data.condition_on == "any" else 0
-        gammas, shown = self._conditions(rng, len(voxels), target, there)
+        gammas, shown = self._conditions(rng, channels, target, there)
+        voxels = self._voxels(n, volumes, box, shown)
+        if mirrored:
+            voxels = np.ascontiguousarray(voxels[:, ::-1])
         t = int(TIMESTEPS * rng.random() ** (1 / settings.loss.timestep_power))
         seed = int(rng.integers(2**63))
         sample = {
@@ -77,6 +82,19 @@ class Samples(Dataset[dict[str, Tensor]]):
             given = others[min(int(rng.integers(data.most_missing)), len(others) - 1) :]
             shown[:] = np.isin(np.arange(channels), given)
         return gammas, shown
+
+    def _voxels(
+        self, n: int, volumes: Volumes, box: tuple[slice, ...], shown: npt.NDArray[np.bool_]
+    ) -> npt.NDArray[Any]:
+        """A part of a case, in which what is shown was made worse if the settings ask for that."""
+        data = self.settings.data
+        if not data.augment.happens:
+            return volumes.raw(box, self.dtype)
+        rng = np.random.default_rng([self.settings.seed, n, 2])  # not that of sample n, which stays what it was
+        given = np.r_[[False] * (len(volumes.ranges) - len(shown)), shown]
+        wider = tuple(slice(part.start - MARGIN, part.stop + MARGIN) for part in box)
+        spacing_mm = data.downsample * volumes.files[0].grid.spacing_mm
+        return augment(volumes.raw(wider), given, volumes.ranges[:, 1], spacing_mm, data.augment, rng)
 
     def bytes_of(self, subject: CachedSubject) -> int:
         """Memory of a sample of a case."""

@@ -14,6 +14,7 @@ from cwdm.errors import SettingsError
 from cwdm.images import PUBLISHED_WINDOW, ImageSettings, Range, Size
 from cwdm.samplers import known_sampler
 from cwdm.strict import StrictSettings, read_settings
+from cwdm.training.augment import AugmentSettings
 from cwdm.unet import UNetConfig
 
 Errors = Literal["gaussian", "laplace"]
@@ -51,6 +52,7 @@ class DataSettings(StrictSettings):
             its `brain`.
         mirror: left and right change places at random.
         jitter: each condition, in [0, 1], is raised to a random power, whose logarithm has this standard deviation.
+        augment: what is done to the images to make the network robust; nothing by default.
         cache: folder for the decoded volumes, which any number of runs can share; None: `cache` in the run's folder.
         workers: processes that read.
         skip_bad: cases that are damaged or incomplete are left out, each named, instead of ending the run's start.
@@ -70,6 +72,7 @@ class DataSettings(StrictSettings):
     intensities: Literal["published", "brain"] = "published"
     mirror: bool = False
     jitter: Number = Field(default=0.0, ge=0, le=1)
+    augment: AugmentSettings = AugmentSettings()
     cache: Folder | None = None
     workers: int = Field(default=4, ge=0, le=64)
     skip_bad: bool = False
@@ -83,6 +86,8 @@ class DataSettings(StrictSettings):
                 raise ValueError("'target' and condition_on 'any' belong to layout 'brats'")
             if self.condition_on == "nothing" and self.images[1:]:
                 raise ValueError("with condition_on 'nothing' only the target belongs into 'images'")
+            if self.augment.happens:
+                raise ValueError("'augment' belongs to layout 'brats': it takes what is 0 for background")
         elif (self.target is None) != (self.condition_on == "any"):
             raise ValueError("layout 'brats' needs a 'target', and with condition_on 'any' none")
         guided = self.layout == "brats" and self.condition_on != "nothing"

@@ -119,6 +119,8 @@ def identity(run: Run) -> dict[str, Any]:
             del keep["loss"][name]
     del keep["optimiser"]["sharded"]  # states are whole, and whoever runs out of memory may switch it on
     data = run.settings.data.model_dump(mode="json", exclude={*_PLACES, "workers"})
+    if not run.settings.data.augment.happens:
+        del data["augment"]  # nor of this one
     return {"settings": {**keep, "data": data}, "cases": [subject.name for subject in run.samples.subjects]}
 
 

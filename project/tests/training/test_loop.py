@@ -274,13 +274,14 @@ def test_settings_that_one_pass_cannot_have_are_refused(small: Path, tmp_path: P
         settings(small, tmp_path, "loss.objective=one-pass", *change.split())
 
 
-def test_a_state_from_before_there_was_a_choice_of_schedules_goes_on(small: Path, tmp_path: Path) -> None:
+def test_states_are_as_they_were_before_there_was_a_choice(small: Path, tmp_path: Path) -> None:
     newest = train(settings(small, tmp_path / "run", "steps=2", "save_every=2"))
     assert checkpoint.load(newest).record.schedule == "linear"
     state = next((tmp_path / "run" / "states").iterdir())
     with safe_open(state, framework="pt") as file:
         header = json.loads(file.metadata()["cwdm"])
     assert set(header["settings"]["loss"]) == {"over", "timestep_power"}  # as they were written then
+    assert "augment" not in header["settings"]["data"]
 
 
 def test_stopped_killed_and_resumed_run_ends_with_the_same_weights(small: Path, tmp_path: Path) -> None:
