@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from cwdm.errors import InputError
@@ -24,13 +24,12 @@ def check_replaceable(folder: Path, names: Iterable[str]) -> None:
         OutputError: the folder cannot be read.
     """
     with output_errors(folder):
-        copied = _copied(folder)
         for path in (folder / name for name in names):
             try:
                 mode = path.lstat().st_mode
+                if stat.S_ISLNK(mode) or (stat.S_ISREG(mode) and _is_copy(path)):
+                    continue
             except (FileNotFoundError, NotADirectoryError):
-                continue
-            if stat.S_ISLNK(mode) or (copied and stat.S_ISREG(mode) and sha256(path) in copied):
                 continue
             raise InputError(
                 f"{path} is there and was not put there by cwdm, or has changed since; "
@@ -38,16 +37,23 @@ def check_replaceable(folder: Path, names: Iterable[str]) -> None:
             )
 
 
-def put_files(sources: Mapping[str, Path], folder: Path, copy: bool = False, without: Collection[str] = ()) -> None:
+def put_files(
+    sources: Mapping[str, Path],
+    folder: Path,
+    copy: bool = False,
+    without: Collection[str] = (),
+    between: Callable[[], None] = lambda: None,
+) -> None:
     """Link to files, or copy them, under the names given; what else is in the folder stays.
 
     Each name changes at once, and only links and copies that were put there before are replaced. Links are absolute
-    and lead to the file itself.
+    and lead to the file itself. Who else may write there at the same time should be kept out: see `files.locked`.
 
     Args:
         sources: name in the folder -> file.
         folder: is made if there is none.
         without: names of earlier links and copies to take away.
+        between: called when these are gone and the others are not there yet.
 
     Raises:
         InputError: a name is in use by something else, then nothing is changed; or a source cannot be read.
@@ -62,11 +68,17 @@ def put_files(sources: Mapping[str, Path], folder: Path, copy: bool = False, wit
             write_json(folder / COPIES, {"sha256": sorted(before | new)})
         for name in without:
             (folder / name).unlink(missing_ok=True)
+        between()
         for name, source in sources.items():
             if copy:
                 _copy(source, folder / name, digests[name])
             else:
                 _link_to(source, folder / name)
+
+
+def _is_copy(path: Path) -> bool:
+    """Whether a file was put there; the list is read last, because another run adds to it before it puts a file."""
+    return bool(_copied(path.parent)) and sha256(path) in _copied(path.parent)
 
 
 def _copied(folder: Path) -> set[str]:

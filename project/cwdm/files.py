@@ -108,6 +108,30 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda file: file.write(contents))
 
 
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A folder, made if there is none, for whoever reads in it and then writes by what was read: one at a time.
+
+    Others who ask for the same folder wait until the block has ended. The lock (flock) is on the folder itself, so that
+    it leaves nothing there, and goes with the process. Where the file system has no such locks, nobody waits. Whoever
+    is inside a block asks for other folders alone.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    descriptor = None
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
 def check_writable(folder: Path) -> None:
     """Make the folder if there is none, and prove that a file can be written into it, leaving nothing there.
 

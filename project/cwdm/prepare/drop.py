@@ -7,7 +7,7 @@ import numpy as np
 
 from cwdm.copies import check_replaceable, put_files
 from cwdm.errors import CaseError, InputError, SettingsError
-from cwdm.files import check_apart, check_no_source_in
+from cwdm.files import check_apart, check_no_source_in, locked
 from cwdm.images import CaseFolder, case_files, find_cases
 
 DRAWN_FROM = ("t1c", "t1n", "t2f", "t2w")
@@ -58,7 +58,8 @@ def drop_modalities(data_path: Path, out: Path, seed: int, copy: bool = False) -
     for name, (folder, files) in complete.items():
         dropped = folder.files[draws[name]].name
         kept = {file: path for file, path in files.items() if file != dropped}
-        put_files(kept, out / name, copy, without=[dropped])
+        with locked(out / name):
+            put_files(kept, out / name, copy, without=[dropped])
     return [(name, draws[name]) for name in complete]
 
 

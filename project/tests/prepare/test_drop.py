@@ -1,12 +1,16 @@
 """Taking modalities away: the published choice, links, copies and an untouched input."""
 
+import json
 import logging
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from cwdm.copies import COPIES
 from cwdm.errors import CwdmError, InputError, SettingsError
 from cwdm.images import MODALITIES, find_cases
 from cwdm.prepare.drop import drop_modalities
@@ -80,6 +84,36 @@ def test_again(complete: Path, tmp_path: Path, copy: bool) -> None:
     assert tree(out) == first
     pairs = drop_modalities(complete, out, 2, not copy)
     assert [(case.name, *case.missing) for case in find_cases(out)] == pairs
+
+
+DROP_AGAIN_AND_AGAIN = """
+import sys
+from pathlib import Path
+from cwdm.prepare.drop import drop_modalities
+
+name, source, out = sys.argv[1:]
+sys.stdin.read()
+for turn in range(15):
+    for path in Path(source).glob("*/*"):
+        path.write_text(f"{name} {turn} {path.name}")
+    drop_modalities(Path(source), Path(out), 1, copy=True)
+"""
+
+
+def test_two_runs_at_a_time_lose_no_entry_of_the_copies(complete: Path, tmp_path: Path) -> None:
+    """All that was ever put there can be replaced afterwards, whoever put it there."""
+    case, runs = complete / NAMES[0], []
+    for name in ("a", "b"):
+        shutil.copytree(case, tmp_path / name / case.name)
+        start = [sys.executable, "-c", DROP_AGAIN_AND_AGAIN, name, tmp_path / name, tmp_path / "out"]
+        runs.append(subprocess.Popen(start, stdin=subprocess.PIPE))
+    for run in runs:
+        assert run.stdin
+        run.stdin.close()
+    for run in runs:
+        run.wait(100)
+    assert [run.returncode for run in runs] == [0, 0]
+    assert len(json.loads((tmp_path / "out" / case.name / COPIES).read_bytes())["sha256"]) == 2 * 15 * 4
 
 
 def test_an_incomplete_case_is_skipped_and_changes_no_other(
