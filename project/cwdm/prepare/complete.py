@@ -8,7 +8,7 @@ from typing import Any
 from cwdm import __version__
 from cwdm.copies import check_replaceable, put_files
 from cwdm.errors import CaseError, CwdmError
-from cwdm.files import check_apart, check_no_source_in, output_errors, sha256, write_json
+from cwdm.files import check_apart, check_no_source_in, locked, output_errors, sha256, write_json
 from cwdm.images import (
     CaseFolder,
     case_files,
@@ -115,15 +115,19 @@ def _check_image(folder: CaseFolder, modality: str, image: Path) -> None:
 def _write_case(folder: CaseFolder, images: Mapping[str, Path], target: Path, copy: bool) -> None:
     path = target / f"{folder.name}-synthesised.json"
     sources = {name: file for name, file in case_files(folder).items() if name != path.name}
-    sources |= {output_name(folder.name, modality): image for modality, image in images.items()}
+    put_in = {output_name(folder.name, modality): image for modality, image in images.items()}
     record = _record(folder, images)
-    check_replaceable(target, sources)
-    if not _is_record(path):
-        check_replaceable(target, [path.name])
-    with output_errors(target):
-        target.mkdir(parents=True, exist_ok=True)
-    write_json(path, record)
-    put_files(sources, target, copy)
+    check_replaceable(target, sources.keys() | put_in.keys())
+    with locked(target):
+        earlier = _read_record(path)
+        if earlier is None:
+            check_replaceable(target, [path.name])
+        synthesised, originals = _names(earlier or {})
+        # Also one in whose place an original comes: the new record does not call it synthesised.
+        gone = (synthesised - put_in.keys()) | (originals - sources.keys() - put_in.keys())
+        with output_errors(target):
+            gone &= {path.name for path in target.iterdir()}  # a record that was changed may hold any text
+        put_files(sources | put_in, target, copy, gone, between=lambda: write_json(path, record))
 
 
 def _record(folder: CaseFolder, images: Mapping[str, Path]) -> dict[str, Any]:
@@ -145,12 +149,21 @@ def _record(folder: CaseFolder, images: Mapping[str, Path]) -> dict[str, Any]:
     }
 
 
-def _is_record(path: Path) -> bool:
-    """Whether a file is the record of an earlier run."""
+def _read_record(path: Path) -> dict[str, Any] | None:
+    """The record of an earlier run; None where a file is none."""
     try:
-        return bool(json.loads(path.read_bytes())["notice"] == NOTICE)
+        record: dict[str, Any] = json.loads(path.read_bytes())
+        return record if record["notice"] == NOTICE else None
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
+
+
+def _names(record: Mapping[str, Any]) -> tuple[set[str], set[str]]:
+    """Names that an earlier run put beside its record: of synthesised images, and of originals."""
+    try:
+        return {one["file"] for one in record["synthesised"]}, set(record["originals"].values())
+    except (KeyError, TypeError, AttributeError):  # there was none, or it was changed
+        return set(), set()
 
 
 def _sha256(case: str, path: Path) -> str:

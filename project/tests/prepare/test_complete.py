@@ -91,6 +91,65 @@ def test_again_with_other_synthesised_images(cohort: Path, synthesised: Path, tm
         assert completed.read_bytes() == image.read_bytes()
 
 
+@pytest.mark.parametrize("copy", [False, True])
+@pytest.mark.parametrize("arrives", [True, False])
+def test_no_image_stays_that_the_new_record_does_not_name(
+    cohort: Path, synthesised: Path, phantoms: Path, tmp_path: Path, copy: bool, arrives: bool
+) -> None:
+    out, case = tmp_path / "complete", find_cases(cohort)[0]
+    complete_cases(cohort, synthesised, out, copy)
+    (lost,) = case.missing
+    old, other = output_name(case.name, lost), output_name(case.name, "t2w")
+    if arrives:  # under a name of its own, so that both would stand there
+        (case.folder / f"{case.name}-t1.nii.gz").symlink_to(phantoms / case.name / old)
+        case.files["t2w"].unlink()
+        (synthesised / other).write_bytes((synthesised / old).read_bytes())
+    else:
+        moved = case.files["t2w"].rename(case.folder / f"{case.name}-t2.nii.gz")
+    assert complete_cases(cohort, synthesised, out, copy)[0].status == "written"
+    completed = find_cases(out)[0]
+    assert (completed.problem, completed.missing) == (None, ())
+    record = json.loads((out / case.name / f"{case.name}-synthesised.json").read_text())
+    assert [one["file"] for one in record["synthesised"]] == [other if arrives else old]
+    gone, here = (old, other) if arrives else (other, moved.name)
+    there = {path.name for path in (out / case.name).iterdir()}
+    assert gone not in there
+    assert here in there
+
+
+def test_an_old_image_that_was_changed_since_is_kept(
+    cohort: Path, synthesised: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    out, case = tmp_path / "complete", find_cases(cohort)[0]
+    complete_cases(cohort, synthesised, out, copy=True)
+    old = output_name(case.name, *case.missing)
+    (out / case.name / old).write_text("my own")
+    (case.folder / f"{case.name}-t1.nii.gz").symlink_to(phantoms / case.name / old)
+    case.files["t2w"].unlink()
+    (synthesised / output_name(case.name, "t2w")).write_bytes((synthesised / old).read_bytes())
+    before = tree(out / case.name)
+    failed = complete_cases(cohort, synthesised, out, copy=True)[0]
+    assert failed.status == "failed"
+    assert f"{out / case.name / old} is there and was not put there by cwdm" in failed.reason
+    assert tree(out / case.name) == before
+
+
+@pytest.mark.parametrize("names", [["\ud800", "../../outside", "x" * 300], [["list"]], 3])
+def test_a_record_with_odd_names_takes_nothing_away(
+    cohort: Path, synthesised: Path, tmp_path: Path, names: object
+) -> None:
+    out, case = tmp_path / "complete", find_cases(cohort)[0]
+    complete_cases(cohort, synthesised, out)
+    path = out / case.name / f"{case.name}-synthesised.json"
+    record = json.loads(path.read_text())
+    told = [{"file": name} for name in names] if isinstance(names, list) else names
+    path.write_text(json.dumps({**record, "synthesised": told}))
+    (tmp_path / "outside").touch()
+    assert complete_cases(cohort, synthesised, out)[0].status == "written"
+    assert json.loads(path.read_text()) == record
+    assert (tmp_path / "outside").exists()
+
+
 def test_originals_that_the_input_links_to_are_kept(phantoms: Path, tmp_path: Path) -> None:
     shutil.copytree(phantoms, tmp_path / "complete")
     drop_modalities(tmp_path / "complete", tmp_path / "input", 123456)
