@@ -46,6 +46,7 @@ def run_each(
 
     Args:
         work: makes an item and leaves it whole or not at all; returns warnings, if there are any.
+        is_finished: fails an item, as `work` does, by CaseError or InputError.
         on_outcome: told about each item as it comes to its end.
 
     Raises:
@@ -62,9 +63,9 @@ def run_each(
 def _run_one(
     item: T, work: Callable[[T], tuple[str, ...] | None], name: str, is_finished: Callable[[T], bool]
 ) -> Outcome:
-    if is_finished(item):
-        return Outcome(name, "skipped")
     try:
+        if is_finished(item):
+            return Outcome(name, "skipped")
         return Outcome(name, "written", warnings=work(item) or ())
     except CaseError as error:
         return Outcome(name, "failed", error.reason)

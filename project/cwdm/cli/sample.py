@@ -36,9 +36,10 @@ def sample(
     outcomes: list[Outcome] = []
     with CohortProgress(num_samples) as progress:
 
-        def tell(path: Path, new: bool) -> None:
-            progress.end_case(f"{path}: {'written' if new else 'there already'}")
-            outcomes.append(Outcome(path.name, "written" if new else "skipped"))
+        def tell(outcome: Outcome) -> None:
+            told = {"written": "written", "skipped": "there already", "failed": f"FAILED: {outcome.reason}"}
+            progress.end_case(f"{output_path / outcome.name}: {told[outcome.status]}")
+            outcomes.append(outcome)
 
         warn_of_precision(generator.pipeline.dtype, generator.pipeline.device, progress.log)
         write_samples(generator, num_samples, output_path, tell)

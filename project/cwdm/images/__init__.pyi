@@ -29,6 +29,7 @@ from .image import Volume as Volume
 from .image import block_means as block_means
 from .image import bounding_box as bounding_box
 from .image import in_order_of as in_order_of
+from .image import is_made as is_made
 from .image import read_grid as read_grid
 from .image import read_volume as read_volume
 from .image import write_nifti as write_nifti

@@ -1,5 +1,6 @@
 """One image that belongs to no case: read, written, and turned into the voxel order of another."""
 
+import stat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from cwdm.arrays import block_means as block_means
 from cwdm.arrays import bounding_box as bounding_box
 from cwdm.errors import InputError
 from cwdm.images.grids import check_same_grid
-from cwdm.images.nifti import FileError, affine_of, is_oriented, load, write
+from cwdm.images.nifti import FileError, affine_of, is_oriented, load, read_description, write
 
 
 class Image(NamedTuple):
@@ -60,6 +61,27 @@ def read_grid(path: Path) -> Image:
         return Image(volume, affine_of(header), is_oriented(header))
     except FileError as error:
         raise InputError(f"{path}: {error}") from error
+
+
+def is_made(path: Path, mark: str) -> bool:
+    """Whether a file of ours is there already, so that it need not be made again; one with nothing in it is not.
+
+    Args:
+        mark: how its header's description begins.
+
+    Raises:
+        InputError: something else has the name.
+    """
+    try:
+        status = path.stat()
+    except OSError:  # whatever it is but that there is none, whoever writes there will meet it too
+        return False
+    regular = stat.S_ISREG(status.st_mode)
+    if regular and not status.st_size:
+        return False
+    if regular and read_description(path).startswith(mark):
+        return True
+    raise InputError(f"{path} is there and was not made by cwdm; move it away or choose another output folder")
 
 
 def write_nifti(

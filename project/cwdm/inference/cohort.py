@@ -14,9 +14,9 @@ from typing import TypeVar, cast
 
 import torch
 
-from cwdm.errors import CaseError, CwdmError, DeviceLostError, NameInUseError, OutputError
+from cwdm.errors import CaseError, CwdmError, DeviceLostError, InputError, NameInUseError, OutputError
 from cwdm.files import check_writable, output_errors, remove_stale
-from cwdm.images import MARK, CaseFolder, output_name, read_description, write_volume
+from cwdm.images import MARK, CaseFolder, is_made, output_name, write_volume
 from cwdm.inference.plan import Task, plan_tasks
 from cwdm.inference.provenance import describe, provenance, read_provenance
 from cwdm.inference.records import PROGRAM, CaseRecord, Outcome, write_case_record, write_run_record
@@ -211,7 +211,7 @@ class Runner:
             self._run_group(todo, pipeline)
 
     def _is_settled(self, task: Task) -> bool:
-        """Whether nothing is left to do: the case is unusable, or its file is there already."""
+        """Whether nothing is left to do: the case is unusable, or its file or another in its place is there already."""
         if not task.target:
             try:
                 task.read()
@@ -219,11 +219,12 @@ class Runner:
                 self._fail(task, error.reason)
             return True
         path = self.output / output_name(task.name, task.target)
-        if path.is_dir() or (self.overwrite and _is_foreign(path)):
-            self._fail(task, f"{path} is there and was not made by cwdm; move it away or choose another output folder")
+        try:
+            if not is_made(path, MARK) or self.overwrite:
+                return False
+        except InputError as error:
+            self._fail(task, str(error))
             return True
-        if self.overwrite or not (path.is_file() and path.stat().st_size):
-            return False
         self.end(Outcome(task.name, task.target, "skipped", warnings=self._changes(task.target, path)))
         return True
 
@@ -329,11 +330,6 @@ def _one_ahead(items: Iterable[T]) -> Iterator[T]:
     """The same items, each given away only when the next one has been taken, so that its work has begun."""
     for item, _ in pairwise(chain(items, (None,))):
         yield cast(T, item)
-
-
-def _is_foreign(path: Path) -> bool:
-    """Whether a file holds something that cwdm did not synthesise."""
-    return path.is_file() and path.stat().st_size > 0 and not read_description(path).startswith(MARK)
 
 
 def _target(task: Task) -> str:

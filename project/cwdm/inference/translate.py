@@ -16,6 +16,7 @@ from cwdm.errors import CaseError, OutputError, WeightsError
 from cwdm.files import check_apart, check_writable, remove_stale
 from cwdm.images import (
     LONGEST_NAME,
+    MARK,
     MOST_WINDOW_VOXELS,
     Grid,
     PairSettings,
@@ -23,6 +24,7 @@ from cwdm.images import (
     centre,
     centred_start,
     decode,
+    is_made,
     list_subjects,
     write_nifti,
 )
@@ -154,8 +156,7 @@ def translate(
         subjects,
         lambda subject: _write_one(translator, subject, output / f"{subject.name}.nii.gz"),
         name=lambda subject: subject.name,
-        # Path.exists raises where the name is too long
-        is_finished=lambda subject: os.path.exists(output / f"{subject.name}.nii.gz"),  # noqa: PTH110
+        is_finished=lambda subject: is_made(output / f"{subject.name}.nii.gz", MARK),
         on_outcome=lambda outcome: on_case(outcome.line),
     )
 
@@ -163,7 +164,7 @@ def translate(
 def _write_one(translator: Translator, subject: Subject, path: Path) -> None:
     try:
         made = translator(subject)
-        description = f"synthesised by cwdm {__version__}, no acquisition"
+        description = f"{MARK} {__version__}, no acquisition"
         write_nifti(path, made.volume, made.affine, description, made.oriented)
     except OutputError as error:
         if len(os.fsencode(path.name)) <= LONGEST_NAME:

@@ -10,6 +10,7 @@ from cwdm.copies import check_replaceable, put_files
 from cwdm.errors import CaseError, CwdmError
 from cwdm.files import check_apart, check_no_source_in, locked, output_errors, sha256, write_json
 from cwdm.images import (
+    MARK,
     CaseFolder,
     case_files,
     check_same_grid,
@@ -108,6 +109,8 @@ def _check_image(folder: CaseFolder, modality: str, image: Path) -> None:
     original, grid, _ = read_grid(folder.files[nearest])
     volumes, affines = {nearest: original, image.name: volume}, {nearest: grid, image.name: affine}
     check_same_grid(folder.name, nearest, volumes, affines)
+    if not read_description(image).startswith(MARK):
+        raise CaseError(folder.name, f"{image} was not synthesised by cwdm; run 'cwdm infer' into a folder of its own")
     if volume.min() == volume.max():
         raise CaseError(folder.name, f"{image}: every voxel is {volume.flat[0]:g}; synthesise it again")
 

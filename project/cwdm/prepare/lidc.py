@@ -14,7 +14,7 @@ from scipy import ndimage
 from cwdm.arrays import Volume
 from cwdm.errors import CaseError, InputError
 from cwdm.files import check_apart, check_writable, remove_stale
-from cwdm.images import centre, write_nifti
+from cwdm.images import centre, is_made, write_nifti
 from cwdm.runner import Outcome, run_each
 
 AIR_HU = -1000.0
@@ -22,6 +22,9 @@ UPPER_QUANTILE = 0.999
 SIZE = 256
 FEWEST_SLICES = 8
 MOST_VOXELS = 1024**3
+
+MARK = "CT, [0, 1]"
+"""How the description of a prepared scan begins."""
 
 LAS = np.diag([-1.0, 1.0, 1.0, 1.0])
 """Affine of the volumes: they run to the left, to the front and upwards, as WDM's converter from DICOM stores them."""
@@ -45,7 +48,7 @@ class Prepared(NamedTuple):
         """What was done, for the header of the file."""
         low, high = self.limits_hu
         padded = f", padded from {'x'.join(map(str, self.scanned))}" if min(self.scanned) < SIZE else ""
-        return f"CT, [0, 1] is {low:.0f} to {high:.0f} HU{padded}"
+        return f"{MARK} is {low:.0f} to {high:.0f} HU{padded}"
 
 
 def prepare_lidc(source: Path, out: Path, on_case: Callable[[str], None] = lambda line: None) -> list[Outcome]:
@@ -73,7 +76,7 @@ def prepare_lidc(source: Path, out: Path, on_case: Callable[[str], None] = lambd
             on_case(outcome.line)
 
     return run_each(
-        series, write, name=str, is_finished=lambda name: (out / f"{name}.nii.gz").exists(), on_outcome=tell
+        series, write, name=str, is_finished=lambda name: is_made(out / f"{name}.nii.gz", MARK), on_outcome=tell
     )
 
 

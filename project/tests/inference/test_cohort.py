@@ -165,7 +165,8 @@ def test_a_finished_case_made_with_other_weights_is_said(cohort: Path, weights_f
     precision = infer(cohort, tmp_path / "out", weights_folder, f"precision={other_precision()}")
     assert precision.output.count("made with other settings") == 3
     image = nib.load(tmp_path / "out" / EXPECTED[0])
-    nib.save(nib.Nifti1Image(image.get_fdata(dtype=np.float32), image.affine), tmp_path / "out" / EXPECTED[0])
+    image.header["descrip"] = "synthesised by cwdm 0.0.9 (t1n)"
+    nib.save(nib.Nifti1Image(image.get_fdata(), image.affine, image.header), tmp_path / "out" / EXPECTED[0])
     assert "does not say what it was made with" in infer(cohort, tmp_path / "out", weights_folder).output
 
 
@@ -235,22 +236,25 @@ def test_no_uncertainty_of_an_earlier_run_stands_beside_a_new_image(
     ]
 
 
-@pytest.mark.parametrize("there", ["empty", "folder"])
+@pytest.mark.parametrize("there", ["empty", "folder", "five bytes", "original"])
 def test_only_a_file_with_something_in_it_counts_as_finished(
-    there: str, cohort: Path, weights_folder: Path, tmp_path: Path
+    there: str, cohort: Path, phantoms: Path, weights_folder: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    if there == "empty":
-        (out / EXPECTED[0]).touch()
-    else:
+    if there == "folder":
         (out / EXPECTED[0]).mkdir()
+    else:
+        original = (phantoms / EXPECTED[0][:23] / EXPECTED[0]).read_bytes()
+        content = {"empty": b"", "five bytes": b"bytes", "original": original}[there]
+        (out / EXPECTED[0]).write_bytes(content)
     result = shell(cohort, out, weights_folder)
     assert result.returncode == (0 if there == "empty" else 1)
     assert "Traceback" not in result.stderr
     assert there == "empty" or f"{out / EXPECTED[0]} is there and was not made by cwdm" in result.stderr
     assert names(out) == EXPECTED
     assert all((out / name).is_file() for name in EXPECTED[1:])
+    assert there in ("empty", "folder") or (out / EXPECTED[0]).read_bytes() == content
 
 
 def test_a_folder_named_like_a_record_is_that_cases_fault(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:

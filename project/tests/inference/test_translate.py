@@ -151,11 +151,16 @@ def test_odd_cases_stop_no_other(tmp_path: Path) -> None:
     for name in ("a" * 248, "b"):  # with .nii.gz just 255; whatever is written elsewhere would be longer
         nib.save(image, tmp_path / "in" / f"{name}.nii.gz")
     (tmp_path / "in" / "c.nii.gz").write_bytes(b"no image")
+    nib.save(image, tmp_path / "in" / "d.nii.gz")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "d.nii.gz").write_bytes(b"my own")
     weights = save(tmp_path / "w.safetensors")
     command = ("translate", weights, "--data_path", tmp_path / "in", "--output_path", tmp_path / "out")
     code, said = cwdm(*command, "sampler.steps=1")
     assert code == 1
     assert "c FAILED" in said
+    assert f"d FAILED: {tmp_path / 'out' / 'd.nii.gz'} is there and was not made by cwdm" in said
+    assert (tmp_path / "out" / "d.nii.gz").read_bytes() == b"my own"
     made = nib.load(tmp_path / "out" / "b.nii.gz")
     assert (made.header["qform_code"], made.header["sform_code"]) == (0, 0)
     np.testing.assert_array_equal(made.affine, nib.load(tmp_path / "in" / "b.nii.gz").affine)

@@ -241,6 +241,18 @@ def test_a_synthesised_image_must_be_sound(cohort: Path, synthesised: Path, tmp_
     assert "every voxel is 0" in reasons[1]
 
 
+def test_an_image_that_cwdm_did_not_synthesise_is_not_put_in(
+    cohort: Path, synthesised: Path, phantoms: Path, tmp_path: Path
+) -> None:
+    case = find_cases(cohort)[0]
+    image = synthesised / output_name(case.name, *case.missing)
+    image.write_bytes((phantoms / case.name / image.name).read_bytes())
+    outcomes = complete_cases(cohort, synthesised, tmp_path / "out")
+    assert [one.status for one in outcomes] == ["failed", "written", "written"]
+    assert f"{image} was not synthesised by cwdm" in outcomes[0].reason
+    assert not (tmp_path / "out" / case.name).exists()
+
+
 @pytest.mark.parametrize("out", ["input", "input/sub", "output", "link"])
 def test_nothing_is_written_into_what_is_read(cohort: Path, synthesised: Path, tmp_path: Path, out: str) -> None:
     (tmp_path / "link").symlink_to(cohort)

@@ -168,6 +168,18 @@ def test_bad_series_are_named_and_the_others_written(scan: np.ndarray, tmp_path:
     assert [path.name[:5] for path in (tmp_path / "out").iterdir()] == ["good-"]
 
 
+def test_a_file_that_is_no_prepared_scan_is_kept(scan: np.ndarray, tmp_path: Path) -> None:
+    write_series(tmp_path / "dicom", scan)
+    (name,) = find_series(tmp_path / "dicom")
+    foreign = tmp_path / "out" / f"{name}.nii.gz"
+    foreign.parent.mkdir()
+    foreign.write_bytes(b"bytes")
+    (outcome,) = prepare_lidc(tmp_path / "dicom", tmp_path / "out")
+    assert (outcome.status, outcome.name) == ("failed", name)
+    assert f"{foreign} is there and was not made by cwdm" in outcome.reason
+    assert foreign.read_bytes() == b"bytes"
+
+
 def test_damaged_pixels_are_one_clear_message(scan: np.ndarray, tmp_path: Path) -> None:
     write_series(tmp_path / "dicom", scan)
     path = sorted((tmp_path / "dicom").iterdir())[0]
