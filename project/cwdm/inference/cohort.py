@@ -1,6 +1,7 @@
 """Many cases: reading, computing and writing overlap, failures stay apart, a second run does what is left."""
 
 import gc
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,7 +20,14 @@ from cwdm.files import check_writable, output_errors, remove_stale
 from cwdm.images import MARK, CaseFolder, is_made, output_name, write_volume
 from cwdm.inference.plan import Task, plan_tasks
 from cwdm.inference.provenance import describe, provenance, read_provenance
-from cwdm.inference.records import PROGRAM, CaseRecord, Outcome, write_case_record, write_run_record
+from cwdm.inference.records import (
+    PROGRAM,
+    CaseRecord,
+    Outcome,
+    case_record_path,
+    write_case_record,
+    write_run_record,
+)
 from cwdm.inference.steps import PreparedCase, Samples, Synthesis, draw, postprocess, prepare
 from cwdm.inference.synthesizer import Synthesizer
 from cwdm.pipeline import Pipeline, is_out_of_memory
@@ -157,9 +165,27 @@ def write(
         places = {"input": str(folder.absolute()), "output": str(path.absolute())}
         told = {**asdict(outcome), **places, "given": tuple(case.volumes), **described}
         write_case_record(report, CaseRecord(program=PROGRAM, **told))
-        _write_std(report / f"{case.name}-{case.target}-spread.nii.gz", result)
+        _write_std(_std_path(report, case.name, case.target), result)
     result.save(path)
     return outcome
+
+
+def _std_path(report: Path, case: str, modality: str) -> Path:
+    return report / f"{case}-{modality}-spread.nii.gz"
+
+
+def check_report_replaceable(report: Path, case: str, modality: str) -> None:
+    """Refuse a report folder where what a case writes there would replace or delete something of somebody else's.
+
+    Raises:
+        InputError: it would.
+    """
+    record = case_record_path(report, case, modality)
+    if os.path.lexists(record):  # not where the name is too long, which whoever writes there will say
+        from cwdm.inference.record_reader import check_record_replaceable  # most runs have no use for it
+
+        check_record_replaceable(record)
+    is_made(_std_path(report, case, modality), MARK)
 
 
 def _write_std(path: Path, result: Synthesis) -> None:
@@ -221,6 +247,8 @@ class Runner:
         path = self.output / output_name(task.name, task.target)
         try:
             if not is_made(path, MARK) or self.overwrite:
+                if self.report:
+                    check_report_replaceable(self.report, task.name, task.target)
                 return False
         except InputError as error:
             self._fail(task, str(error))

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -10,7 +11,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from cwdm.errors import InputError
-from cwdm.inference.records import CaseRecord, RunRecord
+from cwdm.inference.records import PROGRAM, CaseRecord, RunRecord
 
 T = TypeVar("T")
 
@@ -53,14 +54,30 @@ def read_records(report: Path) -> Records:
     return Records(tuple(sorted(runs, key=lambda run: run.started)), tuple(cases), tuple(faults))
 
 
+def check_record_replaceable(path: Path) -> None:
+    """Refuse to replace a file that is there, but for an earlier record of a case.
+
+    Raises:
+        InputError: what is there is no record of a case.
+    """
+    with suppress(OSError, ValueError, RecursionError):  # ValidationError is a ValueError
+        if _read(CaseRecord, path).program.startswith(PROGRAM.split()[0]):
+            return
+    raise InputError(f"{path} is there and is no record of cwdm's; move it away or choose another report folder")
+
+
+def _read(kind: type[T], path: Path) -> T:
+    """One record; raises OSError, ValueError (ValidationError too) or RecursionError."""
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise ValueError("not a file, or larger than any record")
+    # Names of files may hold bytes that are no text, which pydantic's own reader of JSON refuses.
+    return TypeAdapter(kind).validate_python(json.loads(path.read_bytes()))
+
+
 def _read_all(kind: type[T], paths: Iterable[Path], faults: list[str]) -> Iterator[T]:
-    schema = TypeAdapter(kind)
     for path in paths:
         try:
-            if not path.is_file() or path.stat().st_size > MOST_BYTES:
-                raise ValueError("not a file, or larger than any record")
-            # Names of files may hold bytes that are no text, which pydantic's own reader of JSON refuses.
-            yield schema.validate_python(json.loads(path.read_bytes()))
+            yield _read(kind, path)
         except ValidationError as error:
             fault = error.errors()[0]
             where = ".".join(str(key) for key in fault["loc"])

@@ -143,9 +143,14 @@ class RunRecord:
     cases: tuple[Outcome, ...] = ()
 
 
+def case_record_path(report: Path, case: str, modality: str) -> Path:
+    """Where the record of a case stands."""
+    return report / f"{case}-{modality}.json"
+
+
 def write_case_record(report: Path, record: CaseRecord) -> None:
     """Write REPORT/<case>-<modality>.json; raises OutputError."""
-    write_json(report / f"{record.case}-{record.modality}.json", asdict(record))
+    write_json(case_record_path(report, record.case, record.modality), asdict(record))
 
 
 def write_run_record(report: Path, started: float, settings: dict[str, Any], outcomes: Iterable[Outcome]) -> None:

@@ -262,8 +262,27 @@ def test_a_folder_named_like_a_record_is_that_cases_fault(cohort: Path, weights_
     record.mkdir(parents=True)
     result = shell(cohort, tmp_path / "out", weights_folder, "--report_path", str(tmp_path / "report"))
     assert result.returncode == 1
-    assert f"cannot write {record}: a folder has that name" in result.stderr
+    assert f"{record} is there and is no record of cwdm's" in result.stderr
     assert names(tmp_path / "out") == EXPECTED[1:]
+
+
+def test_a_file_of_ones_own_in_the_report_folder_stays(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
+    """One named like a record, one like a standard deviation; the case between them is written."""
+    report, options = tmp_path / "report", ["--report_path", str(tmp_path / "report"), "--overwrite"]
+    content = '{"mine": 1}'
+    record, std = (EXPECTED[i].replace(".nii.gz", end) for i, end in ((0, ".json"), (2, "-spread.nii.gz")))
+    report.mkdir()
+    for name in (record, std):
+        (report / name).write_text(content)
+    for samples in (1, 2):
+        result = infer(cohort, tmp_path / "out", weights_folder, *options, f"samples={samples}")
+        assert result.exit_code == 1
+        said = " ".join(result.output.split())
+        assert f"{report / record} is there and is no record of cwdm's" in said
+        assert f"{report / std} is there and was not made by cwdm" in said
+        assert [(report / name).read_text() for name in (record, std)] == [content] * 2
+        assert names(tmp_path / "out") == [EXPECTED[1]]
+    assert (report / EXPECTED[1].replace(".nii.gz", "-spread.nii.gz")).is_file()
 
 
 def test_no_image_that_it_did_not_make_is_replaced(

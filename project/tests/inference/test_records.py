@@ -8,7 +8,7 @@ import pytest
 
 from cwdm.errors import InputError
 from cwdm.files import write_json
-from cwdm.inference.record_reader import read_records
+from cwdm.inference.record_reader import check_record_replaceable, read_records
 from cwdm.inference.records import CaseRecord, Outcome, Quality, WeightsOfCase, write_case_record, write_run_record
 
 OUTCOME = Outcome(
@@ -68,6 +68,18 @@ def test_records_of_other_versions_and_other_files_are_no_obstacle(tmp_path: Pat
     assert [(case.case, case.modality, case.settings) for case in records.cases] == [("P-1", "t1n", {})]
     assert [fault.split()[0] for fault in records.faults] == ["elsewhere.json", "half.json", "unknown.json"]
     assert "is not the name of a folder" in records.faults[0]
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{}", "five!", "[" * 100_000, '{"case": "P-1", "modality": "t2f", "status": "written"}']
+)
+def test_only_a_record_of_a_case_may_be_replaced(content: str, tmp_path: Path) -> None:
+    write_case_record(tmp_path, RECORD)
+    path = tmp_path / "P-1-t2f.json"
+    check_record_replaceable(path)
+    path.write_text(content)
+    with pytest.raises(InputError, match=r"P-1-t2f\.json is there and is no record of cwdm's"):
+        check_record_replaceable(path)
 
 
 def test_a_folder_without_records_is_said(tmp_path: Path) -> None:
