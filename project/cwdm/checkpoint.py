@@ -5,8 +5,9 @@ wavelet, the recommended sampler and the training record. The published files ca
 is read off the names and shapes of their tensors (`cwdm.published`).
 """
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, get_args
@@ -234,24 +235,49 @@ def load(path: Path) -> Checkpoint:
         raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from error
 
 
-def save(path: Path, model: UNet, record: Record, dtype: torch.dtype = torch.float32) -> None:
-    """Write our safetensors, whole or not at all; `dtype` may be float16 or bfloat16 to halve the size."""
-    save_tensors(path, {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}, model.config, record)
+def save(
+    path: Path,
+    model: UNet,
+    record: Record,
+    dtype: torch.dtype = torch.float32,
+    before: Callable[[str], None] | None = None,
+) -> None:
+    """Write our safetensors, whole or not at all; `dtype` may be float16 or bfloat16 to halve the size.
+
+    Args:
+        before: told the file's sha256 before it has its name.
+    """
+    tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
+    save_tensors(path, tensors, model.config, record, before)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], config: UNetConfig, record: Record) -> None:
+def save_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    config: UNetConfig,
+    record: Record,
+    before: Callable[[str], None] | None = None,
+) -> None:
     """Write our safetensors like `save`, of a network's tensors by name."""
     shape = asdict(config)
     if not config.given:
         del shape["given"]  # unknown to older versions, which read all other networks
     header = {"format": FORMAT, "config": shape, "record": record.model_dump(mode="json")}
-    write_tensors(path, tensors, {"format": "pt", HEADER_KEY: json.dumps(header)})
+    write_tensors(path, tensors, {"format": "pt", HEADER_KEY: json.dumps(header)}, before)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+def write_tensors(
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    before: Callable[[str], None] | None = None,
+) -> None:
     """Write a safetensors file, whole or not at all, one tensor after the other.
 
     The library makes one string of bytes of all of them, or takes a path and leaves half a file there when killed.
+
+    Args:
+        before: told the file's sha256 before it has its name.
     """
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned, as the library does
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
@@ -263,10 +289,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
 
-    def write(file: BinaryIO) -> None:
-        file.write(len(text).to_bytes(8, "little") + text)
+    def pieces() -> Iterator[bytes | memoryview]:
+        yield len(text).to_bytes(8, "little") + text
         for name in names:
-            file.write(tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+            yield tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data
+
+    def write(file: BinaryIO) -> None:
+        digest = hashlib.sha256()
+        for piece in pieces():
+            file.write(piece)
+            if before:
+                digest.update(piece)
+        if before:
+            before(digest.hexdigest())
 
     write_atomically(path, write)
 

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from cwdm import checkpoint
 from cwdm.checkpoint import ANY, Checkpoint
 from cwdm.errors import WeightsError
-from cwdm.files import write_json
+from cwdm.files import locked, write_json
 
 PUBLISHED_FILES = {"t1n": "t1_gen.pt", "t1c": "t1ce_gen.pt", "t2w": "t2_gen.pt", "t2f": "flair_gen.pt"}
 BUNDLED = "bundled"
@@ -79,8 +79,9 @@ def load_for(weights: Path, modality: str) -> Checkpoint:
     """
     path = find(weights, modality)
     loaded = checkpoint.load(path)
-    expected = recorded(path.parent).get(path.name, {}).get("sha256", loaded.sha256)
-    if loaded.sha256 != expected:
+    entry = recorded(path.parent).get(path.name, {})
+    expected = entry.get("sha256", loaded.sha256)
+    if not is_recorded(entry, loaded.sha256):
         raise WeightsError(
             f"{path}: sha256 {loaded.sha256}, but {CHECKSUMS} beside it says {expected}; "
             "it is damaged or was replaced: move it away and fetch it again"
@@ -153,8 +154,19 @@ def files_of(folder: Path) -> list[Path]:
         raise WeightsError(f"{folder}: cannot be read ({error.strerror})") from error
 
 
+def is_recorded(entry: Mapping[str, Any], sha256: str) -> bool:
+    """Whether a file is the one of an entry, or the one that it replaces and that is still there; any without one."""
+    return sha256 in (entry.get("sha256", sha256), entry.get("replaces"))
+
+
 def record(folder: Path, name: str, entry: dict[str, Any]) -> None:
     """Add one file's entry to the checksums beside the weights."""
+    with locked(folder):
+        put_entry(folder, name, entry)
+
+
+def put_entry(folder: Path, name: str, entry: dict[str, Any]) -> None:
+    """`record`, for whoever has locked the folder."""
     write_json(folder / CHECKSUMS, dict(sorted({**recorded(folder), name: entry}.items())))
 
 

@@ -9,8 +9,8 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[
 
 from cwdm import checkpoint
 from cwdm.errors import WeightsError
-from cwdm.files import output_errors, sha256
-from cwdm.weights.folder import PUBLISHED_FILES, modality_of, record, recorded
+from cwdm.files import locked, output_errors, sha256
+from cwdm.weights.folder import PUBLISHED_FILES, is_recorded, modality_of, put_entry, record, recorded
 from cwdm.weights.listing import KNOWN_SHA256
 
 PUBLISHED_REPO = "pfriedri/cwdm"
@@ -89,24 +89,35 @@ def convert(source: Path, target: Path, modality: str | None, dtype: torch.dtype
     if target.suffix != ".safetensors":
         raise WeightsError(f"{target}: the converted file is a safetensors file and must be named so")
     _check_free(target, source)
+    with output_errors(target.parent):
+        target.parent.stat()  # it is not made here
     loaded = checkpoint.load(source)
     conditional = loaded.model.config.in_channels > loaded.model.config.out_channels
     modality = modality or loaded.record.modality or modality_of(source)
     if conditional and modality is None:
         raise WeightsError(f"{source}: the file does not say which modality it synthesises; give --modality")
     entry = loaded.record.model_copy(update={"modality": modality})
-    checkpoint.save(target, loaded.model, entry, dtype)
-    record(target.parent, target.name, {"sha256": sha256(target), "converted_from": loaded.sha256})
+    with locked(target.parent):
+        replaced = _check_free(target, source)
+
+        def announce(digest: str) -> None:
+            """Record the new file beside the old one, so that whichever a killed run leaves is known."""
+            told = {"sha256": digest, "converted_from": loaded.sha256}
+            put_entry(target.parent, target.name, {**told, "replaces": replaced} if replaced else told)
+
+        checkpoint.save(target, loaded.model, entry, dtype, announce)
+        put_entry(target.parent, target.name, {"sha256": sha256(target), "converted_from": loaded.sha256})
     return target
 
 
-def _check_free(target: Path, source: Path) -> None:
-    """Refuse to replace what an earlier conversion did not write."""
+def _check_free(target: Path, source: Path) -> str | None:
+    """The checksum of an earlier conversion that will be replaced, if there is one; nothing else may be there."""
     if not target.exists():
-        return
-    entry = recorded(target.parent).get(target.name, {})
-    converted = "converted_from" in entry and entry.get("sha256") == sha256(target)
+        return None
+    entry, found = recorded(target.parent).get(target.name, {}), sha256(target)
+    converted = "converted_from" in entry and is_recorded(entry, found)
     if not converted or (source.exists() and target.samefile(source)):
         raise WeightsError(
             f"{target} is there and is no earlier conversion of another file; move it away or give another name"
         )
+    return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from cwdm import checkpoint
 from cwdm.checkpoint import Checkpoint
 from cwdm.errors import WeightsError
-from cwdm.weights.folder import CHECKSUMS, PUBLISHED_FILES, files_of, recorded, trained
+from cwdm.weights.folder import CHECKSUMS, PUBLISHED_FILES, files_of, is_recorded, recorded, trained
 
 KNOWN_SHA256 = {
     "brats_unet_128_1200k.pt": "01346a0ab8e406c0cbe7be43d383dffd3885c212b36ecd2aa8c315f54cc73d48",
@@ -44,12 +44,13 @@ def inspect(weights: Path) -> Iterator[WeightsFile]:
 
 
 def _inspect_one(path: Path) -> WeightsFile:
-    expected = recorded(path.parent).get(path.name, {}).get("sha256") or KNOWN_SHA256.get(path.name)
+    entry = recorded(path.parent).get(path.name, {})
+    expected = entry.get("sha256") or KNOWN_SHA256.get(path.name)
     try:
         loaded = checkpoint.load(path)
     except WeightsError as error:
         return WeightsFile(path, None, None, str(error))
     if expected is None:
         return WeightsFile(path, loaded, None)
-    same = loaded.sha256 == expected
+    same = is_recorded({**entry, "sha256": expected}, loaded.sha256)
     return WeightsFile(path, loaded, same, "" if same else f"{path}: sha256 {loaded.sha256}, recorded {expected}")

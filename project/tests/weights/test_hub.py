@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +20,7 @@ from cwdm.errors import WeightsError
 from cwdm.files import sha256
 from cwdm.images.cases import MODALITIES
 from cwdm.weights.folder import PUBLISHED_FILES, recorded
+from cwdm.weights.listing import inspect
 from cwdm.weights.untrained import untrained_state
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -221,6 +224,54 @@ def test_convert_needs_to_know_the_modality(published_file: Path, tmp_path: Path
         weights.convert(published_file, tmp_path / "a.safetensors", None, torch.float32)
     weights.convert(published_file, tmp_path / "a.safetensors", "t1c", torch.float32)
     assert checkpoint.load(tmp_path / "a.safetensors").record.modality == "t1c"
+
+
+KILL_AT_EACH_NAME = """
+import itertools, os, shutil, sys
+from pathlib import Path
+import torch
+from cwdm.weights.hub import convert
+
+source, before, work = map(Path, sys.argv[1:])
+named = 0
+
+def stop(event, _):
+    global named
+    named += event in ("os.link", "os.rename")
+    if named == last:
+        os._exit(9)
+
+for last in itertools.count(1):
+    folder = work / str(last)
+    shutil.copytree(before, folder)
+    if not (child := os.fork()):
+        sys.addaudithook(stop)
+        convert(source, folder / "t1c.safetensors", "t1c", torch.float16)
+        os._exit(0)
+    if (code := os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])) != 9:
+        sys.exit(code)
+"""
+
+
+@pytest.mark.parametrize("again", [True, pytest.param(False, marks=pytest.mark.full)])
+def test_a_conversion_killed_at_any_point_can_be_repeated(again: bool, published_file: Path, tmp_path: Path) -> None:
+    """Each time that a file is about to get its name; what is there by then is used as before."""
+    before, work = tmp_path / "before", tmp_path / "work"
+    before.mkdir()
+    if again:
+        weights.convert(published_file, before / "t1c.safetensors", "t1c", torch.float32)
+    subprocess.run([sys.executable, "-c", KILL_AT_EACH_NAME, published_file, before, work], check=True)
+    killed = sorted(work.iterdir(), key=lambda folder: int(folder.name))[:-1]  # the last one came to its end
+    assert len(killed) > 2
+    for folder in killed:
+        if again or (folder / "t1c.safetensors").exists():
+            assert weights.load_for(folder, "t1c").record.modality == "t1c"
+        target = weights.convert(published_file, folder / "t1c.safetensors", "t1c", torch.float16)
+        entries = json.loads((folder / "checksums.json").read_text())
+        assert entries == {
+            target.name: {"sha256": checkpoint.sha256(target), "converted_from": checkpoint.sha256(published_file)}
+        }
+        assert [one.verified for one in inspect(folder)] == [True]
 
 
 def test_convert_replaces_nothing_but_an_earlier_conversion(published_file: Path, tmp_path: Path) -> None:
