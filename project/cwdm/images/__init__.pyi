@@ -42,6 +42,7 @@ from .intensity import denormalise as denormalise
 from .intensity import foreground as foreground
 from .intensity import normalise as normalise
 from .memory import case_of_arrays as case_of_arrays
+from .nifti import is_nifti as is_nifti
 from .nifti import read_description as read_description
 from .pairs import DecodedFile as DecodedFile
 from .pairs import Grid as Grid

@@ -6,6 +6,7 @@ promises are read, slice by slice, so that no file can cost more memory than the
 
 import gzip
 import math
+import stat
 import struct
 from collections.abc import Iterable
 from pathlib import Path
@@ -32,6 +33,18 @@ _REAL_TYPES = {2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280}  # NIfTI codes of int
 
 class FileError(Exception):
     """A file cannot be used; the message says what was expected and found."""
+
+
+def is_nifti(path: Path) -> bool:
+    """Whether a file begins as a NIfTI file does; the rest is not read."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
+            return False
+        with _open(path) as stream:
+            _parse_header(stream)
+    except (FileError, EOFError, OSError, isal_zlib.IsalError):  # type: ignore[misc]  # its stubs name an instance
+        return False
+    return True
 
 
 def read_description(path: Path) -> str:

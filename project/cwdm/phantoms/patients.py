@@ -5,8 +5,10 @@ A patient is made in three steps: *anatomy*, layers of tissue that are the same 
 `benchmarks/phantoms.py` holds the result against patients.
 """
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cwdm.arrays import Affine
+from cwdm.errors import InputError
 from cwdm.files import output_errors
-from cwdm.images import MODALITIES, output_name, write_nifti
+from cwdm.images import MODALITIES, is_nifti, output_name, read_grid, write_nifti
 from cwdm.phantoms.anatomy import make_anatomy
 from cwdm.phantoms.grids import Shape
 from cwdm.phantoms.scanner import scan, signals_of
@@ -68,16 +71,35 @@ def make_phantom(
 def write_phantom(phantom: Phantom, folder: Path, name: str) -> Path:
     """Write <folder>/<name>/<name>-<modality>.nii.gz and <name>-seg.nii.gz; returns the case's folder.
 
+    Images of the same patient that are there already stay.
+
     Raises:
+        InputError: another file has the name of one; nothing is written then.
         OutputError: the folder cannot be written to.
     """
     case = folder / name
     with output_errors(folder):
         case.mkdir(parents=True, exist_ok=True)
     volumes: dict[str, NDArray[Any]] = {**phantom.volumes, "seg": phantom.seg}
-    for suffix, volume in volumes.items():
-        write_nifti(case / output_name(name, suffix), volume, phantom.affine)
+    paths = {case / output_name(name, suffix): volume for suffix, volume in volumes.items()}
+    there = {path for path, volume in paths.items() if _is_written(path, volume, phantom.affine)}
+    for path, volume in paths.items():
+        if path not in there:
+            write_nifti(path, volume, phantom.affine)
     return case
+
+
+def _is_written(path: Path, volume: NDArray[Any], affine: Affine) -> bool:
+    """Whether an image is there; raises InputError where that is something else."""
+    if not os.path.lexists(path):
+        return False
+    with suppress(InputError):  # no image at all
+        found = read_grid(path)
+        if np.array_equal(found.volume, volume) and np.allclose(found.affine, affine):
+            return True
+    raise InputError(
+        f"{path} is there and is no image of this synthetic patient; move it away or choose another output folder"
+    )
 
 
 def write_phantoms(
@@ -90,18 +112,19 @@ def write_phantoms(
     on_case: Callable[[str], None] = lambda name: None,
     first: int = 0,
 ) -> list[Path]:
-    """Write cases BraTS-PHANTOM-00000-000 and on; returns their folders. Finished cases are left as they are.
+    """Write cases BraTS-PHANTOM-00000-000 and on; returns their folders. Files that are there already stay.
 
     Case number i, from `first` on, depends on (seed, i) alone. `on_case` is called with a case's name once it is there.
 
     Raises:
+        InputError: another file has the name of an image in a case that is not finished.
         OutputError: the folder cannot be written to.
     """
     folders = []
     for number in range(first, first + cases):
         name = f"BraTS-PHANTOM-{number:05d}-000"
         folder = out / name
-        if not all((folder / output_name(name, suffix)).exists() for suffix in (*MODALITIES, "seg")):
+        if not all(is_nifti(folder / output_name(name, suffix)) for suffix in (*MODALITIES, "seg")):
             write_phantom(make_phantom([seed, number], shape, spacing_mm, variation), out, name)
         folders.append(folder)
         on_case(name)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from cwdm.errors import OutputError
+from cwdm.errors import InputError, OutputError
 from cwdm.images import MODALITIES
 from cwdm.phantoms.anatomy import Anatomy, make_anatomy
 from cwdm.phantoms.patients import Phantom, make_phantom, write_phantom, write_phantoms
@@ -229,6 +229,20 @@ def test_finished_cases_are_left_and_incomplete_ones_made_whole(written: Path, t
     (folder / f"{NAMES[0]}-t2w.nii.gz").unlink()
     write_phantoms(tmp_path, 1, 7, SHAPE, SPACING_MM)
     assert contents(folder) == contents(written / NAMES[0])
+
+
+@pytest.mark.parametrize("there", ["text", "another patient", "all five"])
+def test_a_file_that_it_did_not_write_stays(written: Path, tmp_path: Path, there: str) -> None:
+    folder = copytree(written / NAMES[0], tmp_path / NAMES[0])
+    foreign = folder / f"{NAMES[0]}-t1c.nii.gz"
+    another = written / NAMES[1] / f"{NAMES[1]}-t1c.nii.gz"
+    foreign.write_bytes(another.read_bytes() if there == "another patient" else b"bytes")
+    if there != "all five":
+        (folder / f"{NAMES[0]}-t1n.nii.gz").unlink()
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(InputError, match=rf"{foreign} is there and is no image of this synthetic patient"):
+        write_phantoms(tmp_path, 1, 7, SHAPE, SPACING_MM)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_a_folder_that_cannot_be_made_is_reported(phantom: Phantom, tmp_path: Path) -> None:
