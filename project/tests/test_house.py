@@ -19,7 +19,7 @@ FLOORS = (
     ("wavelet", "diffusion", "samplers", "regression", "unet", "onepass", "metrics"),
     ("published", "checkpoint", "settings"),
     ("images", "weights", "pipeline"),
-    ("phantoms", "inference", "training", "evaluation", "prepare", "report"),
+    ("phantoms", "inference", "training", "evaluation", "prepare", "report", "scans"),
     ("cli",),
     ("container", "__main__", "brats_segmenter"),
 )

@@ -1,0 +1,13 @@
+from .convert import convert_series as convert_series
+from .derivatives import Provenance as Provenance
+from .derivatives import write_derivative as write_derivative
+from .derived_series import write_derived_series as write_derived_series
+from .find import find_patients as find_patients
+from .find import read_patient as read_patient
+from .patient import PassedOver as PassedOver
+from .patient import Patient as Patient
+from .patient import PatientFolder as PatientFolder
+from .patient import Scan as Scan
+from .series import Series as Series
+from .table import ModalityTable as ModalityTable
+from .table import read_table as read_table
