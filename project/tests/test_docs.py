@@ -2,7 +2,8 @@
 
 The blocks of a page run from top to bottom in one folder of its own, which holds what its readers have: complete cases
 (`BRATS`, `HELD_OUT`, `complete`), the same without one modality each (`input`), small untrained weights (`weights`),
-pairs of images (`pairs`, `new_pairs`), a segmenter (`segment.py`) and the repository's `project` and `workspace`.
+a patient's raw scans (`scans`), pairs of images (`pairs`, `new_pairs`), a segmenter (`segment.py`) and the repository's
+`project` and `workspace`.
 
 - `sh`: a line a command; `cwdm` runs in this process, and `cwdm train` gets settings of a small run behind its own.
 - `python`: runs; later blocks see the names of earlier ones.
@@ -25,6 +26,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from raw_scans import write_head
 from support import TINY
 
 from cwdm.checkpoint import Record
@@ -190,6 +192,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for ending, path in images.items():
             shutil.copy(path, folder / "BRATS" / own / f"{own}-{ending}")
         write_pair(folder / "pairs" / own, images)
+    for number, (modality, scan) in enumerate({"t1n": "t1", "t2w": "t2", "t2f": "flair"}.items()):
+        write_head(folder / "scans" / "patient-1" / f"{scan}.nii.gz", modality, number)
     # The window of the record keeps the box small, the sampler the steps few.
     write_untrained(folder / "weights", TINY, Record(window="brain", sampler="ddim", steps=2))
     return folder
@@ -215,6 +219,7 @@ def desk(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
             shutil.copytree(data / source, tmp_path / copy)
     drop_modalities(tmp_path / "complete", tmp_path / "input", seed=DROPS_T2F_FIRST)
     shutil.copytree(data / "weights", tmp_path / "weights")
+    (tmp_path / "scans").symlink_to(data / "scans")
     shutil.copytree(ROOT / "workspace", tmp_path / "workspace")
     (tmp_path / "project").symlink_to(ROOT / "project")
     (tmp_path / "segment.py").write_text(SEGMENTER)
