@@ -7,8 +7,9 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import pydicom
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
-from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from scipy import ndimage
 
 from cwdm.images import write_nifti
@@ -187,3 +188,42 @@ def write_head(path: Path, modality: str = "t1n", number: int = 0) -> Path:
     else:
         nib.save(nib.Nifti1Image(volume, affine), path)
     return path
+
+
+def as_multi_frame(folder: Path, path: Path) -> Path:
+    """The series of single slices in a folder as one enhanced MR file."""
+    slices = sorted((pydicom.dcmread(file) for file in folder.iterdir()), key=lambda one: one.InstanceNumber)
+    image, first = _new_image(), slices[0]
+    image.file_meta.MediaStorageSOPClassUID = image.SOPClassUID = EnhancedMRImageStorage
+    of_frames = {"ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness"}
+    of_frames |= {"EchoTime", "RepetitionTime", "InversionTime", "ScanningSequence", "SequenceVariant"}
+    for element in first:
+        if element.keyword not in of_frames | {"SOPClassUID", "SOPInstanceUID", "PixelData"}:
+            image[element.tag] = element
+    image.InstanceNumber, image.NumberOfFrames = 1, len(slices)
+    shared = Dataset()
+    shared.MRTimingAndRelatedParametersSequence = [_dataset(RepetitionTime=first.RepetitionTime)]
+    shared.MREchoSequence = [_dataset(EffectiveEchoTime=float(first.EchoTime))]
+    shared.MRModifierSequence = [_dataset(InversionRecovery="YES", InversionTimes=[float(first.InversionTime)])]
+    shared.PlaneOrientationSequence = [_dataset(ImageOrientationPatient=first.ImageOrientationPatient)]
+    size = {"PixelSpacing": first.PixelSpacing, "SliceThickness": first.SliceThickness}
+    shared.PixelMeasuresSequence = [_dataset(**size)]
+    image.SharedFunctionalGroupsSequence = [shared]
+    image.PerFrameFunctionalGroupsSequence = [
+        _dataset(
+            FrameContentSequence=[_dataset(StackID="1", InStackPositionNumber=k, DimensionIndexValues=[1, k])],
+            PlanePositionSequence=[_dataset(ImagePositionPatient=one.ImagePositionPatient)],
+        )
+        for k, one in enumerate(slices, 1)
+    ]
+    image.PixelData = b"".join(one.PixelData for one in slices)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save_as(path, enforce_file_format=True)
+    return path
+
+
+def _dataset(**attributes: Any) -> Dataset:
+    dataset = Dataset()
+    for name, value in attributes.items():
+        setattr(dataset, name, value)
+    return dataset

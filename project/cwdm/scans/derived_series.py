@@ -8,6 +8,7 @@ images) and C.8.3.1.
 import hashlib
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from cwdm.errors import CaseError, NameInUseError, needs_extra
 from cwdm.files import output_errors
 from cwdm.images import Affine, Image, Volume, in_order_of
 from cwdm.scans.derivatives import WORDS, Provenance, check_grid
+from cwdm.scans.headers import frames_of
 from cwdm.scans.patient import Scan
 
 with needs_extra("scans", "DICOM"):
@@ -29,7 +31,7 @@ SERIES_OFFSET = 9000
 _COPIED = (
     *("SpecificCharacterSet", "PatientName", "PatientID", "IssuerOfPatientID", "PatientBirthDate", "PatientSex"),
     *("PatientAge", "PatientSize", "PatientWeight", "PatientIdentityRemoved", "DeidentificationMethod"),
-    *("DeidentificationMethodCodeSequence", "StudyInstanceUID", "StudyDate", "StudyTime", "StudyID"),
+    *("StudyInstanceUID", "StudyDate", "StudyTime", "StudyID"),
     *("StudyDescription", "AccessionNumber", "ReferringPhysicianName", "FrameOfReferenceUID"),
     *("PositionReferenceIndicator", "PatientPosition", "BodyPartExamined", "Laterality", "MagneticFieldStrength"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "SpacingBetweenSlices"),
@@ -41,6 +43,8 @@ _NEEDED_EMPTY = (
     "Laterality",
 )
 """What every image must have, if only without a value."""
+
+Source = dict[str, Any]
 
 LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
@@ -57,7 +61,7 @@ def write_derived_series(
         like: a scan that came from DICOM.
 
     Raises:
-        CaseError: `like` did not come from DICOM of single slices, or the volume is not on its grid.
+        CaseError: `like` did not come from DICOM, or the volume is not on its grid.
         OutputError: the folder exists already or cannot be written.
     """
     check_grid(patient, volume, like)
@@ -83,30 +87,33 @@ def write_derived_series(
     return sorted(out.iterdir())
 
 
-def _sources(patient: str, like: Scan) -> list[Dataset]:
+def _sources(patient: str, like: Scan) -> list[Source]:
+    """Keyword -> value for each slice of the source."""
     assert like.series is not None
     try:
-        sources = [pydicom.dcmread(path, stop_before_pixels=True) for path in like.series.files]
+        files = {path: frames_of(pydicom.dcmread(path, stop_before_pixels=True)) for path in like.series.files}
+        sources = [dict(files[path][frame]) for path, frame in like.series.slices]
     except Exception as error:  # the files were read before; what can befall them since then has no end
         raise CaseError(patient, f"{like.source}: its DICOM files cannot be read any more ({error})") from error
-    if len(sources) < 2:
-        raise CaseError(patient, f"{like.source} is one multi-frame file; no series can be derived from it")
+    if len(files) == 1:  # slices of one file have one number
+        for number, ((_, frame), source) in enumerate(zip(like.series.slices, sources, strict=True), 1):
+            source |= {"InstanceNumber": number, "ReferencedFrameNumber": frame + 1}
     return sources
 
 
-def _planes(patient: str, volume: Volume, like: Scan, sources: list[Dataset]) -> Volume:
+def _planes(patient: str, volume: Volume, like: Scan, sources: list[Source]) -> Volume:
     """The volume as (slices, rows, columns) of the source."""
-    shape = int(sources[0].Columns), int(sources[0].Rows), len(sources)
+    shape = int(sources[0]["Columns"]), int(sources[0]["Rows"]), len(sources)
     grid = Image(np.empty(shape, np.float32), _affine(sources), oriented=True)
     names = like.source, "the synthesised volume"
     return np.ascontiguousarray(in_order_of(grid, Image(volume, like.affine, True), patient, names).transpose(2, 1, 0))
 
 
-def _affine(sources: list[Dataset]) -> Affine:
+def _affine(sources: list[Source]) -> Affine:
     """(column, row, slice) -> RAS mm; PS3.3, equation C.7.6.2.1-1."""
-    first, last = (np.array(image.ImagePositionPatient, float) for image in (sources[0], sources[-1]))
-    across, down = np.array(sources[0].ImageOrientationPatient, float).reshape(2, 3)
-    rows_mm, columns_mm = (float(value) for value in sources[0].PixelSpacing)
+    first, last = (np.array(one["ImagePositionPatient"], float) for one in (sources[0], sources[-1]))
+    across, down = np.array(sources[0]["ImageOrientationPatient"], float).reshape(2, 3)
+    rows_mm, columns_mm = (float(value) for value in sources[0]["PixelSpacing"])
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1] = across * columns_mm, down * rows_mm
     affine[:3, 2], affine[:3, 3] = (last - first) / (len(sources) - 1), first
@@ -148,14 +155,14 @@ def _common(modality: str, provenance: Provenance, like: Scan, pixels: np.ndarra
     return common
 
 
-def _image(common: Dataset, source: Dataset, uid: str, plane: np.ndarray) -> FileDataset:
+def _image(common: Dataset, source: Source, uid: str, plane: np.ndarray) -> FileDataset:
     meta = FileMetaDataset()
     meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = MRImageStorage, uid
     meta.TransferSyntaxUID = ExplicitVRLittleEndian
     image = FileDataset("", {}, file_meta=meta, preamble=bytes(128))
     for name in _COPIED:
         if name in source:
-            image[name] = source[name]
+            setattr(image, name, source[name])
     for name in _NEEDED_EMPTY:
         if name not in image:
             setattr(image, name, None)
@@ -166,13 +173,15 @@ def _image(common: Dataset, source: Dataset, uid: str, plane: np.ndarray) -> Fil
     return image
 
 
-def _reference(source: Dataset) -> Dataset:
+def _reference(source: Source) -> Dataset:
     """The slice that a derived one belongs to."""
     purpose = Dataset()
     purpose.CodeValue, purpose.CodingSchemeDesignator = "121322", "DCM"
     purpose.CodeMeaning = "Source image for image processing operation"
     reference = Dataset()
     reference.ReferencedSOPClassUID = source.get("SOPClassUID", MRImageStorage)
-    reference.ReferencedSOPInstanceUID = source.SOPInstanceUID
+    reference.ReferencedSOPInstanceUID = source["SOPInstanceUID"]
+    if frame := source.get("ReferencedFrameNumber"):
+        reference.ReferencedFrameNumber = frame
     reference.PurposeOfReferenceCodeSequence = [purpose]
     return reference

@@ -13,10 +13,10 @@ from cwdm.errors import CaseError, InputError
 from cwdm.images import MODALITIES, list_folder
 from cwdm.scans import bids
 from cwdm.scans.convert import convert_series
+from cwdm.scans.headers import dicom_files, study_of, walk
 from cwdm.scans.images_of import FoundImage, images_of
 from cwdm.scans.naming import Naming, name_image
 from cwdm.scans.patient import PassedOver, Patient, PatientFolder, Scan
-from cwdm.scans.series import dicom_files, study_of, walk
 from cwdm.scans.table import SKIP, ModalityTable, Row, match
 from cwdm.scans.volume import digest, fields_beside, is_nifti, read_scan
 
@@ -159,10 +159,10 @@ def _load(patient: str, modality: str, image: FoundImage, work: Path) -> tuple[S
     assert path is not None
     read = read_scan(patient, image.source, path)
     series = image.series
-    if series is not None and len(series.files) > 1 and len(series.files) not in read.volume.shape:
+    if series is not None and len(series.slices) not in read.volume.shape:
         raise CaseError(
             patient,
-            f"{image.source}: {len(series.files)} slices became {'×'.join(map(str, read.volume.shape))} voxels; "
+            f"{image.source}: {len(series.slices)} slices became {'×'.join(map(str, read.volume.shape))} voxels; "
             "convert it by hand and give the NIfTI file",
         )
     scan = Scan(modality, path, image.source, read.volume.shape, read.affine, MappingProxyType(fields), series)

@@ -9,9 +9,10 @@ from typing import Any
 
 from cwdm.errors import CaseError
 from cwdm.scans import bids
+from cwdm.scans.headers import dicom_files, walk
 from cwdm.scans.naming import has_weighting, is_of_acquisition
 from cwdm.scans.patient import PassedOver, PatientFolder
-from cwdm.scans.series import Series, dicom_files, find_series, walk
+from cwdm.scans.series import Series, find_series
 from cwdm.scans.volume import fields_beside, is_nifti, stem
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cwdm.scans.series import COMPONENTS
+from cwdm.scans.headers import COMPONENTS
 
 T1, T1C, T2, FLAIR = "t1n", "t1c", "t2w", "t2f"
 

@@ -1,69 +1,19 @@
-"""DICOM series: their headers, read within bounds and checked before anything is converted.
+"""DICOM series: grouped, put in order and checked before anything is converted."""
 
-Headers are hostile until proven otherwise: what a damaged one can raise has no end, so a file whose header cannot be
-read is none of ours, and whatever decides how much a converter would read is looked at first.
-"""
-
-import os
-import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from cwdm.errors import needs_extra
-
-with needs_extra("scans", "DICOM"):
-    import pydicom
-    from pydicom.dataset import Dataset
-    from pydicom.filereader import read_file_meta_info
-    from pydicom.uid import (
-        DeflatedExplicitVRLittleEndian,
-        EnhancedMRImageStorage,
-        MediaStorageDirectoryStorage,
-        RawDataStorage,
-    )
+from cwdm.scans.headers import MOST_VOXELS, Header, component_of, fields_of, number_of, read_header, text_of
 
 FEWEST_SLICES = 8
 MOST_SLICES = 2048
-MOST_VOXELS = 512**3
-MOST_FILES = 20_000
-MOST_BYTES = 1 << 31
 TILT_DEGREES = 0.5
 """What a stack may be sheared by; a gantry tilts by several degrees, and rounding in headers stays far below."""
-
-_TAGS = (
-    *("SOPClassUID", "SOPInstanceUID", "Modality", "ImageType", "SeriesInstanceUID", "StudyInstanceUID", "StudyDate"),
-    *("PatientID", "PatientName", "SeriesNumber", "InstanceNumber", "SeriesDescription", "ProtocolName"),
-    *("SequenceName", "ScanningSequence", "SequenceVariant", "ScanOptions", "AngioFlag", "MRAcquisitionType"),
-    *("EchoTime", "EffectiveEchoTime", "RepetitionTime", "InversionTime", "InversionTimes", "FlipAngle"),
-    *("ContrastBolusAgent", "ContrastBolusVolume", "ComplexImageComponent", "ImagesInAcquisition"),
-    *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "SliceThickness", "Rows", "Columns"),
-    *("BitsAllocated", "SamplesPerPixel", "NumberOfFrames", "Manufacturer", "MagneticFieldStrength"),
-    *("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence"),
-)
-
-_NO_IMAGES = (MediaStorageDirectoryStorage, RawDataStorage)
-_TEXT = ("Modality", "SeriesDescription", "ProtocolName", "SequenceName", "MRAcquisitionType", "Manufacturer")
-_LISTS = ("ImageType", "ScanningSequence", "SequenceVariant", "ScanOptions")
-_MILLISECONDS = {"EchoTime": "EchoTime", "EffectiveEchoTime": "EchoTime", "RepetitionTime": "RepetitionTime"}
-_MILLISECONDS |= {"InversionTime": "InversionTime", "InversionTimes": "InversionTime"}
-_OTHER_FILES = (".json", ".txt", ".csv", ".tsv", ".bval", ".bvec", ".xml", ".pdf", ".png", ".jpg", ".zip", ".md")
-
-
-@dataclass(frozen=True)
-class Slice:
-    """One DICOM file: its header, as it is and flat, and what is wrong with it."""
-
-    path: Path
-    uid: str
-    header: Dataset
-    flat: Mapping[str, Any]
-    problem: str
 
 
 @dataclass(frozen=True)
@@ -75,7 +25,7 @@ class Series:
         uid: SeriesInstanceUID.
         number: SeriesNumber.
         description: SeriesDescription.
-        files: in the order of the slices along their normal.
+        slices: file, and number of the frame in it, in the order along their normal.
         fields: of the header, under the names and in the units of BIDS sidecars.
         patient: PatientID and PatientName.
         study: StudyDate, or StudyInstanceUID where there is none.
@@ -86,11 +36,16 @@ class Series:
     uid: str
     number: int
     description: str
-    files: tuple[Path, ...]
+    slices: tuple[tuple[Path, int], ...]
     fields: Mapping[str, Any]
     patient: tuple[str, str]
     study: str
     problem: str = ""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Its files, once each."""
+        return tuple(dict.fromkeys(path for path, _ in self.slices))
 
 
 @dataclass(frozen=True)
@@ -110,14 +65,13 @@ class FoundSeries:
 
 def find_series(paths: Iterable[Path]) -> FoundSeries:
     """The series of images among DICOM files."""
-    parts: dict[tuple[str, str, str], list[Slice]] = defaultdict(list)
+    parts: dict[tuple[str, str, str], list[Header]] = defaultdict(list)
     seen: set[str] = set()
     doubled: list[Path] = []
     damaged: list[Path] = []
     for path in paths:
         try:
-            with warnings.catch_warnings(action="ignore"):  # what is wrong in a header is told in words of our own
-                one, key = _look_at(path)
+            one = read_header(path)
         except Exception:  # what a damaged header can raise has no end
             damaged.append(path)
             continue
@@ -126,144 +80,89 @@ def find_series(paths: Iterable[Path]) -> FoundSeries:
         if one.uid in seen:
             doubled.append(path)
         else:
-            parts[key].append(one)
+            parts[_part_of(one.frames[0])].append(one)
         seen.add(one.uid)
     in_series = defaultdict(list)
-    for (uid, _, _), slices in parts.items():
-        in_series[uid].append(slices)
+    for (uid, _, _), files in parts.items():
+        in_series[uid].append(files)
     found = [
-        _series(slices, of_several=len(of_one) > 1, in_all=sum(map(len, of_one)))
+        _series(files, of_several=len(of_one) > 1, in_all=sum(map(len, of_one)))
         for of_one in in_series.values()
-        for slices in of_one
+        for files in of_one
     ]
     return FoundSeries(sorted(found, key=lambda series: (series.number, series.label)), doubled, damaged)
 
 
-def dicom_files(folder: Path) -> Iterator[Path]:
-    """Files below a folder that begin as DICOM files do."""
-    return (path for path in walk(folder) if _is_dicom(path))
+def _part_of(frame: Mapping[str, Any]) -> tuple[str, str, str]:
+    """The series of a slice, and what parts one series into several images."""
+    return str(frame["SeriesInstanceUID"]), component_of(frame), text_of(frame.get("EchoTime"))
 
 
-def walk(folder: Path) -> Iterator[Path]:
-    """Files below a folder in order, without hidden ones; folders that are links are not followed."""
-    number = 0
-    for below, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            number += 1
-            if number > MOST_FILES:
-                return
-            if not name.startswith("."):
-                yield Path(below, name)
-
-
-def study_of(folder: Path) -> str:
-    """StudyInstanceUID of the first image in a folder; empty where there is none."""
-    for path in dicom_files(folder):
-        with suppress(Exception):  # a damaged header, as above
-            if (header := _read_header(path)).get("Rows"):
-                return str(header.get("StudyInstanceUID", ""))
-    return ""
-
-
-def _look_at(path: Path) -> tuple[Slice | None, tuple[str, str, str]]:
-    """An image and the part of a series that it belongs to; None for DICOM files without an image."""
-    header = _read_header(path)
-    if not header.get("Rows") or not header.get("SeriesInstanceUID"):
-        if header.get("Modality", "MR") != "MR" or header.file_meta.MediaStorageSOPClassUID in _NO_IMAGES:
-            return None, ("", "", "")
-        raise ValueError("no image")
-    flat = _flat(header)
-    key = str(header.SeriesInstanceUID), _component(flat), _text(flat.get("EchoTime"))
-    uid = str(header.get("SOPInstanceUID") or path)
-    return Slice(path, uid, header, flat, _problem_of_file(path, header)), key
-
-
-def _read_header(path: Path) -> Dataset:
-    """What matters of the header of a DICOM file; raises anything."""
-    with path.open("rb") as file:
-        syntax = read_file_meta_info(path).get("TransferSyntaxUID", "")
-        if syntax == DeflatedExplicitVRLittleEndian:
-            raise ValueError("deflated as a whole, which could unfold to any size")
-        header = pydicom.dcmread(file, stop_before_pixels=True, specific_tags=list(_TAGS))
-        header.pixels_at = file.tell()
-    return header
-
-
-def _is_dicom(path: Path) -> bool:
-    if path.name.lower().endswith((*_OTHER_FILES, ".nii", ".nii.gz")) or not path.is_file():
-        return False
-    try:
-        with path.open("rb") as file:
-            return file.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
-
-
-def _problem_of_file(path: Path, header: Dataset) -> str:
-    """Why the voxels of a file cannot be used, as far as its header and size tell."""
-    size = path.stat().st_size
-    frames = int(header.get("NumberOfFrames") or 1)
-    voxels = int(header.Rows) * int(header.Columns) * frames
-    if size > MOST_BYTES or voxels > MOST_VOXELS:
-        return f"{path.name} holds {voxels:,} voxels, expected at most {MOST_VOXELS:,}"
-    if int(header.get("SamplesPerPixel") or 1) != 1:
-        return f"{path.name} is in colour, expected intensities"
-    expected = voxels * int(header.get("BitsAllocated") or 16) // 8
-    plain = not header.file_meta.TransferSyntaxUID.is_compressed
-    if plain and size - header.pixels_at < expected:
-        return f"{path.name} is truncated: {size:,} bytes; export the series again"
-    return ""
-
-
-def _series(slices: list[Slice], of_several: bool, in_all: int) -> Series:
-    header = slices[0].header
-    fields = _fields(slices[0].flat)
-    number = _number(header.get("SeriesNumber")) or 0
-    description = _text(header.get("SeriesDescription"))
-    label = f"series {int(number)} '{description}'"
+def _series(files: list[Header], of_several: bool, in_all: int) -> Series:
+    first = files[0].frames[0]
+    fields = fields_of(first)
+    number = int(number_of(first.get("SeriesNumber")) or 0)
+    description = text_of(first.get("SeriesDescription"))
+    label = f"series {number} '{description}'"
     if of_several:
         component = fields.get("ComplexImageComponent", "")
         label += f" (echo {fields.get('EchoTime', 0) * 1000:g} ms{', ' + component.lower() if component else ''})"
+    slices = [(file.path, number) for file in files for number in range(len(file.frames))]
+    frames = [frame for file in files for frame in file.frames]
+    order: Sequence[int] = range(len(frames))
     try:
-        ordered, problem = _ordered(slices, in_all)
-    except Exception as error:  # as above
-        ordered, problem = slices, f"the geometry in its headers cannot be read ({error})"
+        if not (problem := _problem_of_frames(files, frames)):
+            order, problem = _in_order(frames, in_all)
+    except Exception as error:  # what a damaged header can raise has no end
+        problem = f"the geometry in its headers cannot be read ({error})"
     return Series(
         label=label,
-        uid=str(header.SeriesInstanceUID),
-        number=int(number),
+        uid=str(first["SeriesInstanceUID"]),
+        number=number,
         description=description,
-        files=tuple(one.path for one in ordered),
+        slices=tuple(slices[k] for k in order),
         fields=fields,
-        patient=(_text(header.get("PatientID")), _text(header.get("PatientName"))),
-        study=_text(header.get("StudyDate")) or str(header.get("StudyInstanceUID", "")),
-        problem=next((one.problem for one in slices if one.problem), "") or problem,
+        patient=(text_of(first.get("PatientID")), text_of(first.get("PatientName"))),
+        study=text_of(first.get("StudyDate")) or text_of(first.get("StudyInstanceUID")),
+        problem=next((file.problem for file in files if file.problem), "") or problem,
     )
 
 
-def _ordered(slices: list[Slice], in_all: int) -> tuple[list[Slice], str]:
-    """The slices along their normal, and what is wrong with the stack."""
-    header = slices[0].header
-    if header.get("NumberOfFrames", 1) not in (None, 1):
-        several = "several multi-frame files in one series; give each its own" if len(slices) > 1 else ""
-        return slices, several
-    if len(slices) < FEWEST_SLICES:
-        return slices, f"only {len(slices)} slices, expected at least {FEWEST_SLICES}"
-    if len(slices) > MOST_SLICES or len(slices) * int(header.Rows) * int(header.Columns) > MOST_VOXELS:
-        return slices, f"{len(slices)} slices of {header.Rows}×{header.Columns}, more than {MOST_VOXELS:,} voxels"
-    if len({(one.header.Rows, one.header.Columns, tuple(one.header.PixelSpacing)) for one in slices}) > 1:
-        return slices, "slices of different sizes in one series"
-    directions = np.array([one.header.ImageOrientationPatient for one in slices], float)
+def _problem_of_frames(files: list[Header], frames: list[Mapping[str, Any]]) -> str:
+    """Why slices do not belong together, or are too few or too many."""
+    first = frames[0]
+    rows, columns = int(first["Rows"]), int(first["Columns"])
+    if len(frames) > len(files) > 1:
+        return "several multi-frame files in one series; give each its own"
+    if len({_part_of(frame) for frame in frames}) > 1:
+        return "one multi-frame file with several echoes, or magnitude and phase; export each alone"
+    if len(frames) < FEWEST_SLICES:
+        return f"only {len(frames)} slices, expected at least {FEWEST_SLICES}"
+    if len(frames) > MOST_SLICES or len(frames) * rows * columns > MOST_VOXELS:
+        return f"{len(frames)} slices of {rows}×{columns}, more than {MOST_VOXELS:,} voxels"
+    if len({(one["Rows"], one["Columns"], tuple(one["PixelSpacing"])) for one in frames}) > 1:
+        return "slices of different sizes in one series"
+    directions = np.array([one["ImageOrientationPatient"] for one in frames], float)
     if np.abs(directions - directions[0]).max() > 0.01:
-        return slices, "slices of several orientations in one series"
-    normal = np.cross(directions[0, :3], directions[0, 3:])
-    positions = np.array([one.header.ImagePositionPatient for one in slices], float)
+        return "slices of several orientations in one series"
+    return ""
+
+
+def _in_order(frames: list[Mapping[str, Any]], in_all: int) -> tuple[Sequence[int], str]:
+    """The order of the slices along their normal, and what is wrong with the stack."""
+    across, down = np.array(frames[0]["ImageOrientationPatient"], float).reshape(2, 3)
+    normal = np.cross(across, down)
+    positions = np.array([one["ImagePositionPatient"] for one in frames], float)
     order = np.argsort(positions @ normal, kind="stable")
-    return [slices[k] for k in order], _problem_of_stack(positions[order], normal, header, in_all)
+    in_acquisition = number_of(frames[0].get("ImagesInAcquisition")) or 0
+    if problem := _problem_of_stack(positions[order], normal):
+        return order.tolist(), problem
+    if in_all < in_acquisition and "NumberOfFrames" not in frames[0]:
+        return order.tolist(), f"slices are missing: {in_all} of {in_acquisition:g}; export the series again"
+    return order.tolist(), ""
 
 
-def _problem_of_stack(positions: np.ndarray, normal: np.ndarray, header: Dataset, in_all: int) -> str:
+def _problem_of_stack(positions: np.ndarray, normal: np.ndarray) -> str:
     heights = positions @ normal
     gaps = np.diff(heights)
     gap = float(np.median(gaps))
@@ -274,82 +173,8 @@ def _problem_of_stack(positions: np.ndarray, normal: np.ndarray, header: Dataset
         return f"4D: {len(positions)} slices at {places} places, expected one each; export one volume alone"
     if np.abs(gaps - gap).max() > 0.1 * gap:
         return f"slices are missing: they lie {gaps.min():.2f} to {gaps.max():.2f} mm apart; export the series again"
-    expected = _number(header.get("ImagesInAcquisition")) or 0
-    if in_all < expected:
-        return f"slices are missing: {in_all} of {expected:g}; export the series again"
     way = positions[-1] - positions[0]
     lean = np.degrees(np.arccos(np.clip(way @ normal / np.linalg.norm(way), -1, 1)))
     if lean > TILT_DEGREES:
         return f"the gantry was tilted: the stack leans by {lean:.1f} degrees; resample it to right angles"
     return ""
-
-
-# Headers under the names of BIDS sidecars
-
-
-def _fields(flat: Mapping[str, Any]) -> dict[str, Any]:
-    fields: dict[str, Any] = {name: _text(flat[name]) for name in _TEXT if _text(flat.get(name))}
-    for name in _LISTS:
-        if flat.get(name):
-            value = flat[name]
-            fields[name] = [_text(part) for part in ([value] if isinstance(value, str) else value)]
-    for name, own in _MILLISECONDS.items():
-        if (milliseconds := _number(flat.get(name))) is not None:
-            fields[own] = milliseconds / 1000
-    for name in ("FlipAngle", "MagneticFieldStrength", "SliceThickness", "ContrastBolusVolume"):
-        if (number := _number(flat.get(name))) is not None:
-            fields[name] = number
-    if agent := _text(flat.get("ContrastBolusAgent")):
-        fields["ContrastBolusIngredient"] = agent
-    if component := _component(flat):
-        fields["ComplexImageComponent"] = component
-    fields["AngioFlag"] = _text(flat.get("AngioFlag"))
-    fields["SeriesNumber"] = int(_number(flat.get("SeriesNumber")) or 0)
-    return fields
-
-
-def _flat(header: Dataset) -> dict[str, Any]:
-    """Keyword -> value; of multi-frame files also what holds for all frames, or for the first."""
-    flat: dict[str, Any] = {}
-    sequences = [header]
-    while sequences:
-        for element in sequences.pop(0):
-            if element.VR != "SQ":
-                flat.setdefault(element.keyword, element.value)
-            elif header.get("SOPClassUID") == EnhancedMRImageStorage:
-                sequences.extend(element.value[:1])
-    return flat
-
-
-def _component(flat: Mapping[str, Any]) -> str:
-    """PHASE, REAL or IMAGINARY where that is what the voxels hold; empty for magnitudes."""
-    own = _text(flat.get("ComplexImageComponent")).upper()
-    types = {_text(part).upper() for part in flat.get("ImageType") or ()}
-    for name, marks in COMPONENTS.items():
-        if own == name or types & marks:
-            return name
-    return ""
-
-
-COMPONENTS = {
-    "PHASE": {"P", "PHASE", "PHASE MAP", "P_FFE", "P_SE", "P_IR"},
-    "REAL": {"R", "REAL", "R_FFE", "R_SE", "R_IR"},
-    "IMAGINARY": {"I", "IMAGINARY", "I_FFE", "I_SE", "I_IR"},
-}
-"""Component of the complex signal -> how image types say so."""
-
-
-def _text(value: object) -> str:
-    """A value as one short printable line."""
-    text = "" if value is None else str(value)
-    return "".join(letter if letter.isprintable() else "?" for letter in text).strip()[:200]
-
-
-def _number(value: Any) -> float | None:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        value = value[0] if len(value) else None
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if np.isfinite(number) else None

@@ -10,7 +10,7 @@ import numpy as np
 import pydicom
 import pytest
 from pydicom.uid import DeflatedExplicitVRLittleEndian
-from raw_scans import LPS, small, write_dicom, write_head, write_study
+from raw_scans import LPS, as_multi_frame, small, write_dicom, write_head, write_study
 
 from cwdm.errors import CaseError, InputError
 from cwdm.scans import Patient, find_patients, read_patient, read_table
@@ -199,6 +199,17 @@ def test_two_echoes_of_one_series_are_two_images(tmp_path: Path, read: Callable[
     assert patient.passed_over[0].line == "passed over series 2 'AX DE' (echo 20 ms): nothing tells its modality"
 
 
+def test_multi_frame_file(tmp_path: Path, read: Callable[..., Patient]) -> None:
+    slices = write_dicom(tmp_path / "slices", *small("t2f"), "t2f", SeriesDescription="AX 4")
+    as_multi_frame(slices, tmp_path / "in" / "A" / "x.dcm")
+    scan = read(tmp_path / "in").scans["t2f"]
+    assert scan.metadata["InversionTime"] == 2.5
+    assert np.asarray(nib.load(scan.path).dataobj).sum() == small("t2f")[0].sum()
+    (slices / "0333.dcm").unlink()  # the tenth
+    as_multi_frame(slices, tmp_path / "in" / "A" / "x.dcm")
+    assert "slices are missing: they lie 5.00 to 10.00 mm apart" in reason_of(read, tmp_path / "in" / "A")
+
+
 def test_a_bad_patient_leaves_the_others(nifti: Path, tmp_path: Path) -> None:
     shutil.copytree(nifti, nifti.parent / "B")
     (nifti / "t1.nii.gz").write_bytes(b"no gzip")
@@ -371,6 +382,21 @@ def test_nifti_that_is_no_scan(fault: str, message: str, nifti: Path, read: Call
 
 
 # Hostile input
+
+
+@pytest.mark.filterwarnings("error")
+def test_damaged_headers_damage_no_more_than_a_message(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    slices = write_dicom(tmp_path / "in" / "A", *small("t2f"), "t2f")
+    whole = as_multi_frame(slices, tmp_path / "whole.dcm").read_bytes()
+    for number in range(60):
+        damaged = bytearray(whole)
+        for at in rng.integers(0, 9000, rng.integers(1, 20)):
+            damaged[at] = rng.integers(256)
+        (slices / f"{number}.dcm").write_bytes(damaged[: rng.integers(200, 2 * len(damaged))])
+    (found,) = find_patients(tmp_path / "in")
+    with pytest.raises(CaseError):
+        read_patient(found, tmp_path)
 
 
 def test_deflated_headers_are_not_unfolded(tmp_path: Path) -> None:

@@ -8,11 +8,12 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from raw_scans import write_head, write_study
+from raw_scans import as_multi_frame, small, write_dicom, write_head, write_study
 
 from cwdm.errors import CaseError, NameInUseError
 from cwdm.images import Volume
 from cwdm.scans import Patient, Provenance, find_patients, read_patient, write_derivative, write_derived_series
+from cwdm.scans.convert import convert_series
 from cwdm.scans.series import find_series
 
 
@@ -79,8 +80,6 @@ def test_derived_series_lies_where_its_source_lies(from_dicom: Patient, tmp_path
 
 
 def test_derived_series_reads_back_as_the_volume(from_dicom: Patient, tmp_path: Path) -> None:
-    from cwdm.scans.convert import convert_series
-
     like = from_dicom.scans["t2f"]
     volume = synthetic(from_dicom, "t2f")
     files = write_derived_series(tmp_path / "s", "A", "t1c", volume, like, provenance(from_dicom))
@@ -88,6 +87,20 @@ def test_derived_series_reads_back_as_the_volume(from_dicom: Patient, tmp_path: 
     image = nib.load(convert_series("A", series, tmp_path))
     np.testing.assert_array_equal(image.get_fdata(), volume)
     np.testing.assert_allclose(image.affine, like.affine, atol=1e-5)
+
+
+def test_derived_series_of_a_multi_frame_file(tmp_path: Path) -> None:
+    slices = write_dicom(tmp_path / "slices", *small("t2f"), "t2f")
+    as_multi_frame(slices, tmp_path / "in" / "A" / "x.dcm")
+    patient = read_one(tmp_path / "in", tmp_path / "work")
+    like, volume = patient.scans["t2f"], synthetic(patient, "t2f")
+    files = write_derived_series(tmp_path / "s", "A", "t1c", volume, like, provenance(patient))
+    (series,) = find_series(files).series
+    image = nib.load(convert_series("A", series, tmp_path))
+    np.testing.assert_array_equal(image.get_fdata(), volume)
+    np.testing.assert_allclose(image.affine, like.affine, atol=1e-5)
+    frames = [pydicom.dcmread(path).SourceImageSequence[0].ReferencedFrameNumber for path in files]
+    assert frames == list(range(1, 39))
 
 
 def test_small_values_get_a_slope(from_dicom: Patient, tmp_path: Path) -> None:
