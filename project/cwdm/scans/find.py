@@ -13,7 +13,7 @@ from cwdm.errors import CaseError, InputError
 from cwdm.images import MODALITIES, list_folder
 from cwdm.scans import bids
 from cwdm.scans.convert import convert_series
-from cwdm.scans.headers import dicom_files, study_of, walk
+from cwdm.scans.headers import dicom_files, is_dicom, study_of, walk
 from cwdm.scans.images_of import FoundImage, images_of
 from cwdm.scans.naming import Naming, name_image
 from cwdm.scans.patient import PassedOver, Patient, PatientFolder, Scan
@@ -60,6 +60,7 @@ def read_patient(found: PatientFolder, work: Path, table: ModalityTable | None =
 
     Raises:
         CaseError: an image is ambiguous or unsuited, or there is none.
+        InputError: there are far too many files.
     """
     images, passed = images_of(found)
     rows = (table or ModalityTable()).rows_of(found.name)
@@ -190,7 +191,7 @@ def _has_images(folder: Path) -> bool:
 
 def _one_study(scans: Path, folders: list[Path]) -> bool:
     """Whether a folder holds DICOM files itself, or its folders are the series of one study."""
-    if any(path.parent == scans for path in dicom_files(scans)):
+    if any(map(is_dicom, scans.iterdir())):
         return True
     studies = [study for folder in folders if (study := study_of(folder))]
     return len(studies) > 1 and len(set(studies)) == 1

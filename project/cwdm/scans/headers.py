@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from cwdm.errors import needs_extra
+from cwdm.errors import InputError, needs_extra
 
 with needs_extra("scans", "DICOM"):
     import pydicom
@@ -89,18 +89,24 @@ def frames_of(header: Dataset) -> list[dict[str, Any]]:
 
 def dicom_files(folder: Path) -> Iterator[Path]:
     """Files below a folder that begin as DICOM files do."""
-    return (path for path in walk(folder) if _is_dicom(path))
+    return (path for path in walk(folder) if is_dicom(path))
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Files below a folder in order, without hidden ones; folders that are links are not followed."""
+    """Files below a folder in order, without hidden ones; folders that are links are not followed.
+
+    Raises:
+        InputError: there are too many to be one patient's.
+    """
     number = 0
     for below, folders, names in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             number += 1
             if number > MOST_FILES:
-                return
+                raise InputError(
+                    f"{folder} holds more than {MOST_FILES:,} files; give each patient a folder of its own"
+                )
             if not name.startswith("."):
                 yield Path(below, name)
 
@@ -197,7 +203,8 @@ def _read(path: Path) -> Dataset:
     return header
 
 
-def _is_dicom(path: Path) -> bool:
+def is_dicom(path: Path) -> bool:
+    """Whether a file begins as DICOM files do."""
     if path.name.lower().endswith((*_OTHER_FILES, ".nii", ".nii.gz")) or not path.is_file():
         return False
     try:

@@ -56,11 +56,13 @@ for _meaning, _words in (*_WORDS.items(), *_REASONS.items(), ("", _NEUTRAL)):
 _GLUED = re.compile("|".join(sorted(map(re.escape, _MEANINGS), key=len, reverse=True)))
 _AGENTS = r"(?:contrast|gd|gad|gado|gadolinium|ce|km|c)"
 _REWRITTEN = (
+    (re.compile(rf"(?<![a-z0-9])w(?:ith)?[\W_]*(?:and)?[\W_]*w(?:ithout|/?o)(?:[\W_]*{_AGENTS})?(?![a-z0-9])"), " "),
     (re.compile(r"(?<![a-z0-9])(?:sub|ses)-[a-z0-9]+"), " "),  # BIDS: whose image it is
     (re.compile(r"(?<![a-z0-9])ce-(?:none|no|without|pre)(?![a-z0-9])"), " native "),
     (re.compile(rf"\b(?:without|w/?o|non?|pre)[\W_]*{_AGENTS}(?![a-z0-9])"), " native "),
     (re.compile(r"\b(?:pre|post)[\W_]?op(?:erative)?(?![a-z0-9])"), " "),
-    (re.compile(r"\+ ?c(?![a-z0-9])"), " gd "),
+    (re.compile(r"\+ ?c(?![a-z0-9])|(?<![a-z0-9])c ?\+"), " gd "),
+    (re.compile(r"(?<![a-z0-9])c-(?![a-z0-9])"), " native "),
     (re.compile(r"t2[\W_]?(?:\*|star)"), " t2star "),
     (re.compile(r"dark[\W_]fluid"), " darkfluid "),
     (re.compile(r"(?<![a-z0-9])[es](?=t[12]w)"), ""),  # Philips: eT1W, sT2W

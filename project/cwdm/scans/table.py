@@ -24,7 +24,7 @@ class Row:
 
     def is_about(self, patient: str) -> bool:
         """Whether the row is about a patient."""
-        return not self.patient or fnmatch.fnmatchcase(patient.casefold(), self.patient.casefold())
+        return self.patient in ("", patient) or fnmatch.fnmatchcase(patient.casefold(), self.patient.casefold())
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,12 @@ class ModalityTable:
 def match(rows: list[Row], names: tuple[str, ...]) -> Row | None:
     """The first row about an image that goes by these names."""
     folded = [name.casefold() for name in names if name]
-    return next((row for row in rows if any(fnmatch.fnmatchcase(name, row.scan.casefold()) for name in folded)), None)
+
+    def fits(row: Row) -> bool:
+        pattern = row.scan.casefold()
+        return any(name == pattern or fnmatch.fnmatchcase(name, pattern) for name in folded)
+
+    return next(filter(fits, rows), None)
 
 
 def read_table(path: Path) -> ModalityTable:

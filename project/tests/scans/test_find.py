@@ -1,6 +1,7 @@
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from pydicom.uid import DeflatedExplicitVRLittleEndian
 from raw_scans import LPS, as_multi_frame, small, write_dicom, write_head, write_study
 
-from cwdm.errors import CaseError, InputError
+from cwdm.errors import CaseError, CwdmError, InputError
 from cwdm.scans import Patient, find_patients, read_patient, read_table
 
 SOURCES = {"t1n": "t1.nii.gz", "t1c": "t1_gd.nii", "t2w": "T2W.nii.gz", "t2f": "p_flair.nii.gz"}
@@ -426,3 +427,13 @@ def test_sidecar_of_any_content(nifti: Path, read: Callable[..., Patient]) -> No
     (nifti / "T2W.json").write_text("[" * 100_000)
     (nifti / "p_flair.json").write_bytes(b"\xff\xfe{")
     assert len(read(nifti.parent).scans) == 4
+
+
+def test_without_the_extra_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in sys.modules if name.startswith(("cwdm.scans", "pydicom"))]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "pydicom", None)
+    import cwdm.scans
+
+    with pytest.raises(CwdmError, match=r"pydicom is missing; pip install 'cwdm\[scans\]' brings DICOM"):
+        _ = cwdm.scans.find_patients

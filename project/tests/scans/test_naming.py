@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 
-from cwdm.scans.naming import name_image
+from cwdm.scans.naming import meanings_of, name_image
 
 SE = {"ScanningSequence": "SE"}
 FLAIR = {"EchoTime": 0.11, "RepetitionTime": 9.0, "InversionTime": 2.5, "ScanningSequence": "SE\\IR"}
@@ -19,8 +19,11 @@ MPRAGE = {
     ("text", "modality"),
     [
         *[(text, "t1n") for text in ("t1", "T1W", "t1n", "AX T1 PRE GD", "t1_mprage_sag", "eT1W_TSE", "SAG BRAVO")],
-        *[(text, "t1n") for text in ("T1 without contrast", "t1 non-contrast", "post-op T1", "sub-03_ses-post_T1w")],
-        *[(text, "t1c") for text in ("t1ce", "T1Gd", "t1c", "AX T1 POST GAD", "t1 +C", "axt1post", "T1_KM")],
+        *[
+            (text, "t1n")
+            for text in ("T1 without contrast", "T1 C-", "t1 non-contrast", "post-op T1", "sub-03_ses-post_T1w")
+        ],
+        *[(text, "t1c") for text in ("t1ce", "T1Gd", "t1c", "AX T1 POST GAD", "t1 +C", "T1 C+", "axt1post", "T1_KM")],
         *[(text, "t1c") for text in ("sub-01_ce-gadolinium_T1w", "T1W_3D_FFE_GD", "ax_t1_se_contrast")],
         *[(text, "t2w") for text in ("t2", "T2W", "t2_tse_tra", "sT2W_TSE", "AX T2", "sub-pre_ses-1_T2w")],
         *[(text, "t2f") for text in ("fla", "FLAIR", "T2_FLAIR", "t2f", "Ax T2 FLAIR", "t2_tirm_tra_dark-fluid")],
@@ -113,6 +116,13 @@ def test_timings_decide_between_two_words_and_confirm_a_flair_without_inversion_
 
 def test_mpr_in_the_name_of_an_original_is_an_mprage() -> None:
     assert name_image(["t1_mpr_ns_sag"], {**MPRAGE, "ImageType": ["ORIGINAL", "PRIMARY"]}).modality == "t1n"
+
+
+@pytest.mark.parametrize(
+    "visit", ["BRAIN W/WO CONTRAST", "Head with and without Gd", "BRAIN W WO", "brain w & w/o contrast"]
+)
+def test_a_visit_with_and_without_agent_tells_of_no_image(visit: str) -> None:
+    assert meanings_of(visit) == set()
 
 
 def test_only_words_tell_that_no_agent_was_given() -> None:
