@@ -5,7 +5,7 @@ by one, so that a bad one takes no other down.
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -73,7 +73,8 @@ def read_patient(found: PatientFolder, work: Path, table: ModalityTable | None =
     loaded = [_load(found.name, modality, image, work) for modality, image in chosen.items()]
     _check_different(found.name, loaded)
     scans = MappingProxyType({scan.modality: scan for scan, _ in loaded})
-    return Patient(found.name, scans, tuple(passed), found.subject, found.session, found.dataset)
+    remarks = _remarks(chosen, named)
+    return Patient(found.name, scans, tuple(passed), remarks, found.subject, found.session, found.dataset)
 
 
 # Naming
@@ -135,6 +136,16 @@ def _without_copies(
                 continue
         kept.append((image, naming))
     return kept, passed
+
+
+def _remarks(chosen: Mapping[str, FoundImage], named: Iterable[tuple[FoundImage, Naming]]) -> tuple[str, ...]:
+    """That a T1 is before contrast agent is only certain where something says so, or another one is after it."""
+    silent = any(image is chosen.get("t1n") and not naming.said for image, naming in named)
+    if silent and "t1c" not in chosen:
+        return (
+            f"{chosen['t1n'].source} is taken for t1n: nothing says that contrast agent was given, or that none was",
+        )
+    return ()
 
 
 def _why_ambiguous(modality: str, group: list[tuple[FoundImage, Naming]]) -> str:

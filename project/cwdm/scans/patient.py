@@ -53,6 +53,7 @@ class Patient:
         name: of the folder, or sub-<label>[_ses-<label>].
         scans: modality -> scan, in the order of MODALITIES.
         passed_over: images that were not taken.
+        remarks: what a person should know of those that were.
         subject: BIDS label, without `sub-`.
         session: BIDS label, without `ses-`; empty without sessions.
         dataset: the BIDS dataset that the patient belongs to, if it is one.
@@ -61,6 +62,7 @@ class Patient:
     name: str
     scans: Mapping[str, Scan]
     passed_over: tuple[PassedOver, ...] = ()
+    remarks: tuple[str, ...] = ()
     subject: str = ""
     session: str = ""
     dataset: Path | None = None

@@ -189,6 +189,15 @@ def test_derived_series_and_copies_are_passed_over_by_name(dicom: Path, read: Ca
     assert patient.scans["t2w"].source == "series 4 'AX T2 TSE'"
 
 
+def test_a_lone_t1_that_says_nothing_of_contrast_agent_is_remarked(nifti: Path, read: Callable[..., Patient]) -> None:
+    assert read(nifti.parent).remarks == ()
+    (nifti / "t1_gd.nii").unlink()
+    (remark,) = read(nifti.parent).remarks
+    assert remark.startswith("t1.nii.gz is taken for t1n: nothing says that contrast agent was given")
+    (nifti / "t1.nii.gz").rename(nifti / "t1n.nii.gz")
+    assert read(nifti.parent).remarks == ()
+
+
 def test_two_echoes_of_one_series_are_two_images(tmp_path: Path, read: Callable[..., Patient]) -> None:
     volume, affine = small("t2w")
     both = {"SeriesInstanceUID": "1.2.3", "SeriesDescription": "AX DE", "SeriesNumber": 2, "RepetitionTime": 3000.0}
