@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ MOST_AT_ONCE = 8
 """Tasks that a worker is given together, so that reading, computing and writing overlap."""
 
 PATIENCE_S = 20
-"""How long a worker that was told to leave may take."""
+"""How long a worker that was told to leave may take, and all of them together at the end of a run."""
 
 Serve = Callable[[Iterator[list[Task]], Callable[[Message], None]], None]
 """What a worker does with the tasks that it is given, and a function that posts what comes of them."""
@@ -105,8 +106,9 @@ class ProcessGroup:
         everyone = [*self._leaving, *self._workers.values()]
         for worker in everyone if any(fault) else ():
             worker.process.terminate()
+        deadline = time.monotonic() + PATIENCE_S  # of all of them: their last moments pass at the same time
         for worker in everyone:
-            worker.end()
+            worker.end(deadline)
 
     def start_worker(self, place: int) -> None:
         worker = self._workers[place] = _start(self._environments[place])
@@ -163,10 +165,15 @@ class _Process:
         self.listener = Thread(target=pass_on, daemon=True)
         self.listener.start()
 
-    def end(self) -> str:
-        """Wait until it is gone; returns how it went."""
+    def end(self, deadline: float | None = None) -> str:
+        """Wait until it is gone; returns how it went.
+
+        Args:
+            deadline: by the monotonic clock, when it is killed; None: in `PATIENCE_S`.
+        """
+        left = PATIENCE_S if deadline is None else max(0.0, deadline - time.monotonic())
         try:
-            code = self.process.wait(PATIENCE_S)
+            code = self.process.wait(left)
         except subprocess.TimeoutExpired:
             self.process.kill()
             code = self.process.wait()

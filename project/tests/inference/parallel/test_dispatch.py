@@ -2,10 +2,13 @@
 
 import os
 import signal
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from cwdm.errors import CwdmError, DeviceLostError, OutputError
 from cwdm.images.cases import CaseFolder
 from cwdm.inference.cohort import Work
+from cwdm.inference.parallel import processes
 from cwdm.inference.parallel.dispatch import ATTEMPTS, IDLE, STARTS, Lost, Message, synthesise_among
 from cwdm.inference.parallel.processes import ProcessGroup
 from cwdm.inference.plan import Task
@@ -145,6 +149,11 @@ def full_disk(batches: Iterator[list[Task]], post: Callable[[Message], None]) ->
     raise OutputError("the disk is full")
 
 
+def wait_for_tasks(batches: Iterator[list[Task]], post: Callable[[Message], None]) -> None:
+    post(IDLE)
+    list(batches)
+
+
 def test_a_case_that_kills_its_worker_fails_by_name_and_alone(tmp_path: Path) -> None:
     said: list[str] = []
     with ProcessGroup(kill_over_b, [dict(os.environ)] * 2, said.append) as group:
@@ -163,3 +172,19 @@ def test_the_case_of_a_broken_device_is_done_by_another(tmp_path: Path) -> None:
 def test_what_no_worker_could_do_without_ends_the_run(tmp_path: Path) -> None:
     with ProcessGroup(full_disk, [dict(os.environ)], lambda _: None) as group, pytest.raises(OutputError, match="full"):
         dealt(group, [folder("a")], tmp_path)
+
+
+def test_workers_that_do_not_leave_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processes, "PATIENCE_S", 4)
+    with suppress(OutputError), ProcessGroup(wait_for_tasks, [dict(os.environ)] * 2, lambda _: None) as group:
+        for place in range(2):
+            group.start_worker(place)
+        assert {group.receive() for _ in range(2)} == {(place, IDLE) for place in range(2)}
+        workers = psutil.Process().children()
+        for worker in workers:
+            worker.suspend()
+        began = time.monotonic()
+        raise OutputError("the disk is full")
+    assert time.monotonic() - began < 7  # one by one they would take 8 s
+    assert len(workers) == 2
+    assert not any(worker.is_running() for worker in workers)
