@@ -78,7 +78,8 @@ def _take_steps(run: Run) -> None:
     batches = batches_of_steps(run.samples, run.fabric, range(run.step, settings.steps))
     with bars(shown=run.fabric.is_global_zero) as bar:
         task = bar.add_task("training", total=settings.steps, completed=run.step)
-        if validate.is_due(run):  # the one that the run was stopped in
+        # The validation that the run was stopped in, or the last weights, if it was killed between them and the state.
+        if validate.is_due(run) or run.step == settings.steps:
             after_step(run)
         while run.step < settings.steps:
             step(run, on_all_ranks(run.fabric, lambda: next_parts(run, batches)))

@@ -125,7 +125,6 @@ def resume(run: Run, state: "State | None") -> None:
     """
     if state is None:
         run.log.say("no state to go on from; starting at the first step")
-        run.passed_over = tuple(states(run.settings.out))
     else:
         header = state.header
         check_identity(run, state.path, header)
@@ -171,20 +170,25 @@ def kept_weights(out: Path) -> Path | None:
 
 
 def newest_whole_state(out: Path, say: Callable[[str], None]) -> State | None:
-    """The newest state that is whole; those that are not are named.
+    """The newest state that is whole; those that are not are named. None where there is no state at all.
 
     Raises:
-        SettingsError: one cannot be opened, which is no damage: whoever went on without it would replace it.
+        SettingsError: one cannot be read, which is no damage, or none is whole: whoever went on without them would
+            begin with the first step, and replace them and the weights beside them.
     """
     for path in reversed(states(out)):
         try:
             path.open("rb").close()
-        except OSError as error:
-            raise SettingsError(f"{path} cannot be read ({error.strerror}); make it readable, then resume") from error
-        try:
             with safetensors.safe_open(path, framework="pt") as file:
                 header = json.loads((file.metadata() or {})["cwdm"])
                 return State(path, header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-        except (safetensors.SafetensorError, OSError, ValueError, KeyError) as error:
+        except OSError as error:
+            raise SettingsError(f"{path} cannot be read ({error.strerror}); make it readable, then resume") from error
+        except (safetensors.SafetensorError, ValueError, KeyError) as error:
             say(f"warning: {path} is not whole ({error}); trying the one before")
+    if found := states(out):
+        raise SettingsError(
+            f"none of the states of {out} is whole ({', '.join(path.name for path in found)}), and from the first step "
+            f"on a run would replace them and its weights; put a copy of one into {out / 'states'}, or move {out} away"
+        )
     return None

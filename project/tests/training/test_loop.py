@@ -476,6 +476,27 @@ def test_a_damaged_state_is_passed_over(small: Path, tmp_path: Path) -> None:
     assert newest.read_bytes() == whole
 
 
+def test_a_run_whose_states_are_all_damaged_is_not_replaced_by_a_new_one(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    weights = train(settings(small, out))
+    for path in (out / "states").iterdir():
+        path.write_bytes(path.read_bytes()[:-100])
+    before = {path: path.read_bytes() for path in (*(out / "states").iterdir(), weights)}
+    with pytest.raises(SettingsError, match=r"none of the states .* is whole \(000000004.*000000006.*move .* away"):
+        train(settings(small, out), resume=True)
+    assert {path: path.read_bytes() for path in before} == before
+
+
+def test_a_run_that_was_killed_between_its_last_state_and_weights_writes_them(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    weights = train(settings(small, out))
+    last = weights.read_bytes()
+    shutil.rmtree(out / "newest")
+    shutil.rmtree(out / "raw")
+    assert train(settings(small, out), resume=True).read_bytes() == last
+    assert (out / "raw" / weights.name).is_file()
+
+
 def test_weights_whose_states_are_gone_are_not_replaced(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     weights = train(settings(small, out))
@@ -501,8 +522,7 @@ def test_a_state_that_cannot_be_opened_is_not_taken_for_damaged(small: Path, tmp
 def test_states_later_than_the_one_resumed_from_are_damaged_and_go(small: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     train(settings(small, out))
-    for path in (out / "states").iterdir():
-        path.write_bytes(b"damaged")
+    max((out / "states").iterdir()).write_bytes(b"damaged")
     (copy := out / "states" / "before-change.safetensors").write_bytes(b"the user's own")
     train(settings(small, out), resume=True)
     assert copy.read_bytes() == b"the user's own"
