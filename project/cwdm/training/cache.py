@@ -10,7 +10,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ import safetensors
 import safetensors.numpy
 
 from cwdm.errors import CaseError, OutputError
-from cwdm.files import check_writable, sha256, write_atomically, write_json
+from cwdm.files import check_writable, remove_stale, sha256, write_atomically, write_json
 from cwdm.images import DecodedFile, Grid, ImageSettings, Subject, Volumes, with_absent
 from cwdm.progress import tracked
 from cwdm.training.settings import DataSettings
@@ -33,6 +33,9 @@ FORMAT = 2
 INDEX = "index.json"
 FORECAST_FROM = 4
 """Cases that are decoded before it is said how much room all of them will take."""
+
+Look = tuple[int, int, str]
+"""Size, time of the last change and digest of a file."""
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -78,21 +81,30 @@ class Cache:
         self.folder, self.data, self.multiple = folder, data, multiple
         self.threads = max(data.workers, 1)  # as many as may read during training
         check_writable(folder)
+        remove_stale(folder)
 
-    def digests(self, subjects: Sequence[Subject], shown: bool = False) -> dict[Path, str]:
-        """SHA-256 of every file that can be read.
+    def digests(self, subjects: Sequence[Subject]) -> dict[Path, str]:
+        """SHA-256 of every file that can be read."""
+        return self.remember(self.looks(subjects))
+
+    def looks(self, subjects: Sequence[Subject], shown: bool = False) -> Iterator[tuple[Path, Look | None]]:
+        """Looks at every file, one after the other; None for those that cannot be read.
 
         Those whose place, size and time are as they were when last looked at are not read again.
         """
-        index = self.folder / INDEX
-        known = _read_index(index)
+        known = _read_index(self.folder / INDEX)
         files = sorted({file for subject in subjects for file in subject.files})
-        looks = _in_threads(lambda file: _look_at(file, known), files, self.threads)
-        looks = tracked(looks, len(files), "looking at files", shown)
-        seen = {file: entry for file, entry in zip(files, looks, strict=True) if entry}
-        entries = {os.path.realpath(file): entry for file, entry in seen.items()}
-        if any(known.get(path) != list(entry) for path, entry in entries.items()):
-            write_json(index, {**_read_index(index), **entries})  # read again: another run may have written since
+        found = _in_threads(lambda file: (file, _look_at(file, known)), files, self.threads)
+        return tracked(found, len(files), "looking at files", shown)
+
+    def remember(self, looks: Iterable[tuple[Path, Look | None]]) -> dict[Path, str]:
+        """Digest of every file that could be read; the next run need not read those again."""
+        seen = {file: look for file, look in looks if look}
+        entries = {os.path.realpath(file): look for file, look in seen.items()}
+        index = self.folder / INDEX
+        known = _read_index(index)  # now, as another run may have written since
+        if any(known.get(path) != list(look) for path, look in entries.items()):
+            write_json(index, {**known, **entries})
         return {file: digest for file, (_, _, digest) in seen.items()}
 
     def prepare(self, subject: Subject, digests: Mapping[Path, str]) -> CachedSubject:
@@ -111,8 +123,8 @@ class Cache:
 
     def prepare_all(
         self, subjects: Sequence[Subject], digests: Mapping[Path, str], shown: bool = False
-    ) -> list[CachedSubject | CaseError]:
-        """Like `prepare`, several at a time; what is wrong with a case stands in its place."""
+    ) -> Iterator[CachedSubject | CaseError]:
+        """Like `prepare`, several at a time as they are taken; what is wrong with a case stands in its place."""
 
         def one(subject: Subject) -> CachedSubject | CaseError:
             try:
@@ -121,7 +133,7 @@ class Cache:
                 return error
 
         results = _in_threads(one, subjects, self.threads)
-        return list(tracked(results, len(subjects), "decoding cases", shown))
+        return tracked(results, len(subjects), "decoding cases", shown)
 
     def forecast(
         self, subjects: Sequence[Subject], digests: Mapping[Path, str], say: Callable[[str], None]
@@ -214,7 +226,7 @@ def _read_entry(path: Path) -> DecodedFile | None:
         return None
 
 
-def _look_at(file: Path, known: Mapping[str, Any]) -> tuple[int, int, str] | None:
+def _look_at(file: Path, known: Mapping[str, Any]) -> Look | None:
     """Size, time and digest of a file, this from the index if nothing speaks against it; None if it cannot be read."""
     try:
         stat = file.stat()

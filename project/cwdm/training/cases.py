@@ -13,7 +13,7 @@ from cwdm.images import MODALITIES, Subject, find_cases, list_subjects
 from cwdm.progress import printable, to_stderr
 from cwdm.training.cache import Cache, CachedSubject
 from cwdm.training.data import Samples
-from cwdm.training.launch import gather, on_all_ranks, processes
+from cwdm.training.launch import gather, on_all_ranks, processes, results_of_all
 from cwdm.training.loader import check_shared_memory
 from cwdm.training.settings import DataSettings, TrainingSettings
 
@@ -112,11 +112,12 @@ def _decode(
 ) -> list[CachedSubject | CaseError]:
     """Each case in the cache, or what is wrong with it; the processes of a machine share its cache and the work."""
     zero, rank, ranks = fabric.is_global_zero, fabric.local_rank, processes(settings)[0]
-    digests = fabric.broadcast(on_all_ranks(fabric, lambda: cache.digests(subjects, shown=True) if zero else {}))
+    looks = results_of_all(fabric, cache.looks(subjects, shown=True) if zero else iter(()))
+    digests = fabric.broadcast(on_all_ranks(fabric, lambda: cache.remember(looks) if zero else {}))
     few = on_all_ranks(fabric, lambda: cache.forecast(subjects, digests, say) if rank == 0 else [])
     # Rather than after an hour of decoding.
     on_all_ranks(fabric, lambda: _check_memory(Samples(few, cache, settings), fabric))
-    mine = on_all_ranks(fabric, lambda: cache.prepare_all(subjects[rank::ranks], digests, shown=zero))
+    mine = results_of_all(fabric, cache.prepare_all(subjects[rank::ranks], digests, shown=zero))
     results: list[Any] = [None] * len(subjects)
     for places in gather(fabric, dict(zip(range(rank, len(subjects), ranks), mine, strict=True))):
         for place, result in places.items():

@@ -1,7 +1,10 @@
 """Devices and processes of a training run, and what they do together."""
 
 import os
-from collections.abc import Callable
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
 
@@ -19,8 +22,19 @@ from cwdm.training.settings import TrainingSettings
 T = TypeVar("T")
 
 
+PATIENCE_MIN = 30
+"""How long processes wait for one that died or hangs, where no launcher ends them before."""
+
+BETWEEN_MEETINGS_S = 60
+"""Longest work of a process, but for a last case of it, before it hears how the others are: see `results_of_all`."""
+
+
 class TrainingError(CwdmError):
     """The run cannot go on."""
+
+
+class LostProcessError(TrainingError):
+    """Another process of the run died or hangs, so that nothing more can be done together."""
 
 
 def launch(settings: TrainingSettings) -> Fabric:
@@ -30,8 +44,7 @@ def launch(settings: TrainingSettings) -> Fabric:
     device = "cuda" if settings.device != "cpu" and torch.cuda.is_available() else "cpu"
     devices, nodes = processes(settings)
     _check_shares(settings, devices * nodes)
-    # Ranks wait for each other while one decodes, validates or saves.
-    strategy: Any = DDPStrategy(timeout=timedelta(days=1)) if devices * nodes > 1 else "auto"
+    strategy: Any = DDPStrategy(timeout=timedelta(minutes=PATIENCE_MIN)) if devices * nodes > 1 else "auto"
     precision: Any = "bf16-mixed" if settings.precision == "bf16" else "32-true"
     # In a batch script Slurm's variables are there too, and Fabric would wait for tasks that no one started.
     waits = (job := slurm_job()) and not job.is_task and not torch.distributed.is_torchelastic_launched()
@@ -71,6 +84,24 @@ def processes(settings: TrainingSettings) -> tuple[int, int]:
     return settings.devices, settings.nodes
 
 
+@contextmanager
+def lost_processes_told() -> Iterator[None]:
+    """A block in which processes talk; raises LostProcessError where one does not answer any more."""
+    try:
+        yield
+    except RuntimeError as error:  # of the backends, only NCCL's has a type of its own
+        if not (isinstance(error, torch.distributed.DistError) or _NO_ANSWER.search(str(error))):
+            raise
+        reason = (str(error).splitlines() or [""])[0]
+        raise LostProcessError(
+            "another process of this run died or hangs; what it or its launcher said last tells why (a line 'Killed', "
+            f"or SIGKILL, means lack of memory). --resume goes on from the newest state ({reason})"
+        ) from error
+
+
+_NO_ANSWER = re.compile(r"gloo|NCCL|Connection (reset|closed) by peer")
+
+
 def on_all_ranks(fabric: Fabric, work: Callable[[], T]) -> T:
     """Do something in every process; if it fails in one, the others stop too instead of waiting for ever."""
     fault: Exception | None = None
@@ -84,6 +115,28 @@ def on_all_ranks(fabric: Fabric, work: Callable[[], T]) -> T:
     if failed:
         raise TrainingError("another process failed; its message says why")
     return done
+
+
+def results_of_all(fabric: Fabric, results: Iterator[T]) -> list[T]:
+    """This process's results of long work. Meanwhile the processes meet, so that none waits long for one that is lost.
+
+    Args:
+        results: made one by one as they are taken.
+    """
+    done: list[T] = []
+    while any(largest(fabric, on_all_ranks(fabric, lambda: _take_some(results, done)))):
+        pass
+    return done
+
+
+def _take_some(results: Iterator[T], done: list[T]) -> bool:
+    """Whether there may be more."""
+    start = time.monotonic()
+    for result in results:
+        done.append(result)
+        if time.monotonic() - start > BETWEEN_MEETINGS_S:
+            return True
+    return False
 
 
 def gather(fabric: Fabric, mine: T) -> list[T]:

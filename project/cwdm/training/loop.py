@@ -22,7 +22,7 @@ from cwdm.progress import bars
 from cwdm.signals import handled
 from cwdm.training import saving, validate
 from cwdm.training.data import assemble
-from cwdm.training.launch import TrainingError, largest, launch, on_all_ranks
+from cwdm.training.launch import LostProcessError, TrainingError, largest, launch, lost_processes_told, on_all_ranks
 from cwdm.training.loader import STOPPING, batches_of_steps
 from cwdm.training.losses import losses as subbands
 from cwdm.training.losses import total
@@ -51,11 +51,11 @@ def train(settings: TrainingSettings, resume: bool = False) -> Path:
     Raises:
         SettingsError: settings that do not fit the machine or the run's folder.
         InputError, CaseError: no usable data.
-        TrainingError: the loss stayed without a finite value.
+        TrainingError: the loss stayed without a finite value, or another process of the run is lost.
         OutputError: the disk is full or not writable; the states that were written stay whole.
     """
-    run = start(settings, launch(settings), resume)
-    go_on(run)
+    with lost_processes_told():
+        go_on(start(settings, launch(settings), resume))
     return saving.weights_path(settings, "newest")
 
 
@@ -67,9 +67,10 @@ def go_on(run: Run) -> None:
 
     with _arithmetic(run.settings), handled(stop, STOPPING), closing(run.log):
         try:
-            _take_steps(run)
-        except Exception:
-            saving.rescue(run)
+            with lost_processes_told():
+                _take_steps(run)
+        except Exception as error:
+            saving.rescue(run, isinstance(error, LostProcessError))
             raise
 
 

@@ -65,10 +65,14 @@ def save(run: Run, alone: bool = False) -> None:
         run.writer.write(_writing(run, moments))
 
 
-def rescue(run: Run) -> None:
-    """Save the steps that the run would lose by an exception; where that fails too, say so and no more."""
-    alone = run.stage != "between"
-    if run.step == run.begun:
+def rescue(run: Run, lost_process: bool = False) -> None:
+    """Save the steps that the run would lose by an exception; where that fails too, say so and no more.
+
+    Args:
+        lost_process: another one is gone. Those that are left have the same to save, so that one of them is enough.
+    """
+    alone = run.stage != "between" or lost_process
+    if run.step == run.begun or (lost_process and not run.fabric.is_global_zero):
         return
     if run.stage == "updating":
         reason = "the weights were being changed"
@@ -92,7 +96,9 @@ def _writing(run: Run, moments: Mapping[int, Mapping[str, Tensor]]) -> Callable[
     """What writes the newest weights and the state, each whole or not at all; older states go once it is there."""
     tensors, settings, config = _copied(state_tensors(run, moments)), run.settings, run.model.config
     best = run.best if math.isfinite(run.best) else None
-    header = json.dumps({"step": run.step, "best": best, "validated": run.validated, **identity(run)})
+    header = json.dumps(
+        {"step": run.step, "steps": settings.steps, "best": best, "validated": run.validated, **identity(run)}
+    )
     path, of_mean, of_raw = _state_path(settings.out, run.step), describe(run), describe(run, RAW)
     passed_over, run.passed_over = [other for other in run.passed_over if other != path], ()
 
@@ -138,6 +144,9 @@ def resume(run: Run, state: "State | None") -> None:
             )
         run.passed_over = tuple(path for path in states(run.settings.out) if int(path.stem) > run.step)
         run.validated = int(header.get("validated", run.step))
+        if (steps := header.get("steps", run.settings.steps)) != run.settings.steps:
+            # The learning rate falls towards it, unless it is constant.
+            run.log.say(f"going on with another end: the last step is {run.settings.steps} instead of {steps}")
         run.log.say(f"going on after step {run.step} of {run.settings.steps} from {state.path}")
     steps = cast(Tensor, run.fabric.all_gather(torch.tensor(run.step, device=run.fabric.device)))
     if int(steps.min()) != int(steps.max()):

@@ -10,11 +10,12 @@ from typing import Any, Literal
 
 import torch
 from lightning_fabric import Fabric
+from pydantic_core import to_jsonable_python
 from torch import Tensor, nn
 
 from cwdm import __version__
 from cwdm.checkpoint import Record
-from cwdm.errors import SettingsError
+from cwdm.errors import SettingsError, listed
 from cwdm.training.cache import CachedSubject
 from cwdm.training.data import Samples
 from cwdm.training.log import TrainingLog
@@ -24,6 +25,11 @@ from cwdm.unet import UNet
 
 RUNNING_MEAN, RAW = "running mean, the default for inference", "raw, as those of the published checkpoints"
 _PLACES = {"path", "validation_path", "cache", "skip_bad"}
+_MAY_CHANGE = {
+    f"optimiser.{name}"
+    for name in ("lr", "weight_decay", "accumulate", "warmup_steps", "final_lr", "ema_decay", "clip_norm", "sharded")
+}
+"""What a run may go on with changed, if its loss goes wrong or it has fewer devices; a state holds nothing of it."""
 
 
 @dataclass
@@ -110,25 +116,59 @@ def load_state(run: Run, tensors: Mapping[str, Tensor]) -> None:
 
 
 def identity(run: Run) -> dict[str, Any]:
-    """What must not change between a state and the run that goes on from it."""
+    """What must not change between a state and the run that goes on from it, but for `_MAY_CHANGE`."""
     keep = run.settings.model_dump(
         mode="json", include={"network", "optimiser", "loss", "seed", "value_range", "precision"}
     )
-    for name, told in LossSettings.model_fields.items():  # states from before there was a choice do not say
-        if name not in ("over", "timestep_power") and keep["loss"][name] == told.default:
-            del keep["loss"][name]
-    del keep["optimiser"]["sharded"]  # states are whole, and whoever runs out of memory may switch it on
     data = run.settings.data.model_dump(mode="json", exclude={*_PLACES, "workers"})
-    if not run.settings.data.augment.happens:
-        del data["augment"]  # nor of this one
     return {"settings": {**keep, "data": data}, "cases": [subject.name for subject in run.samples.subjects]}
 
 
 def check_identity(run: Run, path: Path, header: Mapping[str, Any]) -> None:
-    """Raise SettingsError if a state belongs to another run."""
+    """Say what a run does in another way than the state that it goes on from.
+
+    Raises:
+        SettingsError: the state belongs to another run.
+    """
     mine = json.loads(json.dumps(identity(run)))
-    for key in ("settings", "cases"):
-        if header[key] != mine[key]:
-            raise SettingsError(
-                f"{path} belongs to other {key}; go on with the same ones, or train into another folder"
-            )
+    changed = _changes(_flat(header["settings"]), _flat(mine["settings"]), _flat(_defaults(run.settings)))
+    if refused := [what for name, what in changed.items() if name not in _MAY_CHANGE]:
+        raise SettingsError(
+            f"{path} belongs to other settings: {'; '.join(refused)}. Go on with the same ones, or train into another "
+            "folder"
+        )
+    for what in changed.values():
+        run.log.say(f"going on with {what}")
+    before, now = set(header["cases"]), set(mine["cases"])
+    if before != now:
+        found = {"gone": sorted(before - now), "new": sorted(now - before)}
+        told = "; ".join(listed(names, f"cases are {how}") for how, names in found.items() if names)
+        raise SettingsError(
+            f"{path} belongs to other cases: {told}. Go on with the same ones, or train into another folder"
+        )
+
+
+def _changes(old: Mapping[str, Any], new: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, str]:
+    """Settings by name that differ, in words; what a state from before there was such a setting had is its default."""
+    changes = {}
+    for name in {**new, **old}:
+        before, now = old.get(name, defaults.get(name)), new.get(name, defaults.get(name))
+        if before != now:
+            changes[name] = f"{name}={json.dumps(now)} instead of {json.dumps(before)}"
+    return changes
+
+
+def _flat(sections: Mapping[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in sections.items():
+        flat |= {f"{key}.{name}": inner for name, inner in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
+
+
+def _defaults(settings: TrainingSettings) -> dict[str, Any]:
+    """What the settings of each section are where nobody says anything."""
+    sections = {name: type(getattr(settings, name)) for name in ("network", "optimiser", "loss", "data")}
+    return {
+        name: {key: to_jsonable_python(f.default) for key, f in section.model_fields.items() if not f.is_required()}
+        for name, section in sections.items()
+    }

@@ -1,6 +1,7 @@
 """Validation: held-out cases, synthesised with the running mean of the weights and scored."""
 
 import copy
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, cast
 
@@ -13,7 +14,7 @@ from cwdm.metrics import psnr, ssim
 from cwdm.pipeline import Pipeline
 from cwdm.samplers import SAMPLERS, spaced_timesteps
 from cwdm.training.cache import CachedSubject
-from cwdm.training.launch import largest, on_all_ranks
+from cwdm.training.launch import largest, on_all_ranks, results_of_all
 from cwdm.training.saving import save_best
 from cwdm.training.state import Run, describe
 
@@ -34,8 +35,8 @@ def validate(run: Run) -> None:
 
     Without conditions there is no right answer: then a sample is drawn beside each case, for the eye.
     """
-    scores = torch.zeros(3, dtype=torch.float64, device=run.fabric.device)
-    on_all_ranks(run.fabric, lambda: _score_share(run, _network(run), scores))
+    shares = results_of_all(run.fabric, _scores_of_share(run))
+    scores = torch.tensor([(0.0, 0.0, 0.0), *shares], dtype=torch.float64, device=run.fabric.device).sum(0)
     if run.fabric.world_size > 1:
         scores = cast(Tensor, run.fabric.all_reduce(scores, reduce_op="sum"))
     if any(largest(run.fabric, run.stopped_by)):
@@ -57,15 +58,15 @@ def _network(run: Run) -> Checkpoint:
     return Checkpoint(model, describe(run))
 
 
-def _score_share(run: Run, network: Checkpoint, scores: Tensor) -> None:
-    """Add up PSNR, SSIM and number of this process's cases."""
+def _scores_of_share(run: Run) -> Iterator[tuple[float, float, float]]:
+    """PSNR, SSIM and the number 1 of each of this process's cases."""
+    network = _network(run)
     with suppress(_Stopped):
         for number, subject in list(enumerate(run.held_out))[run.fabric.global_rank :: run.fabric.world_size]:
             truth, synthesis, mask = _synthesise(run, network, subject, number)
             run.log.picture(run.step, subject.name, truth, synthesis)
             if run.settings.channels:
-                metrics = psnr(synthesis, truth, mask), ssim(synthesis, truth, mask)
-                scores += torch.tensor([*metrics, 1.0], dtype=torch.float64, device=scores.device)
+                yield psnr(synthesis, truth, mask), ssim(synthesis, truth, mask), 1.0
 
 
 def _synthesise(run: Run, network: Checkpoint, subject: CachedSubject, number: int) -> tuple[Any, Any, Any]:

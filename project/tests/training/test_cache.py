@@ -168,7 +168,7 @@ def test_room_is_forecast_and_looked_for_before_all_is_decoded(
     with pytest.raises(OutputError, match=r"needs about 1 MiB for 8 decoded files, found 1 MiB free"):
         cache.forecast(subjects, digests, said.append)
     monkeypatch.undo()
-    cache.prepare_all(subjects, digests)
+    list(cache.prepare_all(subjects, digests))
     assert cache.forecast(subjects, digests, said.append) == []
     assert len(said) == 2
 

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,7 +29,7 @@ from cwdm.inference.generate import Generator
 from cwdm.settings import load_settings
 from cwdm.strict import _leaves
 from cwdm.training import TrainingError, loop, saving, train, validate
-from cwdm.training.launch import launch
+from cwdm.training.launch import launch, results_of_all
 from cwdm.training.loader import batches_of_steps
 from cwdm.training.settings import (
     DataSettings,
@@ -44,6 +45,9 @@ from cwdm.unet import UNet, UNetConfig
 
 COMMAND = [sys.executable, "-m", "cwdm", "train"]
 TWO_PROCESSES = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "cwdm"]
+
+IMPATIENT = "from cwdm.training import launch; launch.PATIENCE_MIN = 0.1; import cwdm.cli.app; cwdm.cli.app.main()"
+"""The command line, whose processes wait six seconds for each other."""
 
 SMALL = """
 data: {condition_on: any, window: brain, crop: [16, 16, 16], mirror: true, jitter: 0.1, workers: 0}
@@ -274,14 +278,18 @@ def test_settings_that_one_pass_cannot_have_are_refused(small: Path, tmp_path: P
         settings(small, tmp_path, "loss.objective=one-pass", *change.split())
 
 
-def test_states_are_as_they_were_before_there_was_a_choice(small: Path, tmp_path: Path) -> None:
-    newest = train(settings(small, tmp_path / "run", "steps=2", "save_every=2"))
-    assert checkpoint.load(newest).record.schedule == "linear"
-    state = next((tmp_path / "run" / "states").iterdir())
-    with safe_open(state, framework="pt") as file:
+def test_a_state_from_before_there_was_a_setting_goes_on_where_it_has_its_default(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(settings(small, out, "steps=2"))
+    (path,) = (out / "states").iterdir()
+    with safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["cwdm"])
-    assert set(header["settings"]["loss"]) == {"over", "timestep_power"}  # as they were written then
-    assert "augment" not in header["settings"]["data"]
+    del header["settings"]["optimiser"]["clip_norm"], header["settings"]["network"]["wavelet"]
+    del header["settings"]["loss"]["schedule"]
+    checkpoint.write_tensors(path, load_file(path), {"cwdm": json.dumps(header)})
+    with pytest.raises(SettingsError, match=r'network.wavelet="db2" instead of "haar"\.'):
+        train(settings(small, out, "steps=4", "network.wavelet=db2"), resume=True)
+    train(settings(small, out, "steps=4"), resume=True)
 
 
 def test_stopped_killed_and_resumed_run_ends_with_the_same_weights(small: Path, tmp_path: Path) -> None:
@@ -441,6 +449,63 @@ def test_several_processes_save_together_when_the_data_of_one_are_lost(
     assert process.returncode != 0
     assert newest_state(out) >= "000000003"
     weights_of(out)
+
+
+@pytest.mark.parametrize(("rank", "end"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
+def test_a_process_that_dies_or_hangs_is_told_and_its_steps_are_saved(
+    rank: int, end: signal.Signals, small: Path, tmp_path: Path
+) -> None:
+    """The other process leaves by itself; a launcher may be slow, or none of ours."""
+    out = tmp_path / "run"
+    words = [str(small), f"out={out}", "steps=100000", "save_every=100000", "devices=2"]
+    place = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", IMPATIENT, "train", *words],
+            env={**place, "RANK": str(n), "LOCAL_RANK": str(n), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+            | {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": "0"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for n in range(2)
+    ]
+    dying, other = started[rank], started[1 - rank]
+    lines = iter(started[0].stderr or ())
+    assert any("step 2: loss" in line for line in lines)
+    dying.send_signal(end)
+    said = other.communicate(timeout=60)[1]
+    dying.kill()
+    dying.communicate()
+    assert other.returncode == 2, said
+    assert "error: another process of this run died or hangs" in said
+    assert "could not be saved" not in said
+    assert len(list((out / "states").iterdir())) == (rank == 1)
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def test_processes_meet_while_each_does_long_work(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fabric = launch(settings(small, tmp_path / "run"))
+    monkeypatch.setattr("cwdm.training.launch.BETWEEN_MEETINGS_S", 0)
+    met: list[int] = []
+
+    def work() -> Iterator[int]:
+        for number in range(3):
+            met.append(number)
+            yield number
+
+    results = work()
+    assert results_of_all(fabric, results) == [0, 1, 2]
+    with pytest.raises(OutputError):
+        results_of_all(fabric, (fail() for _ in range(3)))
+
+
+def fail() -> int:
+    raise OutputError("full")
 
 
 def test_states_are_kept_by_time_without_being_asked_for(small: Path, tmp_path: Path) -> None:
@@ -647,8 +712,34 @@ def test_another_run_in_the_folder_is_not_overwritten(small: Path, tmp_path: Pat
     train(settings(small, tmp_path / "run", "steps=2"))
     with pytest.raises(SettingsError, match="--resume"):
         train(settings(small, tmp_path / "run", "steps=2"))
-    with pytest.raises(SettingsError, match="other settings"):
-        train(settings(small, tmp_path / "run", "optimiser.lr=0.1"), resume=True)
+    with pytest.raises(
+        SettingsError, match=r"other settings: optimiser.batch_size=4 instead of 2; seed=1 instead of 0\."
+    ):
+        train(settings(small, tmp_path / "run", "steps=2", "optimiser.batch_size=4", "seed=1"), resume=True)
+
+
+def test_a_run_may_go_on_with_another_learning_rate_and_says_so(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(settings(small, tmp_path / "run", "steps=2"))
+    capsys.readouterr()
+    other = settings(small, tmp_path / "run", "steps=4", "optimiser.lr=1e-4", "optimiser.accumulate=2")
+    train(other, resume=True)
+    said = capsys.readouterr().err
+    assert "going on with optimiser.lr=0.0001 instead of 0.001\n" in said
+    assert "going on with optimiser.accumulate=2 instead of 1\n" in said
+    assert "the last step is 4 instead of 2\n" in said
+    assert load_file(max((tmp_path / "run" / "states").iterdir())).keys()
+
+
+def test_cases_that_came_or_went_are_named_when_a_run_goes_on(small: Path, tmp_path: Path, phantoms: Path) -> None:
+    shutil.copytree(phantoms, tmp_path / "data")
+    data = f"data.path={tmp_path / 'data'}"
+    train(settings(small, tmp_path / "run", "steps=2", data))
+    gone = sorted((tmp_path / "data").iterdir())[0]
+    gone.rename(tmp_path / gone.name)
+    with pytest.raises(SettingsError, match=rf"other cases: 1 cases are gone \({gone.name}\)\. Go on"):
+        train(settings(small, tmp_path / "run", "steps=4", data), resume=True)
 
 
 def test_a_run_that_is_past_its_last_step_is_not_taken_for_finished(small: Path, tmp_path: Path) -> None:
