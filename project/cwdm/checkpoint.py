@@ -218,12 +218,13 @@ def _check_tensors(expected: Mapping[str, tuple[int, ...]], found: Mapping[str, 
         raise WeightsError("; ".join(f"{what}: {listed(names)}" for what, names in faults.items() if names))
 
 
-def load(path: Path) -> Checkpoint:
+def load(path: Path | str) -> Checkpoint:
     """Read a checkpoint, `.safetensors` or published `.pt`.
 
     Raises:
         WeightsError: not readable, damaged, of another architecture, or a pickle that holds more than tensors.
     """
+    path = Path(path)
     try:
         if not path.is_file():
             raise WeightsError("no such weights file")
@@ -236,7 +237,7 @@ def load(path: Path) -> Checkpoint:
 
 
 def save(
-    path: Path,
+    path: Path | str,
     model: UNet,
     record: Record,
     dtype: torch.dtype = torch.float32,
@@ -248,7 +249,7 @@ def save(
         before: told the file's sha256 before it has its name.
     """
     tensors = {name: tensor.to(dtype) for name, tensor in model.state_dict().items()}
-    save_tensors(path, tensors, model.config, record, before)
+    save_tensors(Path(path), tensors, model.config, record, before)
 
 
 def save_tensors(

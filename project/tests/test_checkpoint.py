@@ -52,6 +52,13 @@ def test_round_trip_through_a_published_file(tmp_path: Path) -> None:
     assert not any(parameter.requires_grad for parameter in loaded.model.parameters())
 
 
+def test_a_path_may_be_a_string(tmp_path: Path) -> None:
+    checkpoint.save(f"{tmp_path}/own.safetensors", UNet(TINY), Record(modality="t1n"))
+    assert checkpoint.load(f"{tmp_path}/own.safetensors").record.modality == "t1n"
+    with pytest.raises(WeightsError, match="no such weights file"):
+        checkpoint.load(f"{tmp_path}/none.safetensors")
+
+
 def test_unconditional_published_files_get_their_value_range(tmp_path: Path) -> None:
     torch.save(untrained_state(SMALL), tmp_path / "brats_unet_128_1200k.pt")
     assert checkpoint.load(tmp_path / "brats_unet_128_1200k.pt").record.value_range == (-1, 1)
