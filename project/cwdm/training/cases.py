@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lightning_fabric import Fabric
 
 from cwdm.errors import CaseError, InputError, SettingsError
-from cwdm.files import check_apart, check_writable, remove_stale
+from cwdm.files import check_writable, remove_stale
 from cwdm.images import MODALITIES, Subject, find_cases, list_subjects
 from cwdm.progress import printable, to_stderr
 from cwdm.training.cache import Cache, CachedSubject
@@ -71,8 +71,6 @@ def modalities(data: DataSettings) -> tuple[str, ...]:
 def find_all(settings: TrainingSettings) -> tuple[Found, Found]:
     """What is trained on and what is held out, when the run's folder can be written."""
     data, out = settings.data, settings.out
-    for folder in filter(None, (data.path, data.validation_path)):
-        check_apart(out, folder)
     for folder in (out, out / "states", out / "newest", out / "raw", out / "best"):
         check_writable(folder)
         remove_stale(folder)

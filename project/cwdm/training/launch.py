@@ -15,6 +15,7 @@ from lightning_fabric.strategies.ddp import DDPStrategy
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
+from cwdm.device import choose_device
 from cwdm.errors import CwdmError, SettingsError
 from cwdm.slurm import slurm_job
 from cwdm.training.settings import TrainingSettings
@@ -61,6 +62,7 @@ def launch(settings: TrainingSettings) -> Fabric:
             f"{devices} devices on each of {nodes} machines were asked for, and {fabric.world_size} processes run; "
             "under Slurm start a task for each device with srun"
         )
+    choose_device(str(fabric.device))  # tries it
     return fabric
 
 

@@ -27,8 +27,9 @@ SHARED_MEMORY = Path("/dev/shm")  # where processes that read put what they have
 READ_AHEAD = 2
 """Batches for each process that reads."""
 
-STOPPING = (*signals.STOPPING, signal.SIGUSR1)
-"""Signals that stop a run; Slurm sends SIGUSR1 before a job's time is up, where `--signal=USR1@120` asks for it."""
+STOPPING = (*signals.STOPPING, signal.SIGHUP, signal.SIGUSR1)
+"""Signals that stop a run; SIGHUP comes when its terminal is closed, SIGUSR1 from Slurm before a job's time is up,
+where `--signal=USR1@120` asks for it."""
 
 
 def batches_of_steps(samples: Samples, fabric: Fabric, steps: range) -> Iterator[dict[str, Tensor]]:

@@ -4,6 +4,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,12 @@ from cwdm.files import output_errors
 BANDS = ("LLL", "LLH", "LHL", "LHH", "HLL", "HLH", "HHL", "HHH")
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read along is gone, which is no reason to end a run; rich would."""
+        self.quiet = True
+
+
 class TrainingLog:
     """TensorBoard's scalars and pictures, and the line beside the progress bar."""
 
@@ -29,7 +36,7 @@ class TrainingLog:
         if active:
             with output_errors(folder):
                 self.writer = SummaryWriter(str(folder), max_queue=1000)
-        self.console = Console(stderr=True, highlight=False, quiet=not active)
+        self.console = _Console(stderr=True, highlight=False, quiet=not active)
         self.line = ""
         self.bad_in_a_row = 0
         self._start_window()
@@ -51,8 +58,11 @@ class TrainingLog:
         self._waited += time.perf_counter() - start
 
     def say(self, line: str) -> None:
-        """Show a line above the progress bar."""
-        self.console.print(line, markup=False, soft_wrap=True)
+        """Show a line above the progress bar, if there still is anyone to see it."""
+        try:
+            self.console.print(line, markup=False, soft_wrap=True)
+        except OSError:  # a terminal that was closed, a full disk
+            self.console.quiet = True
 
     def add(self, bands: Tensor, t: Tensor, norm: float, finite: bool) -> None:
         """Errors (B, 8) at timesteps (B,) of one step, and its gradient's norm; what is not finite only counts."""
@@ -65,8 +75,13 @@ class TrainingLog:
         self._t.append(t)
         self._norms.append(norm)
 
-    def write(self, step: int, lr: float) -> None:
-        """Means since the last call, over the steps that were finite."""
+    def write(self, step: int, steps: int, lr: float) -> None:
+        """Means since the last call, over the steps that were finite.
+
+        Args:
+            step: the last one.
+            steps: of the whole run.
+        """
         elapsed = time.perf_counter() - self._since
         rate, waiting = self._volumes / elapsed, self._waited / elapsed
         memory_gib = (
@@ -79,9 +94,11 @@ class TrainingLog:
                 self.writer.add_scalar(name, value, step)
         self.line = f"loss {scalars['loss']:.4g}" if self._bands else "no finite loss"
         self.line += f", {self._bad} of {self._bad + len(self._bands)} steps not finite" if self._bad else ""
+        left_s = (steps - step) * elapsed / (self._bad + len(self._bands))
         if not self.console.is_terminal:
             self.say(
-                f"step {step}: {self.line}, {rate:.3g} volumes a second, waiting {waiting:.0%}, {memory_gib:.1f} GiB"
+                f"step {step}: {self.line}, {rate:.3g} volumes a second, waiting {waiting:.0%}, {memory_gib:.1f} GiB, "
+                f"{timedelta(seconds=round(left_s))} to go"
             )
         self._start_window()
 

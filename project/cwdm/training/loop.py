@@ -8,7 +8,7 @@ several processes with the same global batch see the same losses as one.
 
 import math
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import cast
 
@@ -22,6 +22,7 @@ from cwdm.progress import bars
 from cwdm.signals import handled
 from cwdm.training import saving, validate
 from cwdm.training.data import assemble
+from cwdm.training.folder import held
 from cwdm.training.launch import LostProcessError, TrainingError, largest, launch, lost_processes_told, on_all_ranks
 from cwdm.training.loader import STOPPING, batches_of_steps
 from cwdm.training.losses import losses as subbands
@@ -54,8 +55,12 @@ def train(settings: TrainingSettings, resume: bool = False) -> Path:
         TrainingError: the loss stayed without a finite value, or another process of the run is lost.
         OutputError: the disk is full or not writable; the states that were written stay whole.
     """
-    with lost_processes_told():
-        go_on(start(settings, launch(settings), resume))
+    fabric = launch(settings)
+    with lost_processes_told(), ExitStack() as stack:
+        data = filter(None, (settings.data.path, settings.data.validation_path))
+        if_first = held(settings.out, data) if fabric.is_global_zero else nullcontext()
+        on_all_ranks(fabric, lambda: stack.enter_context(if_first))
+        go_on(start(settings, fabric, resume))
     return saving.weights_path(settings, "newest")
 
 
@@ -119,7 +124,7 @@ def step(run: Run, parts: list[dict[str, Tensor]]) -> None:
     if not finite:
         _tell_of_bad_step(run, bands)
     if run.step % run.settings.log_every == 0:
-        run.log.write(run.step, lr)
+        run.log.write(run.step, run.settings.steps, lr)
     run.stage = "between"
 
 

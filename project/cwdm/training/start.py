@@ -1,7 +1,7 @@
 """How a run starts: its cases, its network, and the state that it goes on from."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,13 @@ from torch.utils.checkpoint import checkpoint as recompute
 from torch.utils.data import default_collate
 
 from cwdm.checkpoint import new_network
+from cwdm.device import device_name
 from cwdm.diffusion import SCHEDULES
-from cwdm.errors import SettingsError
+from cwdm.errors import SettingsError, listed
 from cwdm.files import write_json
+from cwdm.precision import bf16_gradients_are_right, warn_of_precision
 from cwdm.training import saving
+from cwdm.training.cache import CachedSubject
 from cwdm.training.cases import decode_all, find_all
 from cwdm.training.data import Samples, assemble
 from cwdm.training.launch import on_all_ranks
@@ -36,7 +39,9 @@ def start(settings: TrainingSettings, fabric: Fabric, resume: bool) -> Run:
     if not resume and saving.states(out):
         raise SettingsError(f"{out} holds a run already; give --resume to go on with it, or another folder")
     samples, held_out = decode_all(settings, fabric, *found)
-    log = TrainingLog(out / "log", fabric.is_global_zero)
+    _check_arithmetic(settings, fabric.device, samples)
+    log = on_all_ranks(fabric, lambda: TrainingLog(out / "log", fabric.is_global_zero))
+    _say_what_it_is(settings, fabric, log, samples, held_out)
     state = saving.newest_whole_state(out, log.say) if resume else None
     if not saving.states(out) and (weights := saving.kept_weights(out)):
         raise SettingsError(
@@ -61,6 +66,42 @@ def start(settings: TrainingSettings, fabric: Fabric, resume: bool) -> Run:
     if fabric.is_global_zero:
         write_json(out / "settings.json", settings.model_dump(mode="json"))
     return run
+
+
+def _check_arithmetic(settings: TrainingSettings, device: torch.device, samples: Samples) -> None:
+    """Raise SettingsError where the processor would train on gradients that are wrong."""
+    if settings.dtype == torch.float32 or device.type != "cpu":
+        return
+    levels = range(1, len(settings.unet().channel_mult) + 1)
+    shapes = [settings.data.crop] if settings.data.crop else [subject.shape for subject in samples.subjects]
+    deep = {tuple(edge >> level for edge in shape) for shape in shapes for level in levels}
+    for sizes in sorted(sizes for sizes in deep if min(sizes) <= 4):  # where libraries have code of their own
+        if not bf16_gradients_are_right(sizes):
+            x, y, z = sizes
+            raise SettingsError(
+                f"precision=bf16: this processor computes wrong gradients of a convolution of {x}×{y}×{z} voxels, "
+                "which this network comes to; give precision=fp32, which is faster on most processors too, or another "
+                "data.crop"
+            )
+
+
+def _say_what_it_is(
+    settings: TrainingSettings, fabric: Fabric, log: TrainingLog, samples: Samples, held_out: Sequence[CachedSubject]
+) -> None:
+    """What a person who looks in a week later wants to know, and what they should hear at once."""
+    names = [subject.name for subject in samples.subjects]
+    log.say(
+        f"training on {fabric.world_size} × {device_name(fabric.device)} in {settings.precision}: {len(names)} cases, "
+        f"{len(held_out)} held out, {settings.steps} steps of {settings.optimiser.batch_size} volumes"
+    )
+    if fabric.device.type == "cpu" and settings.device == "auto":
+        log.say("warning: no GPU was found; give device=cuda to be refused instead, or device=cpu to read this no more")
+    warn_of_precision(settings.dtype, fabric.device, log.say)
+    learnt = {digest for subject in samples.subjects for digest in subject.digests}
+    if both := [subject.name for subject in held_out if learnt & set(subject.digests)]:
+        log.say(f"warning: {listed(both, 'held-out cases')} are trained on too, so their scores say nothing of others")
+    if settings.data.validation_path and not held_out:
+        log.say(f"warning: no case in {settings.data.validation_path} can be used, so nothing is validated")
 
 
 def _examples(samples: Samples) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:

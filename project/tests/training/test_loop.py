@@ -26,6 +26,7 @@ from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import CwdmError, InputError, OutputError, SettingsError
 from cwdm.images.image import write_nifti
 from cwdm.inference.generate import Generator
+from cwdm.precision import bf16_gradients_are_right
 from cwdm.settings import load_settings
 from cwdm.strict import _leaves
 from cwdm.training import TrainingError, loop, saving, train, validate
@@ -312,17 +313,51 @@ def test_stopped_killed_and_resumed_run_ends_with_the_same_weights(small: Path, 
     assert (deviation != 1).all()  # fitted although the first start was a --resume
 
 
-def test_slurms_warning_saves_and_leaves(small: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGHUP])
+def test_slurms_warning_and_a_closed_terminal_save_and_leave(
+    number: signal.Signals, small: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     command = [*COMMAND, str(small), f"out={out}", "steps=100000", "save_every=100000", "data.workers=1", "log_every=1"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     for line in process.stderr or ():
         if "step 3:" in line:
             break
-    os.killpg(process.pid, signal.SIGUSR1)  # reaches the reading processes too
+    os.killpg(process.pid, number)  # reaches the reading processes too
     process.communicate(timeout=60)
-    assert process.returncode == 128 + signal.SIGUSR1
+    assert process.returncode == 128 + number
     assert newest_state(out) >= "000000003"
+
+
+def test_a_run_goes_on_when_nobody_reads_its_log(small: Path, tmp_path: Path) -> None:
+    command = [*COMMAND, str(small), f"out={tmp_path / 'run'}", "log_every=1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    assert any("step 1: loss" in line for line in process.stderr)
+    process.stderr.close()
+    assert process.wait(60) == 0
+    assert newest_state(tmp_path / "run") == "000000006.safetensors"
+
+
+def test_what_is_trained_on_what_is_said(
+    small: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(settings(small, tmp_path / "run", "steps=2", f"data.validation_path={phantoms}", "validation_cases=2"))
+    said = capsys.readouterr().err
+    assert "training on 1 × cpu in fp32: 3 cases, 2 held out, 2 steps of 2 volumes\n" in said
+    assert "warning: 2 held-out cases (" in said
+    assert "), 0:00:00 to go\n" not in said
+    assert "step 2: loss" in said
+
+
+def test_bfloat16_is_refused_where_the_processor_s_gradients_are_wrong(small: Path, tmp_path: Path) -> None:
+    deep = ["precision=bf16", "data.crop=[16, 16, 16]", "network.channel_mult=[1, 1, 1]", "steps=2", "save_every=2"]
+    if bf16_gradients_are_right((2, 2, 2)):
+        train(settings(small, tmp_path / "run", *deep))
+        assert all(tensor.isfinite().all() for tensor in weights_of(tmp_path / "run").values())
+    else:
+        with pytest.raises(SettingsError, match=r"precision=bf16: .* of a convolution of 2×2×2 .* give precision=fp32"):
+            train(settings(small, tmp_path / "run", *deep))
 
 
 def test_a_validation_that_the_run_was_stopped_in_is_made_up(small: Path, phantoms: Path, tmp_path: Path) -> None:
@@ -706,6 +741,18 @@ def test_sharded_states_are_saved_whole_and_taken_up_again(small: Path, tmp_path
     train(settings(small, tmp_path / "run", "save_every=2"), resume=True)  # one process
     for name, tensor in weights_of(tmp_path / "run").items():
         torch.testing.assert_close(tensor, whole[name], atol=2e-4, rtol=1e-3)
+
+
+def test_two_runs_at_once_do_not_share_a_folder(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cwdm.training.folder.PATIENCE_S", 0)
+    command = [*COMMAND, str(small), f"out={tmp_path / 'run'}", "steps=100000", "log_every=1"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert any("step 1: loss" in line for line in process.stderr or ())
+    with pytest.raises(SettingsError, match=rf"process {process.pid} on .* is at work in .*run"):
+        train(settings(small, tmp_path / "run"), resume=True)
+    process.kill()
+    process.communicate()
+    train(settings(small, tmp_path / "run"), resume=True)  # the killed one is in nobody's way
 
 
 def test_another_run_in_the_folder_is_not_overwritten(small: Path, tmp_path: Path) -> None:
