@@ -19,7 +19,7 @@ from cwdm.checkpoint import ANY, write_tensors
 from cwdm.errors import SettingsError
 from cwdm.training.launch import on_all_ranks
 from cwdm.training.settings import TrainingSettings
-from cwdm.training.state import RAW, Run, check_identity, describe, identity, load_state, state_tensors
+from cwdm.training.state import RAW, Run, check_identity, describe, identity, load_state, state_tensors, validation
 
 KEPT_STATES = 2
 
@@ -97,7 +97,14 @@ def _writing(run: Run, moments: Mapping[int, Mapping[str, Tensor]]) -> Callable[
     tensors, settings, config = _copied(state_tensors(run, moments)), run.settings, run.model.config
     best = run.best if math.isfinite(run.best) else None
     header = json.dumps(
-        {"step": run.step, "steps": settings.steps, "best": best, "validated": run.validated, **identity(run)}
+        {
+            "step": run.step,
+            "steps": settings.steps,
+            "best": best,
+            "validated": run.validated,
+            "validation": validation(run),
+            **identity(run),
+        }
     )
     path, of_mean, of_raw = _state_path(settings.out, run.step), describe(run), describe(run, RAW)
     passed_over, run.passed_over = [other for other in run.passed_over if other != path], ()
@@ -147,6 +154,11 @@ def resume(run: Run, state: "State | None") -> None:
         if (steps := header.get("steps", run.settings.steps)) != run.settings.steps:
             # The learning rate falls towards it, unless it is constant.
             run.log.say(f"going on with another end: the last step is {run.settings.steps} instead of {steps}")
+        if run.best > -math.inf and header.get("validation", validation(run)) != json.loads(
+            json.dumps(validation(run))
+        ):
+            run.log.say(f"held-out cases or their sampler changed; the {run.best:.2f} dB before count no more")
+            run.best = -math.inf
         run.log.say(f"going on after step {run.step} of {run.settings.steps} from {state.path}")
     steps = cast(Tensor, run.fabric.all_gather(torch.tensor(run.step, device=run.fabric.device)))
     if int(steps.min()) != int(steps.max()):

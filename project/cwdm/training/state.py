@@ -124,6 +124,12 @@ def identity(run: Run) -> dict[str, Any]:
     return {"settings": {**keep, "data": data}, "cases": [subject.name for subject in run.samples.subjects]}
 
 
+def validation(run: Run) -> dict[str, Any]:
+    """What the score of a validation hangs on beside the weights: two are comparable where it is the same."""
+    sampler, steps = run.settings.validation_plan
+    return {"cases": [list(subject.digests) for subject in run.held_out], "sampler": sampler, "steps": steps}
+
+
 def check_identity(run: Run, path: Path, header: Mapping[str, Any]) -> None:
     """Say what a run does in another way than the state that it goes on from.
 

@@ -376,6 +376,24 @@ def test_a_validation_that_the_run_was_stopped_in_is_made_up(small: Path, phanto
     assert checkpoint.load(best).record.window == (32, 48, 32)
 
 
+def test_a_best_score_counts_only_among_the_same_held_out_cases(
+    small: Path, phantoms: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, held_out = tmp_path / "run", [f"data.validation_path={phantoms}", "validate_every=2"]
+    train(settings(small, out, "steps=2", "validation_cases=2", *held_out))
+    state = max((out / "states").iterdir())
+    with safe_open(state, "pt") as file:
+        header = json.loads(file.metadata()["cwdm"])
+    # A score that no later one can reach.
+    checkpoint.write_tensors(state, load_file(state), {"cwdm": json.dumps({**header, "best": 90.0})})
+    best = (out / "best" / "any.safetensors").read_bytes()
+    train(settings(small, out, "steps=4", "validation_cases=2", *held_out), resume=True)
+    assert (out / "best" / "any.safetensors").read_bytes() == best
+    train(settings(small, out, "steps=6", "validation_cases=1", *held_out), resume=True)
+    assert (out / "best" / "any.safetensors").read_bytes() != best
+    assert "the 90.00 dB before count no more" in capsys.readouterr().err
+
+
 def test_validation_takes_few_steps_whatever_the_weights_recommend() -> None:
     def plan(config: str, *overrides: str) -> tuple[str, int]:
         return load_training_settings(config, ["data.path=in", "out=out", *overrides]).validation_plan
