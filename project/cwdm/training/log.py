@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from tensorboardX import SummaryWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
 from cwdm.errors import OutputError
@@ -49,6 +50,13 @@ class TrainingLog:
         self._norms: list[float] = []
         self._bad = self._volumes = 0
         self._since = time.perf_counter()
+
+    def go_on_after(self, step: int) -> None:
+        """Have TensorBoard forget what a run that was killed logged of the steps that come now."""
+        if self._alive():
+            self.writer.file_writer.add_event(
+                Event(step=step + 1, session_log=SessionLog(status=SessionLog.START))  # as its own `purge_step` does
+            )
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

@@ -159,6 +159,7 @@ def resume(run: Run, state: "State | None") -> None:
         ):
             run.log.say(f"held-out cases or their sampler changed; the {run.best:.2f} dB before count no more")
             run.best = -math.inf
+        run.log.go_on_after(run.step)
         run.log.say(f"going on after step {run.step} of {run.settings.steps} from {state.path}")
     steps = cast(Tensor, run.fabric.all_gather(torch.tensor(run.step, device=run.fabric.device)))
     if int(steps.min()) != int(steps.max()):

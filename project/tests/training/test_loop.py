@@ -18,7 +18,7 @@ from pydantic import BaseModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 from support import SHAPE, link_case
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from cwdm import Synthesizer, checkpoint, progress
 from cwdm.checkpoint import ANY
@@ -82,15 +82,34 @@ def losses(folder: Path) -> list[float]:
 
 def scalars(folder: Path, tag: str) -> list[float]:
     """What TensorBoard would show."""
-    found = []
-    for path in sorted((folder / "log").iterdir()):
+    found: dict[int, float] = {}
+    for event in events(folder):
+        if event.session_log.status == SessionLog.START:
+            found = {step: value for step, value in found.items() if step < event.step}
+        for value in event.summary.value:
+            if value.tag == tag:
+                found[event.step] = value.simple_value
+    return list(found.values())
+
+
+def events(folder: Path) -> Iterator[Event]:
+    """What stands in TensorBoard's files."""
+    for path in sorted((folder / "log").iterdir(), key=lambda path: path.stat().st_mtime_ns):
         data = path.read_bytes()
         while data:
             length = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12 : 12 + length])
-            found += [value.simple_value for value in event.summary.value if value.tag == tag]
+            yield Event.FromString(data[12 : 12 + length])
             data = data[16 + length :]
-    return found
+
+
+def test_tensorboard_forgets_the_steps_that_a_killed_run_lost(small: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    train(settings(small, out))
+    max((out / "states").iterdir()).unlink()  # as if it had been killed before
+    time.sleep(1.1)  # the files are named by the second
+    train(settings(small, out), resume=True)
+    assert [event.step for event in events(out) if event.session_log.status == SessionLog.START] == [5]
+    assert len(losses(out)) == 3
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
