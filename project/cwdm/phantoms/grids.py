@@ -1,5 +1,6 @@
 """The lattice on which patients are made, the voxels that they are carried to, and smooth random fields."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -16,6 +17,10 @@ Shape = tuple[int, int, int]
 LATTICE_MM = 2.5
 LATTICE_LIMITS_MM = ((-84, 84), (-116, 84), (-74, 88))
 AC_FROM_CENTRE_MM = (0.0, 14.0, -7.0)  # anterior commissure from the centre of the array, where SRI24 has it
+
+
+SPLINE_STD = np.float32(0.479**1.5)
+"""Of a sum of B-splines with normal weights; 0.479: squares of those that overlap at a point, averaged over points."""
 
 
 class Interpolation:
@@ -47,7 +52,7 @@ def box_average(centres: Floats, size_mm: float, points: Floats, spacing_mm: flo
     return (np.clip(overlap, 0, min(size_mm, spacing_mm)) / size_mm).astype(np.float32)
 
 
-def cubic(points: Floats, knots: NDArray[np.floating]) -> Floats:
+def _cubic(points: Floats, knots: NDArray[np.floating]) -> Floats:
     """Matrix (points, knots) of cubic B-splines."""
     t = abs(points[:, None] - knots) / (knots[1] - knots[0])
     inner, outer = 2 / 3 - t**2 + t**3 / 2, np.maximum(2 - t, 0) ** 3 / 6
@@ -125,15 +130,35 @@ def lattice_axes() -> tuple[Floats, ...]:
 def _spline_to_lattice(scale_mm: float) -> tuple[tuple[int, ...], Interpolation]:
     """Number of B-splines `scale_mm` apart along each axis of the lattice, and their sum on the lattice."""
     knots = [np.arange(lo - 2 * scale_mm, hi + 3 * scale_mm, scale_mm) for lo, hi in LATTICE_LIMITS_MM]
-    matrices = [cubic(axis, k) for axis, k in zip(lattice_axes(), knots, strict=True)]
+    matrices = [_cubic(axis, k) for axis, k in zip(lattice_axes(), knots, strict=True)]
     return tuple(len(k) for k in knots), Interpolation(*matrices)
 
 
 def smooth_noise(rng: np.random.Generator, scale_mm: float) -> Floats:
     """Gaussian field on the lattice with unit variance and no detail below `scale_mm`."""
     splines, to_lattice = _spline_to_lattice(scale_mm)
-    std = np.float32(0.479**1.5)  # 0.479: squares of the B-splines that overlap at a point, averaged over points
-    return to_lattice(rng.standard_normal(splines, np.float32)) / std
+    return to_lattice(rng.standard_normal(splines, np.float32)) / SPLINE_STD
+
+
+def smooth_field(
+    shape: Sequence[int], spacing_mm: Sequence[float] | NDArray[np.float64], scale_mm: float, rng: np.random.Generator
+) -> Floats:
+    """Gaussian field (X, Y, Z) of mean 0 and unit variance with no detail below `scale_mm`, on any grid."""
+    bases = []
+    for length, mm, phase in zip(shape, spacing_mm, rng.random(3), strict=True):
+        points = (np.arange(length) * mm).astype(np.float32)
+        numbers = np.arange(-2, points[-1] // scale_mm + 4)
+        bases.append(_cubic(points, ((numbers + phase) * scale_mm).astype(np.float32)))
+    field = rng.standard_normal([basis.shape[1] for basis in bases]).astype(np.float32)
+    for axis, basis in enumerate(bases):
+        field = along(field, basis, axis)
+    return field / SPLINE_STD
+
+
+def along(volume: Floats, matrix: Floats, axis: int) -> Floats:
+    """A matrix (new, old) applied along one axis of a volume."""
+    result: Floats = np.moveaxis(np.tensordot(matrix, volume, (1, axis)), 0, axis)
+    return np.ascontiguousarray(result)
 
 
 def gyral_noise(rng: np.random.Generator, p: Floats, wavelength_mm: float) -> Floats:

@@ -13,7 +13,7 @@ from scipy.spatial.transform import Rotation
 from torch.nn.functional import affine_grid, grid_sample
 
 from cwdm.arrays import Mask, Volume
-from cwdm.phantoms import box_average, cubic, linear
+from cwdm.phantoms import along, box_average, linear, smooth_field
 
 Vector = Sequence[float] | npt.NDArray[np.float64]
 Volumes = npt.NDArray[np.float32]
@@ -72,7 +72,7 @@ def thick_slices(volume: Volume, axis: int, slice_mm: float, spacing_mm: float, 
     centres, forth = centres[forth.any(1)], forth[forth.any(1)]
     forth /= forth.sum(1, keepdims=True)
     back = linear(np.clip(positions, centres[0], centres[-1]), centres) if len(centres) > 1 else np.ones_like(forth.T)
-    return _along(volume, back @ forth, axis)
+    return along(volume, back @ forth, axis)
 
 
 def biased(volume: Volume, strength: float, spacing_mm: Vector, rng: np.random.Generator) -> Volume:
@@ -142,22 +142,3 @@ def another_mask(mask: Mask, offset_mm: float, spacing_mm: Vector, rng: np.rando
 def flipped(volumes: Volumes, axes: Sequence[int]) -> Volumes:
     """Volumes (..., X, Y, Z) with the order of some of the last three axes (0, 1, 2) reversed."""
     return np.ascontiguousarray(np.flip(volumes, tuple(axis - 3 for axis in axes)))
-
-
-def smooth_field(shape: Sequence[int], spacing_mm: Vector, scale_mm: float, rng: np.random.Generator) -> Volume:
-    """Gaussian field (X, Y, Z) of mean 0 and unit variance with no detail below `scale_mm`, of cubic B-splines."""
-    bases = []
-    for length, mm, phase in zip(shape, spacing_mm, rng.random(3), strict=True):
-        points = (np.arange(length) * mm).astype(np.float32)
-        numbers = np.arange(-2, points[-1] // scale_mm + 4)
-        bases.append(cubic(points, ((numbers + phase) * scale_mm).astype(np.float32)))
-    field = rng.standard_normal([basis.shape[1] for basis in bases]).astype(np.float32)
-    for axis, basis in enumerate(bases):
-        field = _along(field, basis, axis)
-    return field / np.float32(0.479**1.5)  # 0.479: squares of the splines that overlap, averaged over points
-
-
-def _along(volume: Volume, matrix: npt.NDArray[np.float32], axis: int) -> Volume:
-    """A matrix (new, old) applied along one axis of a volume."""
-    result: Volume = np.moveaxis(np.tensordot(matrix, volume, (1, axis)), 0, axis)
-    return np.ascontiguousarray(result)
