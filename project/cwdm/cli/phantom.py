@@ -7,18 +7,29 @@ import typer
 
 from cwdm.cli.old import REQUIRED, Word, either
 from cwdm.cli.options import count, output
-from cwdm.progress import print_line
+from cwdm.cli.outcomes import sum_up
+from cwdm.progress import CohortProgress, print_line
 
 
 def phantom(
     out: Word = None,
     output_path: Annotated[Path | None, output(f"Folder for the case folders. {REQUIRED}")] = None,
-    num_cases: Annotated[int, count("cases", "How many synthetic patients to make.")] = 1,
+    num_cases: Annotated[int, count("cases", "How many synthetic patients to make; with --from, of each patient.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same patients.")] = 0,
     wide: Annotated[bool, typer.Option("--wide", help="Let them differ more than patients do, for training.")] = False,
+    source: Annotated[
+        Path | None,
+        typer.Option(
+            "--from", help="Folder of real cases to image anew, as other scanners would have. It is only read."
+        ),
+    ] = None,
 ) -> None:
     """Make synthetic patients: four modalities and a segmentation each, in the BraTS layout."""
-    from cwdm.phantoms import WIDE, write_phantoms
+    from cwdm.phantoms import WIDE, reimage_cases, write_phantoms
 
     folder = either(output_path, out, "--output_path")
+    if source:
+        log = CohortProgress(0).log
+        outcomes = reimage_cases(source, folder, num_cases, seed, WIDE if wide else None, lambda one: log(one.line))
+        raise typer.Exit(sum_up(outcomes, folder, log))
     write_phantoms(folder, num_cases, seed, variation=WIDE if wide else None, on_case=print_line)
