@@ -33,6 +33,7 @@ from .image import is_made as is_made
 from .image import read_grid as read_grid
 from .image import read_volume as read_volume
 from .image import write_nifti as write_nifti
+from .intensity import BRAIN_LEVEL as BRAIN_LEVEL
 from .intensity import ClipRange as ClipRange
 from .intensity import Intensities as Intensities
 from .intensity import as_published as as_published

@@ -48,8 +48,9 @@ class AugmentSettings(StrictSettings):
         shift_mm: that it is shifted, in any direction.
         slice_mm: thickness of its slices, along any axis, which are resampled back.
         bias: standard deviation of the logarithm of a smooth field that it is multiplied by.
-        noise: standard deviation of Rician noise, as a share of what becomes 1.
-        gamma: exponent of the image, of which 0 and 1 stay.
+        noise: standard deviation of Rician noise, as a share of the intensity that an image is scaled by: the 95th
+            percentile of the brain with `data.intensities=brain`, else what becomes 1.
+        gamma: exponent of the image as a share of this intensity, which stays.
         scanner: how unlike another scanner's scale of intensities is: standard deviation of the logarithm of the slope
             of its pieces.
         mask_mm: that the mask of all images is wider by, or narrower where negative, with the same probability.
@@ -77,7 +78,7 @@ class AugmentSettings(StrictSettings):
 def augment(
     voxels: Array,
     given: npt.NDArray[np.bool_],
-    brightest: npt.NDArray[np.float32],
+    reference: npt.NDArray[np.float32],
     spacing_mm: Vector,
     settings: AugmentSettings,
     rng: np.random.Generator,
@@ -87,7 +88,7 @@ def augment(
     Args:
         voxels: (C, X, Y, Z), skull-stripped, with MARGIN voxels on every side, which are cut off.
         given: (C,), which of them the network is given; the others are what it should make.
-        brightest: (C,), what becomes 1.
+        reference: (C,), the intensity of each that scales it, and that gamma and scanner leave as it is.
         spacing_mm: of the voxels, along X, Y and Z.
         rng: decides everything.
     """
@@ -95,7 +96,7 @@ def augment(
     wanted = _drawn_mask(mask, spacing_mm, settings, rng)
     old, before, after = _trimmed(voxels), _trimmed(mask), _trimmed(wanted)
     new = distort.filled(voxels, mask) if given.any() or wanted is not mask else voxels
-    scales = np.where(brightest > 0, brightest, np.float32(1))
+    scales = np.where(reference > 0, reference, np.float32(1))
     result = []
     for k, own in enumerate(rng.spawn(len(voxels))):
         if given[k]:
@@ -109,7 +110,7 @@ def augment(
 
 
 def _worse(volume: Volume, spacing_mm: Vector, settings: AugmentSettings, rng: np.random.Generator) -> Volume:
-    """One image in which the brightest is 1 and the brain goes on beyond its mask, without its margin."""
+    """One image in which the reference is 1 and the brain goes on beyond its mask, without its margin."""
 
     def drawn(span: list[float] | None, otherwise: float = 0.0) -> float:
         return rng.uniform(span[0], span[1]) if span and rng.random() < settings.probability else otherwise

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from cwdm.diffusion import TIMESTEPS
-from cwdm.images import Volumes
+from cwdm.images import BRAIN_LEVEL, Volumes
 from cwdm.training.augment import MARGIN, augment
 from cwdm.training.cache import Cache, CachedSubject
 from cwdm.training.settings import TrainingSettings
@@ -94,7 +94,10 @@ class Samples(Dataset[dict[str, Tensor]]):
         given = np.r_[[False] * (len(volumes.ranges) - len(shown)), shown]
         wider = tuple(slice(part.start - MARGIN, part.stop + MARGIN) for part in box)
         spacing_mm = data.downsample * volumes.files[0].grid.spacing_mm
-        return augment(volumes.raw(wider), given, volumes.ranges[:, 1], spacing_mm, data.augment, rng)
+        # Whatever a scanner does to the rest, the network sees images scaled by this intensity of theirs.
+        level = BRAIN_LEVEL if data.intensities == "brain" else 1
+        reference = volumes.ranges[:, 1] * np.float32(level)
+        return augment(volumes.raw(wider), given, reference, spacing_mm, data.augment, rng)
 
     def bytes_of(self, subject: CachedSubject) -> int:
         """Memory of a sample of a case."""

@@ -143,3 +143,15 @@ def test_ranges_are_checked_by_name(tmp_path: Path) -> None:
     assert settings.data.augment.slice_mm == [1, 6]
     assert settings.data.augment.happens
     assert not load_training_settings("cwdm-any", common).data.augment.happens
+
+
+def test_curves_leave_what_the_brain_is_scaled_by(phantoms: Path, tmp_path: Path) -> None:
+    """Inference scales every scanner's image to it, so it would be wrong to show the network others."""
+    plain = {"path": phantoms, "target": "t2w", "window": "brain", "intensities": "brain"}
+    before = sample(samples(DataSettings(**plain), tmp_path), 0)["conditions"]
+    curves = AugmentSettings(probability=1.0, gamma=[2.0, 2.0], scanner=[0.3, 0.3])
+    after = sample(samples(DataSettings(**plain, augment=curves), tmp_path), 0)["conditions"]
+    at_reference = abs(before - 0.5) < 0.02
+    assert at_reference.any()
+    torch.testing.assert_close(after[at_reference], before[at_reference], atol=0.08, rtol=0)
+    assert abs(after - before).max() > 0.1
