@@ -4,10 +4,10 @@ from .grids import linear as linear
 from .grids import smooth_field as smooth_field
 from .patients import make_phantom as make_phantom
 from .patients import write_phantoms as write_phantoms
-from .skull import add_skull as add_skull
 from .reimaging import image_anew as image_anew
 from .reimaging import reimage_cases as reimage_cases
 from .relaxometry import Maps as Maps
 from .relaxometry import estimate as estimate
+from .skull import add_skull as add_skull
 from .variation import WIDE as WIDE
 from .variation import Variation as Variation

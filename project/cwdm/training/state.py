@@ -19,7 +19,7 @@ from cwdm.errors import SettingsError, listed
 from cwdm.training.cache import CachedSubject
 from cwdm.training.data import Samples
 from cwdm.training.log import TrainingLog
-from cwdm.training.settings import LossSettings, TrainingSettings
+from cwdm.training.settings import TrainingSettings
 from cwdm.training.writer import Writer
 from cwdm.unet import UNet
 
