@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cwdm.diffusion import PUBLISHED, SCHEDULES, Schedule, known_schedule
 from cwdm.errors import WeightsError, listed
-from cwdm.files import sha256, write_atomically
+from cwdm.files import open_file, parse_json, sha256, write_atomically
 from cwdm.samplers import known_sampler
 from cwdm.unet import UNet, UNetConfig
 
@@ -226,12 +226,13 @@ def load(path: Path | str) -> Checkpoint:
     """
     path = Path(path)
     try:
-        if not path.is_file():
-            raise WeightsError("no such weights file")
+        open_file(path).close()  # a pipe would make the libraries wait for ever
         model, record = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
         return Checkpoint(model, record, path, sha256(path))
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
+    except FileNotFoundError as error:
+        raise WeightsError(f"{path}: no such weights file") from error
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from error
 
@@ -350,6 +351,7 @@ def read_record(path: Path) -> Record:
     if path.suffix != ".safetensors":
         return Record()
     try:
+        open_file(path).close()  # a pipe would make the library wait for ever
         with safetensors.safe_open(path, framework="pt") as file:
             return _parse_header((file.metadata() or {}).get(HEADER_KEY))[1]
     except (safetensors.SafetensorError, OSError) as error:
@@ -363,16 +365,15 @@ def _parse_header(text: str | None) -> tuple[UNetConfig, Record]:
             "make such files with 'cwdm weights convert' or 'cwdm train'"
         )
     try:
-        header = json.loads(text)
+        header = parse_json(text)
         _check_format(header)
         config, record = _config_type.validate_python(header["config"]), Record.model_validate(header["record"])
         if record.one_pass != (config.given > 0):
             raise ValueError(f"a network for {config.given} given images, and the objective {record.objective}")
         if record.one_pass and record.wavelet != "haar":
             raise ValueError("a network of one pass needs the Haar wavelet")
-        record.model_dump(mode="json")  # it goes into the records of images; one nested too deeply could not
         return config, record
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"the header of the file cannot be understood: {error}") from error
 
 

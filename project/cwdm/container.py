@@ -12,6 +12,7 @@ from pathlib import Path
 from cwdm import weights
 from cwdm.cli.app import main as run
 from cwdm.cli.app import said
+from cwdm.files import is_file, is_folder
 from cwdm.progress import print_line, print_notice
 
 MEDPERF = "mlcommons/volumes"
@@ -65,9 +66,9 @@ def arguments(given: Sequence[str], root: Path = Path("/")) -> list[str]:
 
 def _infer(options: Sequence[str], root: Path) -> list[str]:
     told = said("infer", options)
-    there = [(root / data, root / output) for data, output in MOUNTS if (root / data).is_dir()]
+    there = [(root / data, root / output) for data, output in MOUNTS if is_folder(root / data)]
     data, output = there[0] if there else (root / MOUNTS[0][0], root / MOUNTS[0][1])
-    parameters = next((root / file for file in PARAMETERS if (root / file).is_file()), None)
+    parameters = next((root / file for file in PARAMETERS if is_file(root / file)), None)
     folders = {"data_path": data, "output_path": output, "parameters_file": parameters}
     unsaid = [f"--{name}={path}" for name, path in folders.items() if told[name] is None and path is not None]
     return [*unsaid, *options, *_weights(told["weights"], root)]
@@ -113,7 +114,7 @@ def _may_hold_weights(folder: Path) -> bool:
 def _is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but hidden files and empty folders, as one that git or a runner made."""
     try:
-        return folder.is_dir() and not any(_files(folder))
+        return is_folder(folder) and not any(_files(folder))
     except OSError:
         return False  # let the command say what is wrong with it
 
@@ -124,7 +125,7 @@ def _files(folder: Path, depth: int = 2) -> Iterator[str]:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if not entry.is_dir():
+            if not is_folder(Path(entry.path)):
                 yield entry.name
             elif depth > 1:
                 yield from _files(Path(entry.path), depth - 1)

@@ -1,6 +1,5 @@
 """Links to files and copies of them, put into folders where they replace nothing but each other."""
 
-import json
 import os
 import shutil
 import stat
@@ -8,7 +7,17 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 
 from cwdm.errors import InputError
-from cwdm.files import output_errors, replace, sha256, write_atomically, write_json
+from cwdm.files import (
+    is_file,
+    is_link,
+    open_file,
+    output_errors,
+    read_json,
+    replace,
+    sha256,
+    write_atomically,
+    write_json,
+)
 
 COPIES = ".cwdm-copies.json"
 """Beside copies of files: their sha256, by which a later run knows what it may replace."""
@@ -84,7 +93,7 @@ def _is_copy(path: Path) -> bool:
 def _copied(folder: Path) -> set[str]:
     """Checksums of the copies that were put into a folder."""
     try:
-        return set(map(str, json.loads((folder / COPIES).read_bytes())["sha256"]))
+        return set(map(str, read_json(folder / COPIES)["sha256"]))
     except (OSError, ValueError, KeyError, TypeError):
         return set()
 
@@ -97,10 +106,10 @@ def _sha256_of_source(source: Path) -> str:
 
 
 def _copy(source: Path, target: Path, digest: str) -> None:
-    if not target.is_symlink() and target.is_file() and sha256(target) == digest:
+    if not is_link(target) and is_file(target) and sha256(target) == digest:
         return
     try:
-        file = source.open("rb")
+        file = open_file(source)
     except OSError as error:
         raise InputError(f"{source} cannot be read: {error.strerror}") from error
     with file:

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,6 +27,12 @@ _HIDDEN_NAME = re.compile(r"\.cwdm-(?:(?P<machine>[0-9a-f]{8})-\d+-)?[0-9a-f]{16
 
 _STALE_SECONDS = 24 * 3600
 """Age of a hidden file that no writer on another machine can still be at; the largest take minutes."""
+
+MOST_BYTES = 64 << 20
+"""Of one JSON file; a run's record has about 300 a case."""
+
+MOST_LEVELS = 64
+"""Of lists and objects inside each other in JSON: ours have ten at most, and Python can follow but hundreds."""
 
 _NO_PERMISSION = (
     "no permission to write there; change its permissions or owner, or choose another folder; "
@@ -132,6 +140,83 @@ def locked(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
+# Path.exists and the like raise where a folder may not be entered, a name is too long or links lead to such a name;
+# these answer as the shell does.
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is a regular file that we can get at, links followed; raises nothing."""
+    return os.path.isfile(path)  # noqa: PTH113
+
+
+def is_folder(path: Path) -> bool:
+    """Whether there is a folder that we can get at, links followed; raises nothing."""
+    return os.path.isdir(path)  # noqa: PTH112
+
+
+def exists(path: Path) -> bool:
+    """Whether there is anything that we can get at, links followed; raises nothing."""
+    return os.path.exists(path)  # noqa: PTH110
+
+
+def is_link(path: Path) -> bool:
+    """Whether there is a link that we can get at; raises nothing."""
+    return os.path.islink(path)  # noqa: PTH114
+
+
+def matching(folder: Path, pattern: str) -> list[Path]:
+    """What in a folder matches a pattern as of the shell, sorted; what cannot be looked at is not there."""
+    return sorted(folder / name for name in glob.glob(pattern, root_dir=folder, include_hidden=True))  # noqa: PTH207
+
+
+def files_below(folder: Path) -> list[Path]:
+    """The files in a folder and its folders, sorted; links to files followed, those to folders not."""
+    places = (Path(place, name) for place, _, names in os.walk(folder) for name in names)
+    return sorted(path for path in places if is_file(path))
+
+
+def open_file(path: Path) -> BufferedReader:
+    """A regular file, open for reading; opening a pipe would wait for ever.
+
+    Raises:
+        OSError: it cannot be read, or is none.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        return open(descriptor, "rb")  # noqa: PTH123  # a descriptor, not a path
+    os.close(descriptor)
+    raise OSError(errno.EINVAL, "is not a regular file", os.fspath(path))
+
+
+def read_json(path: Path, most_bytes: int = MOST_BYTES) -> Any:
+    """What a JSON file holds, which may be anyone's.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file.
+        ValueError: it is not JSON, or too large or too deeply nested to be ours.
+    """
+    with open_file(path) as file:
+        content = file.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"larger than {most_bytes:,} bytes, which no file of ours is")
+    return parse_json(content)
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a text; raises ValueError where it is not JSON or nested more than MOST_LEVELS deep."""
+    try:
+        value = json.loads(text)
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        inside = (one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list))
+        level = [item for items in inside for item in items]
+        if not level:
+            return value
+    raise ValueError("nested too deeply")
+
+
 def check_writable(folder: Path) -> None:
     """Make the folder if there is none, and prove that a file can be written into it, leaving nothing there.
 
@@ -176,8 +261,8 @@ def check_no_source_in(folders: Iterable[Path], sources: Iterable[Path]) -> None
 
 
 def sha256(path: Path) -> str:
-    """Checksum of a file's contents; raises OSError."""
-    with path.open("rb") as file:
+    """Checksum of a regular file's contents; raises OSError."""
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -310,6 +395,6 @@ def _hops(path: Path) -> Iterator[Path]:
     for _ in range(40):  # as many as Linux follows
         path = Path(os.path.realpath(path.parent), path.name)
         yield path
-        if not path.is_symlink():
+        if not is_link(path):
             return
         path = path.parent / path.readlink()

@@ -25,6 +25,7 @@ from cwdm.checkpoint import Checkpoint
 from cwdm.device import choose_device, device_name
 from cwdm.diffusion import PUBLISHED, SCHEDULES
 from cwdm.errors import SettingsError, WeightsError
+from cwdm.files import is_folder
 from cwdm.images import MODALITIES
 from cwdm.precision import choose_dtype, exact_float32
 from cwdm.samplers import SAMPLERS, Denoise, Sampler, normal_noise, spaced_timesteps
@@ -193,7 +194,7 @@ class Pipeline:
 
 def _load(path: Path, modality: str | None) -> Checkpoint:
     """The checkpoint for a modality, or of a file whose network makes one kind of volume."""
-    if modality is None and path.is_dir():
+    if modality is None and is_folder(path):
         raise WeightsError(f"{path} is a folder: say which modality, one of {', '.join(MODALITIES)}, or give a file")
     loaded = load_for(path, modality) if modality else checkpoints.load(path)
     if modality is None and loaded.model.config.targets:

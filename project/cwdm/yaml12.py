@@ -7,6 +7,7 @@ from typing import Any
 import yaml
 
 from cwdm.errors import SettingsError
+from cwdm.files import exists, is_file
 
 _MOST_BYTES = 1 << 20
 
@@ -20,7 +21,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         SettingsError: not readable, too large, not YAML, or no keys and values.
     """
     try:
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        if exists(path) and not is_file(path):  # opening a pipe would wait for ever
             raise SettingsError(f"{path}: is not a file")
         with path.open(encoding="utf-8") as file:
             text = file.read(_MOST_BYTES + 1)

@@ -1,6 +1,7 @@
 """What several tests need, besides fixtures."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,25 @@ def config_of(settings: dict[str, Any]) -> UNetConfig:
 def golden_model(settings: dict[str, Any]) -> UNet:
     """The network of a golden run."""
     return load_published(untrained_state(config_of(settings)))
+
+
+hostile = pytest.mark.parametrize("how", ["deep", "pipe"])
+"""Ways in which a file of JSON can be meant to take a reader down."""
+
+
+def spoil(path: Path, how: str) -> None:
+    """A file that takes a careless reader down: it fills the stack, or waits for a writer for ever."""
+    path.unlink(missing_ok=True)
+    if how == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text("[" * 100_000)
+
+
+def link_to_a_name_too_long(path: Path) -> None:
+    """A link, in place of a file, of which the system can say neither that it leads to a file nor that it does not."""
+    path.unlink(missing_ok=True)
+    path.symlink_to("x" * 300)
 
 
 TINY = UNetConfig(in_channels=32, model_channels=32, channel_mult=(1, 2))

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+from support import hostile, spoil
 
 from cwdm.copies import COPIES, put_files
 from cwdm.errors import InputError
@@ -66,5 +67,14 @@ def test_a_damaged_list_of_copies_makes_no_file_replaceable(source: Path, tmp_pa
     folder = tmp_path / "out"
     put_files({"x": source}, folder, copy=True)
     (folder / COPIES).write_text(content)
+    with pytest.raises(InputError, match="was not put there by cwdm"):
+        put_files({"x": source}, folder)
+
+
+@hostile
+def test_a_hostile_list_of_copies_makes_no_file_replaceable(source: Path, tmp_path: Path, how: str) -> None:
+    folder = tmp_path / "out"
+    put_files({"x": source}, folder, copy=True)
+    spoil(folder / COPIES, how)
     with pytest.raises(InputError, match="was not put there by cwdm"):
         put_files({"x": source}, folder)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import pytest
+from support import link_to_a_name_too_long, spoil
 
 from cwdm.errors import InputError, NameInUseError, OutputError
 from cwdm.files import (
@@ -27,8 +28,17 @@ from cwdm.files import (
     check_apart,
     check_no_source_in,
     check_writable,
+    exists,
+    files_below,
+    is_file,
+    is_folder,
+    is_link,
+    matching,
+    read_json,
     remove_stale,
+    sha256,
     write_atomically,
+    write_json,
 )
 
 Writer = Callable[[Path, Callable[[BinaryIO], None]], None]
@@ -386,3 +396,48 @@ def test_check_writable_on_a_read_only_disk(small_disk: Path) -> None:
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OutputError, match="mounted read-only"):
         check_writable(small_disk)
+
+
+# Looking and reading
+
+
+def test_what_cannot_be_looked_at_is_not_there(tmp_path: Path) -> None:
+    for place in (tmp_path / ("x" * 300), tmp_path / "a" / "b", tmp_path / "link"):
+        link_to_a_name_too_long(tmp_path / "link")
+        assert [is_file(place), is_folder(place), exists(place)] == [False] * 3, place
+        assert is_link(place) is (place.name == "link")
+        assert matching(place, "*") == files_below(place) == []
+    (tmp_path / "b").mkdir()
+    for name in (".hidden.txt", "b/one.txt", "two.txt"):
+        (tmp_path / name).touch()
+    assert [path.name for path in matching(tmp_path, "*.txt")] == [".hidden.txt", "two.txt"]
+    assert [path.name for path in files_below(tmp_path)] == [".hidden.txt", "one.txt", "two.txt"]
+
+
+def test_links_to_names_that_are_too_long_lie_in_no_folder(tmp_path: Path) -> None:
+    link_to_a_name_too_long(tmp_path / "link")
+    (tmp_path / "out").mkdir()
+    check_no_source_in([tmp_path / "out"], [tmp_path / "link"])
+    with pytest.raises(InputError, match="lies in"):
+        check_no_source_in([tmp_path], [tmp_path / "link"])
+
+
+def test_json_comes_back_as_it_was_written(tmp_path: Path) -> None:
+    content = {"a": [1, 2.5, None, {"b": "\udc80 ü"}], "c": {}}
+    write_json(tmp_path / "x.json", content)
+    assert read_json(tmp_path / "x.json") == content
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[" * 80 + "]" * 80, "{", "1" * 5000, b"\xff", '"too long by one"'])
+def test_json_that_nobody_can_mean_is_a_value_error(tmp_path: Path, content: str | bytes) -> None:
+    (tmp_path / "x.json").write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(ValueError):  # noqa: PT011  # each its own
+        read_json(tmp_path / "x.json", most_bytes=16 if "too long" in str(content) else 1 << 20)
+
+
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
+    spoil(tmp_path / "pipe", "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        for read in (read_json, sha256):
+            with pytest.raises(OSError, match="is not a regular file"):
+                read(path)

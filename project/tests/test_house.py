@@ -116,3 +116,22 @@ def source_of(module: str) -> Path | None:
     base = PACKAGE.joinpath(*module.split(".")[1:])
     candidates = (base.with_suffix(".py"), base / "__init__.py")
     return next((path for path in candidates if path.is_file()), None)
+
+
+RAISE_WHERE_THEY_SHOULD_ANSWER = {"exists", "is_file", "is_dir", "is_symlink", "is_mount", "glob", "rglob", "resolve"}
+"""Of Path, where a folder may not be entered, a name is too long or links go in a circle; `cwdm.files` has others."""
+
+READ_WHAT_THEY_SHOULD_NOT = {"loads", "read_text", "read_bytes", "model_validate_json", "validate_json"}
+"""Of json, Path and pydantic: they follow any nesting and wait at a pipe; `cwdm.files` has `read_json`."""
+
+OWN_FILES = {"files.py", "brats_segmenter.py", "report/page.py"}
+"""Where those rules are kept by hand: at their root, in a program that imports nothing of ours, for package data."""
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: path.relative_to(PACKAGE).as_posix())
+def test_files_are_looked_at_and_read_through_one_module(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if not isinstance(node, ast.Attribute) or path.relative_to(PACKAGE).as_posix() in OWN_FILES:
+            continue
+        banned = RAISE_WHERE_THEY_SHOULD_ANSWER | READ_WHAT_THEY_SHOULD_NOT
+        assert node.attr not in banned, f"line {node.lineno}: {ast.unparse(node)}"

@@ -10,6 +10,7 @@ from cwdm import images, inference, phantoms, prepare
 from cwdm.cli.old import REQUIRED, Word, either
 from cwdm.cli.options import count, output
 from cwdm.errors import CaseError, InputError, needs_extra
+from cwdm.files import exists
 from cwdm.progress import print_line
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def _check_own(patients: Path) -> None:
     Raises:
         InputError: the folder holds others than synthetic ones.
     """
-    entries = images.list_folder(patients, "synthetic patients") if patients.exists() else []
+    entries = images.list_folder(patients, "synthetic patients") if exists(patients) else []
     if others := [entry.name for entry in entries if not entry.name.startswith((NAME, "."))]:
         raise InputError(f"{patients} holds {others[0]}, which is no synthetic patient; choose another folder")
 

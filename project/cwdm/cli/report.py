@@ -8,6 +8,7 @@ import typer
 
 from cwdm.cli.options import count, data
 from cwdm.errors import needs_extra
+from cwdm.files import is_file
 from cwdm.progress import print_line
 
 FILE_NAME = "report.html"
@@ -45,7 +46,7 @@ def report(
     from cwdm.report import ReportPaths
 
     paths = ReportPaths(records, data_path, synthesised or old_synthesised, truth, scores)
-    file = out if out is None or out.suffix or out.is_file() else out / FILE_NAME
+    file = out if out is None or out.suffix or is_file(out) else out / FILE_NAME
     with CohortProgress(0) as progress:
         path = write_report(paths, viewer or (), num_cases, file, num_workers, progress)
     print_line(f"look at {path}")

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +13,7 @@ from cwdm import __version__
 from cwdm.evaluation.definitions import VERSIONS
 from cwdm.evaluation.pairs import Pair
 from cwdm.evaluation.score import Score, Scorer, score_pair
-from cwdm.files import write_json
+from cwdm.files import read_json, write_json
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class ScoreCache:
         if self.renew or not key:
             return None
         try:
-            found = json.loads(self._path(pair).read_text(encoding="utf-8"))
+            found = read_json(self._path(pair))
             score = Score.of_record(found["score"]) if found["key"] == key else None
         except (OSError, ValueError, KeyError, TypeError, ValidationError):
             return None
@@ -65,8 +66,8 @@ class ScoreCache:
         """Of the files and means, or empty where a file is not there."""
         files = [pair.prediction, pair.truth, *pair.others.values(), pair.seg, *self.programs]
         try:
-            stats = [(str(file.resolve()), (s := file.stat()).st_size, s.st_mtime_ns) for file in files if file]
-        except (OSError, RuntimeError):
+            stats = [(os.path.realpath(file), (s := file.stat()).st_size, s.st_mtime_ns) for file in files if file]
+        except OSError:
             return ""
         text = json.dumps([__version__, dict(self.versions), list(self.means), list(pair.others), stats])
         return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()

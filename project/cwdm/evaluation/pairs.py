@@ -7,6 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from cwdm.errors import InputError, SettingsError
+from cwdm.files import exists
 from cwdm.images import (
     MODALITIES,
     CaseFolder,
@@ -125,11 +126,11 @@ def _pair(case: str, modality: str, path: Path, truth: Path, folder: CaseFolder 
     mask, problem = None, ""
     if seg:
         name = output_name(case, "seg")
-        mask = next((place for place in (seg / name, seg / case / name) if place.exists()), None)
+        mask = next((place for place in (seg / name, seg / case / name) if exists(place)), None)
         problem = "" if mask else f"expected its segmentation {name} in {seg}, found none; add it"
     if folder is None:
         image = truth / output_name(case, modality)
-        if not image.exists():
+        if not exists(image):
             problem = f"expected its true image {image.name} or a case folder {case} in {truth}, found neither"
         return Pair(case, modality, path, None if problem else image, {}, mask, problem)
     if folder.problem or modality not in folder.files:

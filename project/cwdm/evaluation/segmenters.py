@@ -15,6 +15,7 @@ import numpy as np
 from cwdm.arrays import Volume
 from cwdm.errors import CaseError, InputError, SettingsError
 from cwdm.evaluation.labels import SCHEMES, TODAY, Scheme, labels_of
+from cwdm.files import files_below, is_file
 from cwdm.images import MODALITIES, Image, case_folder, output_name, read_grid
 
 Segmenter = Callable[[str, Path], Image]
@@ -26,8 +27,8 @@ _BUNDLE_ORDER = ("t1c", "t1n", "t2w", "t2f")  # of MONAI's bundles for BraTS
 def program_files(template: str | None, bundle: Path | None) -> list[Path]:
     """The files of a segmenter, as far as its command names them or its bundle holds them."""
     words = [shutil.which(word) or word for word in shlex.split(template or "")]
-    files = [Path(word) for word in words if os.path.isfile(word)]  # noqa: PTH113  # a word may be very long
-    return files + [path for path in (bundle.rglob("*") if bundle else ()) if path.is_file()]
+    files = [Path(word) for word in words if is_file(Path(word))]
+    return files + (files_below(bundle) if bundle else [])
 
 
 def command_segmenter(template: str) -> Segmenter:
@@ -58,7 +59,7 @@ def command_segmenter(template: str) -> Segmenter:
             paths = {"{input}": str(folder), "{output}": str(output)}
             # In one pass: a case may be called anything, even {output}.
             _run([re.sub(r"{input}|{output}", lambda place: paths[place[0]], word) for word in words], case)
-            if not output.is_file():
+            if not is_file(output):
                 raise CaseError(case, f"the segmenter succeeded but wrote no file; it should write {output.name}")
             try:
                 return read_grid(output)
@@ -87,9 +88,9 @@ def bundle_segmenter(bundle: Path, scheme: Scheme = SCHEMES[TODAY]) -> Segmenter
     except ModuleNotFoundError as error:
         raise SettingsError(f"{error.name} is missing; pip install 'cwdm[eval]' brings what bundles need") from error
     configs = [bundle / "configs" / f"inference{ending}" for ending in (".json", ".yaml", ".yml")]
-    config = next((path for path in configs if path.is_file()), None)
+    config = next((path for path in configs if is_file(path)), None)
     weights = bundle / "models" / "model.pt"
-    if config is None or not weights.is_file():
+    if config is None or not is_file(weights):
         raise SettingsError(f"{bundle}: expected a MONAI bundle with configs/inference.json and models/model.pt")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser = ConfigParser()
@@ -163,7 +164,7 @@ def _segment(segmenter: Segmenter, case: str, files: Mapping[str, Path], which: 
         folder.mkdir()
         for modality, path in files.items():
             ending = ".nii.gz" if path.name.lower().endswith(".gz") else ".nii"
-            (folder / f"{case}-{modality}{ending}").symlink_to(path.resolve())
+            (folder / f"{case}-{modality}{ending}").symlink_to(os.path.realpath(path))
         segmentation = segmenter(case, folder)
     try:
         labels_of(segmentation.volume, f"segmentation of the {which} case", scheme)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 from cwdm import __version__
 from cwdm.arrays import Affine, Volume
 from cwdm.errors import CaseError, InputError
+from cwdm.files import is_file
 from cwdm.images.grids import check_same_grid, spacing_mm
 from cwdm.images.nifti import FileError, affine_of, by, is_oriented, load, shape_of, write
 
@@ -167,14 +168,16 @@ def case_files(case: CaseFolder) -> dict[str, Path]:
     """
     if case.problem is not None:
         raise CaseError(case.name, case.problem)
-    if broken := [path for path in case.files.values() if not path.is_file()]:
-        raise CaseError(case.name, f"{broken[0]} is no file, or a link that leads nowhere; repair it or take it away")
+    if broken := [path for path in case.files.values() if not is_file(path)]:
+        raise CaseError(
+            case.name, f"{broken[0]} is no file, leads nowhere or may not be looked at; repair it or take it away"
+        )
     if case.flat:
         segmentations = (case.folder / f"{case.name}{join}seg.nii{gz}" for join in "-_." for gz in (".gz", ""))
         paths = [*case.files.values(), *segmentations]
     else:
         paths = [path for path in list_folder(case.folder, "images") if not path.name.startswith(".")]
-    return {path.name: path for path in paths if path.is_file()}
+    return {path.name: path for path in paths if is_file(path)}
 
 
 def read_case(folder: CaseFolder) -> Case:
@@ -341,7 +344,7 @@ def _name_the_others(entries: Iterable[Path], cases: Collection[CaseFolder]) -> 
     """Tell of what was passed over: folders that are no cases, links to nothing, images beside folders of cases."""
     taken = {path for case in cases for path in (case.folder, *case.files.values())}
     others = [entry for entry in entries if entry not in taken]
-    if folders := [entry.name for entry in others if not os.path.isfile(entry)]:  # noqa: PTH113  # raises nothing
+    if folders := [entry.name for entry in others if not is_file(entry)]:
         _log.warning("passed over, no folders of a case: %s", ", ".join(folders))
     flat = {case.name for case in cases if case.flat}  # whose doubled files are their own fault
     splits = {entry.name: _split(entry.name) for entry in others if entry.name not in folders}
@@ -353,7 +356,7 @@ def _no_case(data_path: Path, entries: Iterable[Path]) -> str:
     if any(_split(entry.name) for entry in entries):
         return (
             f"{data_path} holds the files of a case itself; give the folder above it "
-            f"({data_path.resolve().parent}), where each case has a folder of its own"
+            f"({Path(os.path.realpath(data_path)).parent}), where each case has a folder of its own"
         )
     there = [entry.name for entry in entries]
     found = f"; found {', '.join(there[:3])}{' and more' if len(there) > 3 else ''}" if there else ", found nothing"

@@ -19,7 +19,7 @@ from isal import igzip, isal_zlib
 from nibabel.spatialimages import HeaderDataError
 
 from cwdm.arrays import Affine, Volume
-from cwdm.files import write_atomically
+from cwdm.files import exists, is_file, is_folder, open_file, write_atomically
 
 Header: TypeAlias = nib.Nifti1Header | nib.Nifti2Header
 
@@ -76,9 +76,9 @@ def write(path: Path, voxels: npt.NDArray[np.generic], header: nib.Nifti1Header)
 def load(path: Path) -> tuple[Volume, nib.Nifti1Header]:
     """A volume in the voxel order of its file, and the header as NIfTI-1; raises FileError."""
     try:
-        if path.is_dir():
+        if is_folder(path):
             raise FileError("is a folder, expected a file")
-        if path.exists() and not path.is_file():  # opening a pipe would wait for ever
+        if exists(path) and not is_file(path):  # opening a pipe would wait for ever
             raise FileError("is not a regular file")
         # A gzip file may hold any number of empty members and zeros, through which its reader must go.
         if (size := path.stat().st_size) > _MAX_FILE:
@@ -100,12 +100,12 @@ def load(path: Path) -> tuple[Volume, nib.Nifti1Header]:
 
 def _open(path: Path) -> IO[bytes]:
     if path.name.lower().endswith(".gz"):
-        with path.open("rb") as file:
+        with open_file(path) as file:
             if (start := file.read(2)) not in (b"\x1f\x8b", b""):  # of other files igzip says that they end too early
                 raise FileError(f"is not a sound gzip file (it begins with {start!r}); copy or download it again")
         # Compares checksums like the gzip module, and passes over empty members ten times as fast.
         return cast(IO[bytes], igzip.open(path, "rb"))
-    return path.open("rb")
+    return open_file(path)
 
 
 def _read_header(stream: IO[bytes]) -> Header:

@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from cwdm.arrays import Affine, Volume, block_means, bounding_box
 from cwdm.errors import CaseError, CwdmError, InputError
+from cwdm.files import matching
 from cwdm.images.geometry import Orientation, to_lps
 from cwdm.images.grids import check_same_grid, spacing_mm
 from cwdm.images.image import read_grid
@@ -225,7 +226,7 @@ def list_subjects(folder: Path, images: Sequence[ImageSettings]) -> list[Subject
         raise InputError(f"'{pattern}' names one file; put {{case}} where the case's name stands")
     parts = [re.escape(part) for part in pattern.split("{case}")]
     matcher = re.compile(parts[0] + "(?P<case>[^/]+)" + parts[1] + "".join(f"(?P=case){part}" for part in parts[2:]))
-    found = (path.relative_to(folder).as_posix() for path in sorted(folder.glob(pattern.replace("{case}", "*"))))
+    found = (path.relative_to(folder).as_posix() for path in matching(folder, pattern.replace("{case}", "*")))
     names = [match["case"] for path in found if (match := matcher.fullmatch(path))]
     if not names:
         raise InputError(f"no file like {pattern} in {folder}")

@@ -1,6 +1,5 @@
 """Whole volumes out of noise: unconditional sampling with WDM's networks."""
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ import numpy.typing as npt
 
 from cwdm import __version__
 from cwdm.errors import SettingsError, WeightsError
-from cwdm.files import check_writable, remove_stale, write_json
+from cwdm.files import check_writable, exists, read_json, remove_stale, write_json
 from cwdm.images import MOST_WINDOW_VOXELS, is_made, write_nifti
 from cwdm.pipeline import Pipeline
 from cwdm.runner import Outcome, run_each
@@ -152,11 +151,11 @@ def check_same_origin(path: Path, description: dict[str, Any]) -> None:
     Raises:
         SettingsError: it is something else.
     """
-    if not path.exists():
+    if not exists(path):
         write_json(path, description)
         return
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_json(path)
     except (OSError, ValueError) as error:
         raise SettingsError(f"{path} cannot be read ({error}); choose another folder") from error
     if not isinstance(found, dict):

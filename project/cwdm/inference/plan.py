@@ -6,7 +6,7 @@ from pathlib import Path
 
 from cwdm.checkpoint import read_record
 from cwdm.errors import CwdmError, WeightsError
-from cwdm.files import sha256
+from cwdm.files import is_file, matching, sha256
 from cwdm.images import MODALITIES, Case, CaseFolder, read_case
 from cwdm.inference.provenance import read_provenance, short
 from cwdm.weights import find, modality_of
@@ -84,8 +84,8 @@ def _unlabelled(weights: Path, modality: str) -> Path | None:
 def _made_by(weights: Path, output: Path, modality: str) -> Path | None:
     """An image of a modality in `output` that was made with a file of weights."""
     checksum = short(sha256(weights))
-    for image in sorted(output.glob(f"*-{modality}.nii.gz")):
-        made = read_provenance(image) if image.is_file() else None
+    for image in matching(output, f"*-{modality}.nii.gz"):
+        made = read_provenance(image) if is_file(image) else None
         if made and made.weights == checksum:
             return image
     return None

@@ -1,6 +1,5 @@
 """The records that a report folder holds, also those of older versions."""
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -11,12 +10,10 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from cwdm.errors import InputError
+from cwdm.files import read_json
 from cwdm.inference.records import PROGRAM, CaseRecord, RunRecord
 
 T = TypeVar("T")
-
-MOST_BYTES = 64 << 20
-"""Of one record: a run's has about 300 a case."""
 
 _RUN_NAME = re.compile(r"run-\d{8}T\d{6}\.\d+-\d+\.json")
 
@@ -60,18 +57,16 @@ def check_record_replaceable(path: Path) -> None:
     Raises:
         InputError: what is there is no record of a case.
     """
-    with suppress(OSError, ValueError, RecursionError):  # ValidationError is a ValueError
+    with suppress(OSError, ValueError):  # ValidationError is a ValueError
         if _read(CaseRecord, path).program.startswith(PROGRAM.split()[0]):
             return
     raise InputError(f"{path} is there and is no record of cwdm's; move it away or choose another report folder")
 
 
 def _read(kind: type[T], path: Path) -> T:
-    """One record; raises OSError, ValueError (ValidationError too) or RecursionError."""
-    if not path.is_file() or path.stat().st_size > MOST_BYTES:
-        raise ValueError("not a file, or larger than any record")
+    """One record; raises OSError or ValueError (ValidationError too)."""
     # Names of files may hold bytes that are no text, which pydantic's own reader of JSON refuses.
-    return TypeAdapter(kind).validate_python(json.loads(path.read_bytes()))
+    return TypeAdapter(kind).validate_python(read_json(path))
 
 
 def _read_all(kind: type[T], paths: Iterable[Path], faults: list[str]) -> Iterator[T]:
@@ -82,5 +77,5 @@ def _read_all(kind: type[T], paths: Iterable[Path], faults: list[str]) -> Iterat
             fault = error.errors()[0]
             where = ".".join(str(key) for key in fault["loc"])
             faults.append(f"{path.name} is not a record as cwdm writes it ({where}: {fault['msg']})")
-        except (OSError, ValueError, RecursionError) as error:
+        except (OSError, ValueError) as error:
             faults.append(f"{path.name} cannot be read ({error})")

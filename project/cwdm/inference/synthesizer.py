@@ -1,6 +1,5 @@
 """The face of inference: a case in, a synthesised volume out."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -10,6 +9,7 @@ from cwdm.arrays import Affine
 from cwdm.checkpoint import ANY, Checkpoint
 from cwdm.device import choose_device, device_name
 from cwdm.errors import WeightsError
+from cwdm.files import exists
 from cwdm.images import Case, CaseFolder, case_folder, case_of_arrays
 from cwdm.inference.plan import Task
 from cwdm.inference.provenance import describe, provenance
@@ -51,7 +51,7 @@ class Synthesizer:
         sampler: Sampler | None = None,
     ) -> None:
         self.weights = folder_of(weights)
-        if not os.path.exists(self.weights):  # noqa: PTH110  # Path.exists raises where a folder may not be entered
+        if not exists(self.weights):
             raise WeightsError(
                 f"no weights at {self.weights}; 'cwdm weights download FOLDER' fetches the published ones, "
                 "--weights bundled takes the small ones that come with cwdm"

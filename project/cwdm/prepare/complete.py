@@ -1,6 +1,5 @@
 """Case folders with all four modalities for a segmenter: the originals and the synthesised one, marked as such."""
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +7,7 @@ from typing import Any
 from cwdm import __version__
 from cwdm.copies import check_replaceable, put_files
 from cwdm.errors import CaseError, CwdmError
-from cwdm.files import check_apart, check_no_source_in, locked, output_errors, sha256, write_json
+from cwdm.files import check_apart, check_no_source_in, is_file, locked, output_errors, read_json, sha256, write_json
 from cwdm.images import (
     MARK,
     CaseFolder,
@@ -100,7 +99,7 @@ def _checked_images(folder: CaseFolder, synthesised: Path) -> dict[str, Path]:
 
 
 def _check_image(folder: CaseFolder, modality: str, image: Path) -> None:
-    if not image.is_file():
+    if not is_file(image):
         raise CaseError(
             folder.name, f"expected its synthesised {modality} as {image}, found none; run 'cwdm infer' first"
         )
@@ -155,7 +154,7 @@ def _record(folder: CaseFolder, images: Mapping[str, Path]) -> dict[str, Any]:
 def _read_record(path: Path) -> dict[str, Any] | None:
     """The record of an earlier run; None where a file is none."""
     try:
-        record: dict[str, Any] = json.loads(path.read_bytes())
+        record: dict[str, Any] = read_json(path)
         return record if record["notice"] == NOTICE else None
     except (OSError, ValueError, KeyError, TypeError):
         return None

@@ -13,7 +13,7 @@ from scipy import ndimage
 
 from cwdm.arrays import Volume
 from cwdm.errors import CaseError, InputError
-from cwdm.files import check_apart, check_writable, remove_stale
+from cwdm.files import check_apart, check_writable, files_below, is_folder, remove_stale
 from cwdm.images import centre, is_made, write_nifti
 from cwdm.runner import Outcome, run_each
 
@@ -86,12 +86,10 @@ def find_series(source: Path) -> dict[str, list[Path]]:
     Raises:
         InputError: there is none.
     """
-    if not source.is_dir():
+    if not is_folder(source):
         raise InputError(f"the DICOM folder {source} does not exist; check the path")
     series: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted(source.rglob("*")):
-        if not path.is_file():
-            continue
+    for path in files_below(source):
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True)
             modality, uid, patient = header.get("Modality"), header.get("SeriesInstanceUID"), header.get("PatientID")

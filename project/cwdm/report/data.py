@@ -10,6 +10,7 @@ from scipy import ndimage
 
 from cwdm.arrays import Mask, Volume, bounding_box
 from cwdm.errors import CaseError, CwdmError, InputError
+from cwdm.files import is_file, is_folder
 from cwdm.images import (
     ORIENTATION,
     CaseFolder,
@@ -199,7 +200,7 @@ def read_volumes(entry: Entry, paths: ReportPaths) -> CaseVolumes:
         spacing_mm=(float(lengths[0]), float(lengths[1]), float(lengths[2])),
         centre=_fullest(mask[box]),
         oriented=case.has_orientation,
-        spread=shown(read(spread_path) / np.float32(high - low)) if spread_path.is_file() else None,
+        spread=shown(read(spread_path) / np.float32(high - low)) if is_file(spread_path) else None,
     )
     truth_path = truth_file(entry, paths)
     if truth_path:
@@ -240,7 +241,7 @@ def _as_given(folder: CaseFolder, entry: Entry) -> CaseFolder:
 def _input_folder(entry: Entry, paths: ReportPaths) -> CaseFolder:
     told = entry.record.input if entry.record else ""
     folder = paths.data / entry.case if paths.data else Path(told)
-    if paths.data and not folder.is_dir():
+    if paths.data and not is_folder(folder):
         folder = paths.data  # flat
     try:
         found = case_folder(folder, entry.case) if told or paths.data else None
@@ -255,7 +256,7 @@ def output_file(entry: Entry, paths: ReportPaths) -> Path:
     """The synthesised image of a case; raises CaseError if it is not there."""
     told = entry.record.output if entry.record else ""
     path = paths.output / output_name(entry.case, entry.modality) if paths.output else Path(told)
-    if not path.is_file():
+    if not is_file(path):
         raise CaseError(
             entry.case, f"its output is not at {path if paths.output else told or 'a known place'}; give --output_path"
         )
@@ -267,17 +268,17 @@ def truth_file(entry: Entry, paths: ReportPaths) -> Path | None:
     if paths.truth is None:
         return None
     flat = paths.truth / output_name(entry.case, entry.modality)
-    if flat.is_file():
+    if is_file(flat):
         return flat
     folder = paths.truth / entry.case
-    return case_folder(folder).files.get(entry.modality) if folder.is_dir() else None
+    return case_folder(folder).files.get(entry.modality) if is_folder(folder) else None
 
 
 def _segmentations(entry: Entry, truth: Path | None, folder: CaseFolder) -> list[Path]:
     """The segmentations that are there, beside the true image or the input."""
     name = output_name(entry.case, "seg")
     folders = [truth.parent, folder.folder] if truth else [folder.folder]
-    return [path for path in (folder / name for folder in folders) if path.is_file()]
+    return [path for path in (folder / name for folder in folders) if is_file(path)]
 
 
 def _written_range(entry: Entry, conditions: Mapping[str, Volume]) -> ClipRange:

@@ -23,7 +23,7 @@ from markupsafe import Markup
 from cwdm import __version__
 from cwdm.errors import CwdmError, InputError
 from cwdm.evaluation import Score
-from cwdm.files import check_writable, output_errors, write_atomically
+from cwdm.files import check_writable, is_file, is_folder, is_link, output_errors, write_atomically
 from cwdm.inference import RunRecord
 from cwdm.progress import CohortProgress
 from cwdm.report.data import Entry, Records, ReportPaths, read_records, read_volumes
@@ -79,7 +79,7 @@ def write_report(
     known = {entry.case for entry in records.entries}
     if unknown := [case for case in viewers if case not in known]:
         raise InputError(f"no record of {', '.join(unknown)} in {paths.report}; --viewer takes a case's name")
-    if paths.truth and not paths.truth.is_dir():
+    if paths.truth and not is_folder(paths.truth):
         raise InputError(f"the folder {paths.truth} of true images does not exist; check --truth")
     check_writable(path.parent)
     _check_replaceable(path)
@@ -108,7 +108,7 @@ def _check_replaceable(path: Path) -> None:
         OutputError: it cannot be read.
     """
     with output_errors(path.parent):
-        if path.is_symlink() or not path.is_file():
+        if is_link(path) or not is_file(path):
             return
         with path.open("rb") as file:
             own = _OWN_PAGE.search(file.read(_HEAD_BYTES))

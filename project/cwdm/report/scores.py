@@ -8,15 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from cwdm.errors import CwdmError, InputError
 from cwdm.evaluation import Pair, Score, score_pairs
+from cwdm.files import read_json
 from cwdm.images import case_folder
 from cwdm.report.data import Entry, ReportPaths, output_file, truth_file
-
-MOST_BYTES = 64 << 20
-"""Of an evaluation's record."""
 
 Scores = Mapping[tuple[str, str], Score]
 """Case and modality -> score."""
@@ -66,14 +64,12 @@ def read_scores(folder: Path, entries: Iterable[Entry], paths: ReportPaths) -> S
     """
     path = folder / EVALUATION
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise InputError(f"{path} is larger than any evaluation of cwdm")
-        images = _Evaluation.model_validate_json(path.read_bytes()).images
+        images = _Evaluation.model_validate(read_json(path)).images
         evaluated = path.stat().st_mtime
     except OSError as error:
         advice = f"'cwdm evaluate --out {folder}' writes it"
         raise InputError(f"{path} cannot be read: {error.strerror}; {advice}") from error
-    except ValidationError as error:
+    except ValueError as error:  # among them pydantic's ValidationError
         raise InputError(f"{path} is not an evaluation as 'cwdm evaluate --out' writes it") from error
     found = {(score.case, score.modality): score for score in images}
     known = {(entry.case, entry.modality): entry for entry in entries if not entry.failed}

@@ -4,7 +4,6 @@ Training reads entries alone. The files that they came from are needed at the st
 them once, and again only if an entry is lost or damaged.
 """
 
-import errno
 import hashlib
 import json
 import math
@@ -21,7 +20,17 @@ import safetensors
 import safetensors.numpy
 
 from cwdm.errors import CaseError, OutputError
-from cwdm.files import check_writable, remove_stale, sha256, write_atomically, write_json
+from cwdm.files import (
+    check_writable,
+    exists,
+    open_file,
+    parse_json,
+    read_json,
+    remove_stale,
+    sha256,
+    write_atomically,
+    write_json,
+)
 from cwdm.images import DecodedFile, Grid, ImageSettings, Subject, Volumes, with_absent
 from cwdm.progress import tracked
 from cwdm.training.settings import DataSettings
@@ -150,7 +159,7 @@ class Cache:
         few = todo[:: max(1, len(todo) // FORECAST_FROM)][:FORECAST_FROM]
         made = self.prepare_all([subject for subject, _ in few], digests)
         ready = [case for case in made if isinstance(case, CachedSubject)]
-        sizes = [path.stat().st_size for _, lacking in few for path in lacking if path.exists()]
+        sizes = [path.stat().st_size for _, lacking in few for path in lacking if exists(path)]
         if not sizes:
             return ready
         files = len(set().union(*(lacking for _, lacking in todo)))
@@ -181,7 +190,7 @@ class Cache:
         """Entries of a case that are not there; of files that can be read."""
         pairs = zip(subject.files, images_of(self.data, len(subject.files)), strict=True)
         entries = (self._entry(digests[file], image) for file, image in pairs if file in digests)
-        return {entry for entry in entries if not entry.exists()}
+        return {entry for entry in entries if not exists(entry)}
 
     def _files(self, case: str, files: Sequence[Path], digests: Sequence[str]) -> list[DecodedFile]:
         images = images_of(self.data, len(files))
@@ -215,8 +224,9 @@ def _write_entry(path: Path, file: DecodedFile) -> None:
 def _read_entry(path: Path) -> DecodedFile | None:
     """A file that was decoded before; None where there is none, or one that is not whole."""
     try:
+        open_file(path).close()  # a pipe would make the library wait for ever
         file = safetensors.safe_open(path, framework="numpy")
-        about, voxels = json.loads(file.metadata()["cwdm"]), file.get_slice("voxels")
+        about, voxels = parse_json(file.metadata()["cwdm"]), file.get_slice("voxels")
         _, *size = voxels.get_shape()
         grid = Grid(tuple(about["grid"]["shape"]), np.asarray(about["grid"]["affine"]), about["grid"]["oriented"])
         ranges = np.asarray(about["ranges"], np.float32).reshape(-1, 2)
@@ -239,8 +249,6 @@ def _look_at(file: Path, known: Mapping[str, Any]) -> Look | None:
 
 
 def _digest(file: Path) -> str:
-    if not file.is_file():  # opening a pipe would wait for ever
-        raise FileNotFoundError(errno.ENOENT, "there is no such regular file")
     return sha256(file)
 
 
@@ -253,7 +261,7 @@ def _digest_of(case: str, file: Path) -> str:
 
 def _read_index(path: Path) -> dict[str, Any]:
     try:
-        index = json.loads(path.read_bytes())
+        index = read_json(path)
     except (OSError, ValueError):
         return {}
     return index if isinstance(index, dict) else {}

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lightning_fabric import Fabric
 
 from cwdm.errors import CaseError, InputError, SettingsError
-from cwdm.files import check_writable, remove_stale
+from cwdm.files import check_writable, is_file, remove_stale
 from cwdm.images import MODALITIES, Subject, find_cases, list_subjects
 from cwdm.progress import printable, to_stderr
 from cwdm.training.cache import Cache, CachedSubject
@@ -39,7 +39,7 @@ def find_subjects(folder: Path, data: DataSettings) -> Found:
         return _find_brats(folder, data)
     found = Found([], [])
     for subject in list_subjects(folder, data.images or []):
-        if lacking := [str(file) for file in subject.files if not file.is_file()]:
+        if lacking := [str(file) for file in subject.files if not is_file(file)]:
             found.faults.append(CaseError(subject.name, f"expected {', '.join(lacking)}; there is no such file"))
         else:
             found.subjects.append(subject)

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from cwdm import signals
 from cwdm.errors import CwdmError, SettingsError
+from cwdm.files import exists
 from cwdm.training.data import Samples
 from cwdm.training.launch import TrainingError
 
@@ -136,7 +137,7 @@ def _explained(error: Exception, readers: Iterable[BaseProcess]) -> Exception:
     ends = {-reader.exitcode for reader in readers if reader.exitcode} & set(signal.valid_signals())
     said = [type(error).__name__, *str(error).split("\n")]
     what = f"stopped by {', '.join(signal.Signals(end).name for end in ends)}" if ends else [s for s in said if s][-1]
-    free = f"{SHARED_MEMORY} has {_mib(shutil.disk_usage(SHARED_MEMORY).free)} free" if SHARED_MEMORY.exists() else ""
+    free = f"{SHARED_MEMORY} has {_mib(shutil.disk_usage(SHARED_MEMORY).free)} free" if exists(SHARED_MEMORY) else ""
     return TrainingError(
         f"a process that reads the data could not go on ({what}), most likely for lack of memory (SIGKILL) or of "
         f"shared memory (SIGBUS; {free}): give fewer data.workers, or data.workers=0; a container more --memory or "
@@ -155,7 +156,7 @@ def check_shared_memory(samples: Samples, processes: int, here: int) -> None:
         SettingsError: they do not fit.
     """
     workers, optimiser = samples.settings.data.workers, samples.settings.optimiser
-    if not (workers and samples.subjects and SHARED_MEMORY.exists()):
+    if not (workers and samples.subjects and exists(SHARED_MEMORY)):
         return
     share = optimiser.batch_size // processes // optimiser.accumulate
     batches = here * share * max(samples.bytes_of(subject) for subject in samples.subjects)

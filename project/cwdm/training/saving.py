@@ -17,6 +17,7 @@ from torch import Tensor
 from cwdm import checkpoint
 from cwdm.checkpoint import ANY, write_tensors
 from cwdm.errors import SettingsError
+from cwdm.files import matching, open_file, parse_json
 from cwdm.training.launch import on_all_ranks
 from cwdm.training.settings import TrainingSettings
 from cwdm.training.state import RAW, Run, check_identity, describe, identity, load_state, state_tensors, validation
@@ -172,7 +173,7 @@ def _state_path(out: Path, step: int) -> Path:
 
 def states(out: Path) -> list[Path]:
     """A run's saved states, oldest first; copies under other names are the user's own."""
-    return sorted(path for path in (out / "states").glob("*.safetensors") if re.fullmatch(r"\d{9}", path.stem))
+    return [path for path in matching(out / "states", "*.safetensors") if re.fullmatch(r"\d{9}", path.stem)]
 
 
 @dataclass(frozen=True)
@@ -186,9 +187,7 @@ class State:
 
 def kept_weights(out: Path) -> Path | None:
     """Weights that a run left in its folder."""
-    return next(
-        (path for kind in ("newest", "best", "raw") for path in sorted((out / kind).glob("*.safetensors"))), None
-    )
+    return next((path for kind in ("newest", "best", "raw") for path in matching(out / kind, "*.safetensors")), None)
 
 
 def newest_whole_state(out: Path, say: Callable[[str], None]) -> State | None:
@@ -200,9 +199,9 @@ def newest_whole_state(out: Path, say: Callable[[str], None]) -> State | None:
     """
     for path in reversed(states(out)):
         try:
-            path.open("rb").close()
+            open_file(path).close()  # a pipe would make the library wait for ever
             with safetensors.safe_open(path, framework="pt") as file:
-                header = json.loads((file.metadata() or {})["cwdm"])
+                header = parse_json((file.metadata() or {})["cwdm"])
                 return State(path, header, {name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
         except OSError as error:
             raise SettingsError(f"{path} cannot be read ({error.strerror}); make it readable, then resume") from error

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field, create_model, model_validator
 from cwdm.checkpoint import ANY, Objective, Record, orthogonal_wavelet
 from cwdm.diffusion import PUBLISHED, known_schedule
 from cwdm.errors import SettingsError
+from cwdm.files import is_file
 from cwdm.images import PUBLISHED_WINDOW, ImageSettings, Range, Size
 from cwdm.samplers import known_sampler
 from cwdm.strict import StrictSettings, read_settings
@@ -332,6 +333,6 @@ def load_training_settings(config: str, overrides: list[str]) -> TrainingSetting
     """
     ready = ready_configurations()
     path = Path(str(_CONFIGURATIONS / f"{config}.yaml")) if config in ready else Path(config)
-    if not path.is_file():
+    if not is_file(path):
         raise SettingsError(f"no configuration '{config}': neither a file nor one of {', '.join(ready)}")
     return read_settings(TrainingSettings, path, overrides)

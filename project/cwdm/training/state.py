@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from cwdm import __version__
 from cwdm.checkpoint import Record
 from cwdm.errors import SettingsError, listed
+from cwdm.files import parse_json
 from cwdm.training.cache import CachedSubject
 from cwdm.training.data import Samples
 from cwdm.training.log import TrainingLog
@@ -136,7 +137,7 @@ def check_identity(run: Run, path: Path, header: Mapping[str, Any]) -> None:
     Raises:
         SettingsError: the state belongs to another run.
     """
-    mine = json.loads(json.dumps(identity(run)))
+    mine = parse_json(json.dumps(identity(run)))
     changed = _changes(_flat(header["settings"]), _flat(mine["settings"]), _flat(_defaults(run.settings)))
     if refused := [what for name, what in changed.items() if name not in _MAY_CHANGE]:
         raise SettingsError(

@@ -1,6 +1,5 @@
 """A folder of weights: the file for a modality found, checked and loaded, and the checksums beside it."""
 
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
@@ -11,7 +10,7 @@ from typing import Any
 from cwdm import checkpoint
 from cwdm.checkpoint import ANY, Checkpoint
 from cwdm.errors import WeightsError
-from cwdm.files import locked, write_json
+from cwdm.files import is_file, locked, read_json, write_json
 
 PUBLISHED_FILES = {"t1n": "t1_gen.pt", "t1c": "t1ce_gen.pt", "t2w": "t2_gen.pt", "t2f": "flair_gen.pt"}
 BUNDLED = "bundled"
@@ -56,11 +55,11 @@ def find(weights: Path, modality: str) -> Path:
 
 
 def _find(weights: Path, modality: str) -> Path:
-    if weights.is_file():
+    if is_file(weights):
         return weights
     names = (f"{modality}.safetensors", PUBLISHED_FILES[modality], f"{ANY}.safetensors")
     for path in (weights / name for name in names):
-        if path.is_file():
+        if is_file(path):
             return path
     for folder in (weights / modality, weights):
         if checkpoints := trained(folder):
@@ -147,7 +146,7 @@ def trained(folder: Path) -> list[Path]:
 def files_of(folder: Path) -> list[Path]:
     """Files directly in a folder, by name; none where there is no folder."""
     try:
-        return sorted(path for path in folder.iterdir() if path.is_file())
+        return sorted(path for path in folder.iterdir() if is_file(path))
     except (FileNotFoundError, NotADirectoryError):
         return []
     except OSError as error:
@@ -173,10 +172,9 @@ def put_entry(folder: Path, name: str, entry: dict[str, Any]) -> None:
 def recorded(folder: Path) -> dict[str, dict[str, Any]]:
     """The checksums recorded beside the weights; empty if there are none."""
     path = folder / CHECKSUMS
-    if not path.is_file():
-        return {}
     try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-        return {str(name): dict(entry) for name, entry in entries.items()}
+        return {str(name): dict(entry) for name, entry in read_json(path).items()}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
     except (OSError, ValueError, AttributeError, TypeError) as error:
         raise WeightsError(f"{path}: cannot be read ({error}); delete it and download again") from error

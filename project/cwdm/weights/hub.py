@@ -9,7 +9,7 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[
 
 from cwdm import checkpoint
 from cwdm.errors import WeightsError
-from cwdm.files import locked, output_errors, sha256
+from cwdm.files import exists, is_file, locked, output_errors, sha256
 from cwdm.weights.folder import PUBLISHED_FILES, is_recorded, modality_of, put_entry, record, recorded
 from cwdm.weights.listing import KNOWN_SHA256
 
@@ -72,7 +72,7 @@ def _is_anothers(folder: Path, name: str, tag: str | None) -> bool:
 
     The hub's client would replace it: of its own record of the folder it compares the time of the file alone.
     """
-    if not (folder / name).is_file():
+    if not is_file(folder / name):
         return False
     entry = recorded(folder).get(name, {})
     downloaded = entry.get("sha256") if "repo" in entry else None
@@ -112,11 +112,11 @@ def convert(source: Path, target: Path, modality: str | None, dtype: torch.dtype
 
 def _check_free(target: Path, source: Path) -> str | None:
     """The checksum of an earlier conversion that will be replaced, if there is one; nothing else may be there."""
-    if not target.exists():
+    if not exists(target):
         return None
     entry, found = recorded(target.parent).get(target.name, {}), sha256(target)
     converted = "converted_from" in entry and is_recorded(entry, found)
-    if not converted or (source.exists() and target.samefile(source)):
+    if not converted or (exists(source) and target.samefile(source)):
         raise WeightsError(
             f"{target} is there and is no earlier conversion of another file; move it away or give another name"
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from cwdm import checkpoint
 from cwdm.checkpoint import Checkpoint
 from cwdm.errors import WeightsError
+from cwdm.files import exists, is_file
 from cwdm.weights.folder import CHECKSUMS, PUBLISHED_FILES, files_of, is_recorded, recorded, trained
 
 KNOWN_SHA256 = {
@@ -32,14 +33,14 @@ class WeightsFile:
 
 def inspect(weights: Path) -> Iterator[WeightsFile]:
     """Load every file of weights of a folder (or the one file) strictly and compare its recorded checksum."""
-    folder = weights.parent if weights.is_file() else weights
+    folder = weights.parent if is_file(weights) else weights
     inside = [path for modality in PUBLISHED_FILES for path in trained(folder / modality)]
-    paths = [weights] if weights.is_file() else [*files_of(folder), *inside]
+    paths = [weights] if is_file(weights) else [*files_of(folder), *inside]
     for path in paths:
         if path.suffix in (".pt", ".safetensors"):
             yield _inspect_one(path)
     for name in recorded(folder) if folder == weights else ():
-        if not (folder / name).exists():
+        if not exists(folder / name):
             yield WeightsFile(folder / name, None, None, f"{folder / name}: recorded in {CHECKSUMS}, but not there")
 
 

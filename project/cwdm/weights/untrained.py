@@ -10,7 +10,7 @@ from torch import Tensor
 from cwdm import checkpoint
 from cwdm.checkpoint import Record, load_published
 from cwdm.errors import WeightsError
-from cwdm.files import check_writable
+from cwdm.files import check_writable, exists
 from cwdm.images import MODALITIES
 from cwdm.published import published_names
 from cwdm.unet import UNet, UNetConfig
@@ -36,7 +36,7 @@ def write_untrained(folder: Path, config: UNetConfig, record: Record) -> list[Pa
     """
     check_writable(folder)
     paths = [folder / f"{modality}.safetensors" for modality in MODALITIES]
-    if there := [path for path in paths if path.exists()]:
+    if there := [path for path in paths if exists(path)]:
         raise WeightsError(f"{there[0]} exists; untrained weights replace no others, choose another folder")
     model = load_published(untrained_state(config), config)
     for path, modality in zip(paths, MODALITIES, strict=True):

@@ -10,9 +10,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import support
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from scipy.ndimage import gaussian_filter
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from support import hostile
 from typer.testing import CliRunner
 
 from cwdm.cli.app import app
@@ -345,6 +347,15 @@ def test_a_stopped_evaluation_goes_on_where_it_was(folders: tuple[Path, Path], t
     (tmp_path / f"{NAMES[0]}-t1n.json").write_text("damaged")
     assert score_pairs(pairs, cached(segment)) == both
     assert len(asked) == 12
+
+
+@hostile
+def test_hostile_scores_are_made_again(folders: tuple[Path, Path], tmp_path: Path, how: str) -> None:
+    pairs = find_pairs(*folders)[:1]
+    first = score_pairs(pairs, ScoreCache(tmp_path).score)
+    for kept in tmp_path.glob("*.json"):
+        support.spoil(kept, how)
+    assert score_pairs(pairs, ScoreCache(tmp_path).score) == first
 
 
 def test_scores_by_an_older_rule_are_made_again(folders: tuple[Path, Path], tmp_path: Path) -> None:

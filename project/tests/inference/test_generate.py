@@ -4,7 +4,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from support import GOLDEN, golden, golden_model
+from support import GOLDEN, golden, golden_model, hostile, spoil
 from typer.testing import CliRunner
 
 from cwdm import checkpoint
@@ -146,3 +146,10 @@ def test_emulated_bfloat16_is_said(weights: Path, tmp_path: Path, monkeypatch: p
     result = CliRunner().invoke(app, [*command, "--device", "cpu", "precision=bf16"])
     assert result.exit_code == 0, result.output
     assert "does not multiply bfloat16" in " ".join(result.output.split())
+
+
+@hostile
+def test_a_hostile_record_of_samples_is_said(tmp_path: Path, how: str) -> None:
+    spoil(tmp_path / "samples.json", how)
+    with pytest.raises(SettingsError, match="choose another folder"):
+        check_same_origin(tmp_path / "samples.json", {"seed": 1})

@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from support import spoil
 
 from cwdm.errors import InputError
 from cwdm.files import write_json
@@ -63,10 +64,13 @@ def test_records_of_other_versions_and_other_files_are_no_obstacle(tmp_path: Pat
     write_json(tmp_path / "elsewhere.json", old | {"case": "../P-1"})
     write_json(tmp_path / "unknown.json", old | {"modality": "ct"})
     (tmp_path / "half.json").write_text('{"case": "P-')
+    (tmp_path / "nested.json").write_text('{"case": "P-2", "settings": ' + '{"a": ' * 200 + "1" + "}" * 201)
+    spoil(tmp_path / "pipe.json", "pipe")
     (tmp_path / ".hidden.json").write_text("{}")
     records = read_records(tmp_path)
     assert [(case.case, case.modality, case.settings) for case in records.cases] == [("P-1", "t1n", {})]
-    assert [fault.split()[0] for fault in records.faults] == ["elsewhere.json", "half.json", "unknown.json"]
+    names = ["elsewhere.json", "half.json", "nested.json", "pipe.json", "unknown.json"]
+    assert [fault.split()[0] for fault in records.faults] == names
     assert "is not the name of a folder" in records.faults[0]
 
 

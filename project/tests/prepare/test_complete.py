@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support import hostile, link_to_a_name_too_long, spoil
 from typer.testing import CliRunner
 
 from cwdm import __version__
@@ -204,6 +205,24 @@ def test_one_bad_case_stops_no_other(cohort: Path, synthesised: Path, tmp_path: 
     assert f"{wrong.name} FAILED: expected volumes of one shape" in done.stderr
     assert f"{good.name} written\n    warning: its {good.missing[0]} is synthesised, not acquired" in done.stderr
     assert [path.name for path in (tmp_path / "out").iterdir()] == [good.name]
+
+
+def test_a_link_to_a_name_too_long_stops_no_other_case(cohort: Path, synthesised: Path, tmp_path: Path) -> None:
+    bad, *good = find_cases(cohort)
+    link_to_a_name_too_long(next(iter(bad.files.values())))
+    done = complete_cases(cohort, synthesised, tmp_path / "out")
+    assert [one.status for one in done] == ["failed", *["written"] * len(good)]
+    assert "leads nowhere" in done[0].reason or "cannot be read" in done[0].reason
+
+
+@hostile
+def test_a_hostile_record_in_its_place_is_kept(cohort: Path, synthesised: Path, tmp_path: Path, how: str) -> None:
+    name = find_cases(cohort)[0].name
+    (tmp_path / "out" / name).mkdir(parents=True)
+    spoil(tmp_path / "out" / name / f"{name}-synthesised.json", how)
+    done = complete_cases(cohort, synthesised, tmp_path / "out")
+    assert [one.status for one in done] == ["failed", "written", "written"]
+    assert "was not put there by cwdm" in done[0].reason
 
 
 def test_cases_that_miss_nothing_or_too_much(cohort: Path, phantoms: Path, synthesised: Path, tmp_path: Path) -> None:

@@ -194,12 +194,13 @@ def test_a_flat_folder(complete: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("leads_to", ["nowhere", "x" * 300])
 def test_a_link_that_leads_nowhere_is_no_image(
-    complete: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    complete: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, leads_to: str
 ) -> None:
     image = complete / NAMES[0] / f"{NAMES[0]}-t2w.nii.gz"
     image.unlink()
-    image.symlink_to("nowhere")
+    image.symlink_to(leads_to)
     assert len(drop_modalities(complete, tmp_path / "out", 0)) == len(NAMES) - 1
     assert f"{NAMES[0]} is not complete and was skipped: {image} is no file" in caplog.text
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from support import spoil
 from typer.testing import CliRunner
 
 from cwdm.cli.app import app
@@ -83,6 +84,12 @@ def test_scores_that_evaluate_wrote_are_taken(cohort: ReportPaths, tmp_path: Pat
 
 def test_no_scores_is_one_clear_message(cohort: ReportPaths, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"evaluation\.json cannot be read.*cwdm evaluate --out"):
+        write_report(replace(cohort, scores=tmp_path))
+    spoil(tmp_path / "evaluation.json", "pipe")
+    with pytest.raises(InputError, match="is not a regular file"):
+        write_report(replace(cohort, scores=tmp_path))
+    spoil(tmp_path / "evaluation.json", "deep")
+    with pytest.raises(InputError, match="is not an evaluation"):
         write_report(replace(cohort, scores=tmp_path))
     (tmp_path / "evaluation.json").write_text('{"images": 3}')
     with pytest.raises(InputError, match="is not an evaluation"):

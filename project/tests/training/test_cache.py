@@ -7,7 +7,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from support import SHAPE
+from support import SHAPE, hostile, spoil
 
 from cwdm.errors import CaseError, OutputError
 from cwdm.images.cases import MODALITIES
@@ -141,6 +141,17 @@ def test_a_damaged_entry_is_decoded_again(patients: Path, tmp_path: Path, damage
     for subject, unit in zip(subjects, whole, strict=True):
         np.testing.assert_array_equal(cache.load(subject).unit(), unit)
     assert prepare(cache.data, tmp_path / "cache")[1] == subjects
+
+
+@hostile
+def test_a_hostile_cache_is_made_again(patients: Path, tmp_path: Path, how: str) -> None:
+    cache, subjects = prepare(DataSettings(path=patients, target="t2w", window="brain"), tmp_path / "cache")
+    whole = cache.load(subjects[0]).unit()
+    for path in (tmp_path / "cache").iterdir():
+        spoil(path, how)
+    again, prepared = prepare(cache.data, tmp_path / "cache")
+    assert prepared == subjects
+    np.testing.assert_array_equal(again.load(subjects[0]).unit(), whole)
 
 
 def test_a_damaged_entry_is_not_made_from_other_data(patients: Path, tmp_path: Path) -> None:

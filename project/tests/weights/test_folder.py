@@ -1,17 +1,19 @@
 """Weights found in folders, checked, loaded and listed."""
 
+import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
-from support import TINY
+from support import TINY, hostile, link_to_a_name_too_long, spoil
 
 from cwdm import Synthesizer, checkpoint, weights
 from cwdm.checkpoint import ANY, Record, load_published
 from cwdm.errors import WeightsError
 from cwdm.images.cases import MODALITIES
 from cwdm.unet import UNet, UNetConfig
-from cwdm.weights.folder import BUNDLED, PUBLISHED_FILES, folder_of, load_for
+from cwdm.weights.folder import BUNDLED, CHECKSUMS, PUBLISHED_FILES, folder_of, load_for
 from cwdm.weights.listing import inspect
 from cwdm.weights.untrained import untrained_state
 
@@ -135,3 +137,30 @@ def test_bundled_weights_load_and_say_what_they_are() -> None:
     assert listed.path.stat().st_size < 12e6
     for modality in ("t1n", "t1c", "t2w", "t2f"):
         assert record.notice in load_for(folder_of(BUNDLED), modality).warnings
+
+
+@hostile
+def test_hostile_checksums_are_said(weights_folder: Path, tmp_path: Path, how: str) -> None:
+    shutil.copy(weights_folder / "t1_gen.pt", tmp_path)
+    spoil(tmp_path / CHECKSUMS, how)
+    with pytest.raises(WeightsError, match=r"checksums\.json: cannot be read"):
+        weights.load_for(tmp_path, "t1n")
+
+
+@pytest.mark.parametrize("name", ["t1n.safetensors", "t1_gen.pt"])
+def test_a_pipe_is_no_file_of_weights(tmp_path: Path, name: str) -> None:
+    os.mkfifo(tmp_path / name)
+    for read in (checkpoint.load, checkpoint.read_record if name.endswith("s") else checkpoint.load):
+        with pytest.raises(WeightsError, match="not a regular file"):
+            read(tmp_path / name)
+
+
+def test_links_that_cannot_be_followed_are_no_weights(weights_folder: Path, tmp_path: Path) -> None:
+    link_to_a_name_too_long(tmp_path / "t1n.safetensors")
+    with pytest.raises(WeightsError, match="no weights for t1n"):
+        weights.find(tmp_path, "t1n")
+    shutil.copy(weights_folder / "t1_gen.pt", tmp_path)
+    assert weights.find(tmp_path, "t1n").name == "t1_gen.pt"
+    assert [listed.path.name for listed in weights.inspect(tmp_path)] == ["t1_gen.pt"]
+    with pytest.raises(WeightsError, match="name too long"):
+        weights.find(tmp_path / ("x" * 300), "t1n")
