@@ -1,8 +1,11 @@
 """What Slurm tells a process about its job: the only place that reads Slurm's variables."""
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+from cwdm.errors import InputError
 
 
 @dataclass(frozen=True)
@@ -33,11 +36,23 @@ class SlurmJob:
         return self.task is not None and self.step_tasks > 1
 
 
+def whole_number(environment: Mapping[str, str], name: str) -> int | None:
+    """What a scheduler's variable says, None where it is not set; raises InputError where it is no whole number."""
+    text = environment.get(name)
+    if text is not None and not re.fullmatch(r"\d{1,9}", text, re.ASCII):
+        raise InputError(f"the variable {name}: expected a whole number, found {text!r}; set it right, or unset it")
+    return None if text is None else int(text)
+
+
 def slurm_job(environment: Mapping[str, str] = os.environ) -> SlurmJob | None:
-    """The job of this process; None outside of Slurm."""
+    """The job of this process; None outside of Slurm.
+
+    Raises:
+        InputError: a variable of Slurm's is no whole number.
+    """
 
     def number(name: str) -> int | None:
-        return int(environment[f"SLURM_{name}"]) if f"SLURM_{name}" in environment else None
+        return whole_number(environment, f"SLURM_{name}")
 
     if not any(f"SLURM_{name}" in environment for name in ("NTASKS", "PROCID", "ARRAY_TASK_ID")):
         return None

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 from cwdm.errors import InputError
-from cwdm.slurm import SlurmJob, slurm_job
+from cwdm.slurm import SlurmJob, slurm_job, whole_number
 
 T = TypeVar("T")
 
@@ -36,7 +36,7 @@ def parse_shard(shard: str, environment: Mapping[str, str] = os.environ) -> tupl
     JOB_COMPLETIONS, which the job's file has to set.
 
     Raises:
-        InputError: not such a shard, or no scheduler where "auto" was asked for.
+        InputError: not such a shard, or no scheduler where "auto" was asked for, or its variables make no sense.
     """
     return _of_scheduler(environment) if shard == "auto" else _parse(shard)
 
@@ -50,16 +50,23 @@ def _parse(shard: str) -> tuple[int, int]:
 
 def _of_scheduler(environment: Mapping[str, str]) -> tuple[int, int]:
     places = _of_slurm(job) if (job := slurm_job(environment)) else []
-    if {"JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"} <= environment.keys():
-        places.append(_parse(f"{environment['JOB_COMPLETION_INDEX']}/{environment['JOB_COMPLETIONS']}"))
+    index, count = (whole_number(environment, name) for name in ("JOB_COMPLETION_INDEX", "JOB_COMPLETIONS"))
+    if index is not None and count is not None:
+        places.append(_place(index, count, "JOB_COMPLETION_INDEX and JOB_COMPLETIONS"))
     if not places:
         raise InputError(
             "--shard auto: no Slurm job array (SLURM_ARRAY_TASK_ID, _COUNT), Slurm tasks (SLURM_PROCID, SLURM_NTASKS) "
             "or Kubernetes job (JOB_COMPLETION_INDEX, JOB_COMPLETIONS); give i/n"
         )
-    index, count = places[0]
+    shard, shards = places[0]
     for inner, size in places[1:]:  # the tasks of each job of an array share its cases
-        index, count = index * size + inner, count * size
+        shard, shards = shard * size + inner, shards * size
+    return shard, shards
+
+
+def _place(index: int, count: int, names: str) -> tuple[int, int]:
+    if not 0 <= index < count:
+        raise InputError(f"--shard auto: {names} say {index} of {count}, counted from 0; set them right, or give i/n")
     return index, count
 
 
@@ -77,7 +84,7 @@ def _of_slurm(job: SlurmJob) -> list[tuple[int, int]]:
                 f"--shard auto: the job array has {job.array_tasks} jobs from {job.array_first} to {job.array_last}, "
                 "and nobody would do the cases of those left out; give i/n, or an array without gaps such as 0-7"
             )
-        places.append(_parse(f"{job.array_task - job.array_first}/{job.array_tasks}"))
+        places.append(_place(job.array_task - job.array_first, job.array_tasks, "SLURM_ARRAY_TASK_ID and _COUNT"))
     if job.task is not None:
-        places.append(_parse(f"{job.task}/{job.tasks}"))
+        places.append(_place(job.task, job.tasks, "SLURM_PROCID and SLURM_NTASKS"))
     return places

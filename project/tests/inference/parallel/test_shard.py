@@ -74,3 +74,27 @@ def test_a_job_of_several_tasks_that_are_not_started_is_refused() -> None:
 def test_auto_without_a_scheduler_is_refused() -> None:
     with pytest.raises(InputError, match="give i/n"):
         parse_shard("auto", {"JOB_COMPLETION_INDEX": "1"})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("SLURM_NTASKS", "abc"),
+        ("SLURM_PROCID", "-1"),
+        ("SLURM_ARRAY_TASK_COUNT", "1e3"),
+        ("SLURM_NNODES", ""),
+        ("JOB_COMPLETION_INDEX", ""),
+        ("JOB_COMPLETIONS", "9" * 5000),
+    ],
+)
+def test_a_variable_that_is_no_number_is_named(name: str, text: str) -> None:
+    slurm = {"SLURM_NTASKS": "2", "SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+    kubernetes = {"JOB_COMPLETION_INDEX": "0", "JOB_COMPLETIONS": "2"}
+    with pytest.raises(InputError, match=f"the variable {name}: expected a whole number, found '{text}'"):
+        parse_shard("auto", {**slurm, **kubernetes, name: text})
+
+
+@pytest.mark.parametrize("index", ["2", "3"])
+def test_an_index_beyond_the_count_is_refused(index: str) -> None:
+    with pytest.raises(InputError, match=f"JOB_COMPLETION_INDEX and JOB_COMPLETIONS say {index} of 2"):
+        parse_shard("auto", {"JOB_COMPLETION_INDEX": index, "JOB_COMPLETIONS": "2"})
