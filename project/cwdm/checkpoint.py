@@ -45,7 +45,7 @@ _FLOATS = tuple(_SAFETENSORS_NAMES)
 def orthogonal_wavelet(name: str) -> str:
     """The name, if it is one of an orthogonal wavelet of PyWavelets; raises ValueError."""
     if name not in pywt.wavelist(kind="discrete") or not pywt.Wavelet(name).orthogonal:
-        raise ValueError(f"'{name}' is no orthogonal wavelet of PyWavelets")
+        raise ValueError(f"{name!r} is no orthogonal wavelet of PyWavelets")
     return name
 
 

@@ -37,10 +37,10 @@ class SamplerSettings(StrictSettings):
         if not isinstance(values, dict) or "preset" not in values:
             return values
         preset, others = values["preset"], {key: value for key, value in values.items() if key != "preset"}
-        if preset not in PRESETS:
+        if not isinstance(preset, str) or preset not in PRESETS:
             raise ValueError(f"preset must be one of {', '.join(PRESETS)}")
         if others:
-            raise ValueError(f"preset {preset} says name and steps itself; leave out {', '.join(others)}")
+            raise ValueError(f"preset {preset} says name and steps itself; leave out {', '.join(map(str, others))}")
         return PRESETS[preset]
 
 

@@ -34,6 +34,8 @@ def read_settings(model: type[Model], path: Path | None, overrides: Iterable[str
             yaml12.set_value(values, override)
     try:
         return model.model_validate(_without_nulls(values))
+    except RecursionError as error:
+        raise SettingsError(f"{source}: keys or values are nested too deeply") from error
     except ValidationError as error:
         # A default that follows from a value of which the fault is told already is none of its own.
         faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]

@@ -1,6 +1,7 @@
 """Values in YAML, numbers as version 1.2 writes them, from files and texts that nobody has checked."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ from cwdm.files import exists, is_file
 
 _MOST_BYTES = 1 << 20
 
-_INT, _FLOAT, _TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("int", "float", "timestamp"))
+_MOST_DIGITS = 100
+
+_BOOL, _INT, _FLOAT, _TIMESTAMP = (f"tag:yaml.org,2002:{kind}" for kind in ("bool", "int", "float", "timestamp"))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -76,6 +79,13 @@ class _Loader(yaml.SafeLoader):
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
+    # Those of version 1.2 alone; of !!timestamp, !!binary, !!set, !!omap and !!pairs, PyYAML's raise what they like.
+    yaml_constructors = {  # noqa: RUF012  # PyYAML's name for it
+        tag: construct
+        for tag, construct in yaml.SafeLoader.yaml_constructors.items()
+        if tag is None or tag.rpartition(":")[2] in ("null", "bool", "int", "float", "str", "seq", "map")
+    }
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key in (key for key, _ in node.value if isinstance(key, yaml.ScalarNode)):
@@ -87,7 +97,21 @@ class _Loader(yaml.SafeLoader):
 
 def _integer(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
+    if len(text) > _MOST_DIGITS:  # Python prints no number of thousands of digits
+        raise yaml.MarkedYAMLError(problem=f"a number of {len(text)} digits", problem_mark=node.start_mark)
     return int(text, {"0o": 8, "0x": 16}.get(text[:2], 10))
+
+
+def _tagged(kind: str, construct: Callable[[Any, yaml.ScalarNode], Any]) -> Callable[[Any, yaml.ScalarNode], Any]:
+    """PyYAML's constructor, for texts that are tagged with what they are not."""
+
+    def checked(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> Any:
+        try:
+            return construct(loader, node)
+        except (LookupError, ValueError) as error:
+            raise yaml.MarkedYAMLError(problem=f"{node.value!r} is no {kind}", problem_mark=node.start_mark) from error
+
+    return checked
 
 
 # YAML 1.2.2, section 10.3.2. In the order given, the first match counts.
@@ -100,7 +124,9 @@ _Loader.add_implicit_resolver(
     ),
     [*"-+.0123456789"],
 )
-_Loader.add_constructor(_INT, _integer)
+_Loader.add_constructor(_INT, _tagged("int", _integer))
+_Loader.add_constructor(_FLOAT, _tagged("float", yaml.SafeLoader.construct_yaml_float))
+_Loader.add_constructor(_BOOL, _tagged("bool", yaml.SafeLoader.construct_yaml_bool))
 
 
 def _refuse_aliases(path: Path, text: str) -> None:

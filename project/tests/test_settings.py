@@ -95,11 +95,34 @@ def test_overrides_win(tmp_path: Path) -> None:
         ("seed: 1:30", "seed: .*'1:30'"),
         ("seed: !!int many", "not valid YAML"),
         ("#" * (1 << 21), "larger than 1 MiB"),
+        ("seed: !!bool x", "'x' is no bool"),
+        ("seed: !!float ''", "'' is no float"),
+        ("seed: !!timestamp 99", "not valid YAML"),
+        ("precision: !!timestamp x", "not valid YAML"),
+        ("precision: !!binary aGk=", "not valid YAML"),
+        ("seed: !!omap [a: 1]", "not valid YAML"),
+        (f"seed: 0x{'f' * 6000}", "a number of 6002 digits"),
+        ("sampler: {preset: [1]}", "preset must be one of exact, balanced, fast"),
+        ("sampler: {preset: {a: 1}}", "preset must be one of exact, balanced, fast"),
+        ("sampler: {preset: fast, 1: 2}", "leave out 1"),
     ],
 )
 def test_faults_are_named(tmp_path: Path, text: str, match: str) -> None:
     with pytest.raises(SettingsError, match=match):
         read(tmp_path, text)
+
+
+@pytest.mark.parametrize(
+    "override", ["sampler.preset=[1]", "sampler.preset={a: 1}", "seed=!!bool x", f"{'a.' * 2000}b=1"]
+)
+def test_overrides_that_hold_anything_are_settings_errors(override: str) -> None:
+    with pytest.raises(SettingsError):
+        load_settings(None, [override])
+
+
+def test_text_that_no_encoding_knows_is_no_wavelet() -> None:
+    with pytest.raises(SettingsError, match="is no orthogonal wavelet"):
+        load_training_settings("cwdm-any", ["data.path=x", "out=y", 'network.wavelet="\\ud800"'])
 
 
 def test_every_fault_is_reported_at_once(tmp_path: Path) -> None:
