@@ -226,15 +226,21 @@ def load(path: Path | str) -> Checkpoint:
     """
     path = Path(path)
     try:
-        open_file(path).close()  # a pipe would make the libraries wait for ever
+        _check_regular(path)
         model, record = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
         return Checkpoint(model, record, path, sha256(path))
     except WeightsError as error:
         raise WeightsError(f"{path}: {error}") from error
-    except FileNotFoundError as error:
-        raise WeightsError(f"{path}: no such weights file") from error
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read ({error.strerror or error})") from error
+
+
+def _check_regular(path: Path) -> None:
+    """Raise WeightsError where there is no file, OSError where it is none that the libraries can read to its end."""
+    try:
+        open_file(path).close()
+    except FileNotFoundError as error:
+        raise WeightsError("no such weights file") from error
 
 
 def save(

@@ -36,8 +36,10 @@ class Regression(nn.Module):
     def __init__(self, out: int, given: int, targets: int, schedule: Schedule = PUBLISHED) -> None:
         super().__init__()
         self.schedule = schedule
-        mean = torch.eye(out).repeat(1, -(-given // out))[:, :given] * (out / given)
-        self.weight = nn.Parameter(mean.repeat(targets, 1, 1), requires_grad=False)
+        mean = torch.zeros(targets, out, given)
+        for band in range(out):  # not torch.eye, which on the meta device loads PyTorch's compiler
+            mean[:, band, band::out] = out / given
+        self.weight = nn.Parameter(mean, requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(targets, out), requires_grad=False)
         self.deviation = nn.Parameter(torch.ones(targets, out), requires_grad=False)
         # The conditions' root mean square, under its name in files of weights.

@@ -116,7 +116,9 @@ class UNet(nn.Module):
             [nn.Linear(width, config.embedding), nn.Linear(config.embedding, config.embedding)]
         )
         if config.targets:
-            self.target_embed = nn.Embedding(config.targets, config.embedding)
+            table = torch.empty(config.targets, config.embedding)
+            # On the meta device that would load PyTorch's compiler, which takes seconds and a folder to write to.
+            self.target_embed = nn.Embedding.from_pretrained(table if table.is_meta else nn.init.normal_(table), False)
         self.stem = new_conv3(config.in_channels, width)
         self.body = WaveletBody(config) if config.skips == "wavelet" else SkipBody(config)
         self.head = NormSiLUConv(width, config.out_channels, config, zero=True)

@@ -1,5 +1,7 @@
 """What several tests need: golden outputs of the published systems, small cases and weights."""
 
+import errno
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -35,3 +37,14 @@ def cohort(phantoms: Path, tmp_path: Path) -> Path:
     for source, missing in zip(sorted(phantoms.iterdir()), ("t1n", "t2f", "t1n"), strict=True):
         link_case(source, tmp_path / "input", missing)
     return tmp_path / "input"
+
+
+@pytest.fixture
+def no_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine where nothing that Python takes for temporary files can be written; `tmp_path` is there before."""
+
+    def none() -> str:
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", none)

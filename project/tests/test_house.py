@@ -14,7 +14,19 @@ PACKAGE = Path(cwdm.__file__).parent
 
 FLOORS = (
     ("errors", "arrays"),
-    ("files", "progress", "signals", "slurm", "precision", "device", "runner", "yaml12", "strict", "copies"),
+    (
+        "files",
+        "temporary",
+        "progress",
+        "signals",
+        "slurm",
+        "precision",
+        "device",
+        "runner",
+        "yaml12",
+        "strict",
+        "copies",
+    ),
     ("kernels",),
     ("wavelet", "diffusion", "samplers", "regression", "unet", "onepass", "metrics"),
     ("published", "checkpoint", "settings"),
@@ -102,6 +114,19 @@ def run(entry: str, *arguments: str) -> str:
 def test_help_does_not_wait_for_torch() -> None:
     for entry in ("cwdm.cli.app", "cwdm.container"):
         assert "torch" not in loaded_after(run(entry, "--help")), entry
+
+
+def test_making_room_for_weights_does_not_load_the_compiler() -> None:
+    code = """
+from itertools import product
+import torch
+from cwdm.unet import UNet, UNetConfig
+for skips, targets, regression in product(("concat", "additive", "wavelet"), (0, 4), (False, True)):
+    shape = dict(in_channels=40, model_channels=32, channel_mult=(1, 2), skips=skips, regression=regression)
+    with torch.device("meta"):
+        UNet(UNetConfig(targets=targets, **shape))
+"""
+    assert not [name for name in loaded_after(code) if name.startswith("torch._dynamo")]
 
 
 def test_infer_loads_little_of_the_package(phantoms: Path, tmp_path: Path) -> None:

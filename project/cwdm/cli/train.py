@@ -8,6 +8,7 @@ import typer
 from cwdm.cli.options import data, output
 from cwdm.errors import SettingsError, needs_extra
 from cwdm.progress import print_line
+from cwdm.temporary import check_temporary
 
 
 def train(
@@ -40,6 +41,7 @@ def train(
     folders = {"data.path": data_path, "out": output_path}
     named = [f"{key}={value}" for key, value in folders.items() if value is not None]
     loaded = training.load_training_settings(words[0], [*named, *words[1:]])
+    check_temporary()  # which PyTorch's compiler needs when it is imported, and readers later
     with needs_extra("train", "what training needs"):
         run = training.train  # imports what it is made with
     print_line(run(loaded, resume))

@@ -1,6 +1,5 @@
 """The score of one synthesised image against the true one."""
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from cwdm.evaluation.pairs import Pair
 from cwdm.evaluation.segmenters import Segmenter, segment_pair
 from cwdm.images import Image, brain_mask, in_order_of, normalise, output_name, read_grid, write_nifti
 from cwdm.metrics import brasyn_ssim, brasyn_unit, interior, mae, mse, psnr, ssim, value_range
+from cwdm.temporary import temporary_folder
 
 SYNTHESISED = "synthesised"
 """Stands for the modality of a synthesised image, where the true one has that name."""
@@ -243,9 +243,9 @@ def _in_one_order(images: _Images, files: Mapping[str, Path]) -> Iterator[dict[s
     Args:
         files: modality -> file, and SYNTHESISED -> the synthesised image.
     """
-    with tempfile.TemporaryDirectory(prefix="cwdm-") as folder:
+    with temporary_folder() as folder:
         ordered = dict(files)
         for modality, volume in images.turned.items():
-            ordered[modality] = Path(folder) / output_name(images.case, modality)
+            ordered[modality] = folder / output_name(images.case, modality)
             write_nifti(ordered[modality], volume, images.grid.affine)
         yield ordered

@@ -5,7 +5,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from cwdm.errors import CaseError, InputError, SettingsError
 from cwdm.evaluation.labels import SCHEMES, TODAY, Scheme, labels_of
 from cwdm.files import files_below, is_file
 from cwdm.images import MODALITIES, Image, case_folder, output_name, read_grid
+from cwdm.temporary import temporary_folder
 
 Segmenter = Callable[[str, Path], Image]
 """(case, folder with its four modalities) -> label of each voxel. Called once at a time for one case."""
@@ -54,8 +54,8 @@ def command_segmenter(template: str) -> Segmenter:
         raise SettingsError(f"the segmenter's program {words[0]!r} was not found; check its path")
 
     def segment(case: str, folder: Path) -> Image:
-        with tempfile.TemporaryDirectory(prefix="cwdm-") as made:
-            output = Path(made) / output_name(case, "seg")
+        with temporary_folder() as made:
+            output = made / output_name(case, "seg")
             paths = {"{input}": str(folder), "{output}": str(output)}
             # In one pass: a case may be called anything, even {output}.
             _run([re.sub(r"{input}|{output}", lambda place: paths[place[0]], word) for word in words], case)
@@ -158,9 +158,9 @@ def segment_pair(
 
 
 def _segment(segmenter: Segmenter, case: str, files: Mapping[str, Path], which: str, scheme: Scheme) -> Image:
-    with tempfile.TemporaryDirectory(prefix="cwdm-") as made:
+    with temporary_folder() as made:
         # Links of its own: a segmenter that writes beside its input harms nothing, and finds no reference segmentation.
-        folder = Path(made) / case
+        folder = made / case
         folder.mkdir()
         for modality, path in files.items():
             ending = ".nii.gz" if path.name.lower().endswith(".gz") else ".nii"

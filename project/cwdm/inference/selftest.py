@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -12,6 +11,7 @@ from cwdm.images import MODALITIES, case_folder
 from cwdm.inference.synthesizer import Synthesizer
 from cwdm.phantoms import write_phantoms
 from cwdm.settings import load_settings
+from cwdm.temporary import temporary_folder
 
 SHAPE, SPACING_MM = (44, 52, 40), 4.5
 
@@ -29,9 +29,10 @@ def self_test(
 
     Raises:
         WeightsError: weights for a modality are missing, damaged or give no image.
+        OutputError: there is no folder for temporary files.
     """
-    with TemporaryDirectory() as folder:
-        path = write_phantoms(Path(folder), 1, seed=0, shape=SHAPE, spacing_mm=SPACING_MM)[0]
+    with temporary_folder() as folder:
+        path = write_phantoms(folder, 1, seed=0, shape=SHAPE, spacing_mm=SPACING_MM)[0]
         case = case_folder(path)
         synthesizer = Synthesizer(weights, load_settings(None, ["sampler.steps=1", "output.intensity=unit"]))
         for modality in modalities:

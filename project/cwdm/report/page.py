@@ -87,7 +87,7 @@ def write_report(
     common = _common_warnings(records.entries)
     rows = _rows(records.entries, common, _scores(records.entries, paths, workers, progress))
     chosen = _chosen(rows, viewers, most)
-    with tempfile.TemporaryFile() as sections:
+    with output_errors(path.parent), tempfile.TemporaryFile(dir=path.parent) as sections:
         drawn = [
             _draw(row, paths, row.entry.case in viewers, environment, sections) if row.number in chosen else row
             for row in rows

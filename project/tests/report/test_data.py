@@ -9,7 +9,7 @@ import pytest
 
 from cwdm.errors import CaseError
 from cwdm.images import output_name, read_grid, write_nifti
-from cwdm.report import ReportPaths
+from cwdm.report import ReportPaths, write_report
 from cwdm.report.data import CaseVolumes, read_records, read_volumes
 
 from .report_cases import MODALITY, add_case, mirror
@@ -90,3 +90,10 @@ def test_a_name_that_is_no_text_hides_no_case(paths: ReportPaths) -> None:
     records = read_records(paths.report)
     assert not records.faults
     assert "bad\udcff" in {entry.case for entry in records.entries}
+
+
+@pytest.mark.usefixtures("no_temporary_folder")
+def test_a_report_needs_no_folder_for_temporary_files(paths: ReportPaths) -> None:
+    path = write_report(replace(paths, truth=None))
+    assert CASE in path.read_text()
+    assert [one for one in path.parent.iterdir() if one.name.endswith(".html")] == [path]
