@@ -43,7 +43,7 @@ for uid 10001, add --user "$(id -u):$(id -g)".
 def main() -> None:
     """Run `cwdm` with the arguments that the runner meant."""
     if sys.argv[1:2] in (["--help"], ["-h"]):
-        print_line(HELP)
+        print_line(*HELP.split("\n"))
     sys.argv[1:] = arguments(sys.argv[1:])
     run()
 
@@ -86,7 +86,7 @@ def _weights(named: Path | None, root: Path) -> list[str]:
         print_notice(f"{named} is an empty folder; taking the weights of the image")
     own = [root / folder for folder in WEIGHTS if _may_hold_weights(root / folder)]
     if not own:
-        print_notice(f"warning: {NO_WEIGHTS}")
+        print_notice(*f"warning: {NO_WEIGHTS}".splitlines())
     return [f"--weights={own[0] if own else weights.BUNDLED}"]  # of two options the last counts
 
 

@@ -5,7 +5,10 @@ from contextlib import contextmanager
 
 
 class CwdmError(Exception):
-    """Base of every error that the command line turns into a message instead of a traceback."""
+    """Base of every error that the command line turns into a message instead of a traceback, a line an argument."""
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
 
 
 class CaseError(CwdmError):

@@ -1,12 +1,20 @@
 """What a person sees: lines, and of a long run bars on a terminal, one plain line an event elsewhere."""
 
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from contextlib import suppress
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from cwdm.errors import OutputError
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 T = TypeVar("T")
 
@@ -14,38 +22,80 @@ SECONDS_BETWEEN_LINES = 60
 """Where there is no terminal to show a bar."""
 
 
-def printable(text: str, lines: bool = True) -> str:
-    """Text for a terminal: a folder's name may hold anything, even sequences that would take the terminal over.
+def printable(text: str, lines: bool = False) -> str:
+    """Text for a terminal or a log: a name may hold sequences that take a terminal over, and lines that nobody said.
 
     Args:
-        lines: whether it may be several.
+        lines: whether it may be several; then names in it are printable already.
     """
     return "".join(c if c.isprintable() or (lines and c == "\n") else ascii(c)[1:-1] for c in text)
 
 
+def with_notes(line: str, *notes: str) -> str:
+    """A line about an item and others below it, further in; each is printable."""
+    return "\n    ".join(map(printable, (line, *notes)))
+
+
+class _Lasting(Console):
+    """A console whose reader may go while the run goes on, as that of `2>&1 >/dev/null | head -1` does."""
+
+    def on_broken_pipe(self) -> None:
+        _abandon(self.file)
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            super().__exit__(*error)
+        except OSError as fault:  # a full disk, a terminal that is gone
+            if not self.stderr:
+                raise _unwritten(fault) from fault
+            _abandon(self.file)
+
+
+def _abandon(stream: IO[str]) -> None:
+    """Let what a stream still holds, and what is written to it from now on, go nowhere."""
+    with suppress(OSError, ValueError):  # it has no descriptor
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, stream.fileno())
+        os.close(null)
+
+
+def _unwritten(error: OSError) -> OutputError:
+    return OutputError(f"cannot write to standard output: {error.strerror}")
+
+
 def to_stderr() -> Console:
     """Standard output stays clean."""
-    return Console(stderr=True, highlight=False)
+    return _Lasting(stderr=True, highlight=False)
 
 
-def print_line(line: object) -> None:
-    """A result, on standard output."""
-    print(printable(str(line)))
+def print_line(*lines: object) -> None:
+    """A result, on standard output; raises OutputError where that is full."""
+    try:
+        print(*(printable(str(line)) for line in lines), sep="\n", flush=True)
+    except BrokenPipeError:
+        _abandon(sys.stdout)
+    except OSError as error:
+        raise _unwritten(error) from error
 
 
-def print_notice(line: object) -> None:
+def print_table(table: "Table") -> None:
+    """A result, on standard output; raises OutputError where that is full."""
+    _Lasting().print(table)
+
+
+def print_notice(*lines: object) -> None:
     """What is not a result, on standard error."""
-    to_stderr().print(printable(str(line)), markup=False, soft_wrap=True)
+    to_stderr().print("\n".join(printable(str(line)) for line in lines), markup=False, soft_wrap=True)
 
 
-def print_error(message: object) -> None:
+def print_error(first: object, *lines: object) -> None:
     """What went wrong, on standard error."""
-    print_notice(f"error: {message}")
+    print_notice(f"error: {first}", *lines)
 
 
 class _Printable(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        return printable(super().format(record), lines=bool(record.exc_info))  # a traceback has several
 
 
 def make_logs_printable() -> None:
@@ -112,7 +162,7 @@ class CohortProgress:
     def start_case(self, name: str, steps: int) -> None:
         """The network begins with a case."""
         self._name, self._done, self._total, self._said = name, 0, steps, time.monotonic()
-        self._bars.reset(self._steps, total=steps, description=printable(name, lines=False))
+        self._bars.reset(self._steps, total=steps, description=printable(name))
 
     def step(self) -> None:
         """One evaluation of the network is done."""
@@ -123,10 +173,10 @@ class CohortProgress:
             self.log(f"{self._name}: step {self._done} of {self._total}")
 
     def end_case(self, line: str) -> None:
-        """A case is written, skipped or has failed."""
-        self.log(line)
+        """A case is written, skipped or has failed; see `with_notes`."""
+        self.log(line, lines=True)
         self._bars.advance(self._cases)
 
-    def log(self, line: str) -> None:
-        """Print a line above the bars, as it is."""
-        self.console.print(printable(line), markup=False, soft_wrap=True)
+    def log(self, line: str, lines: bool = False) -> None:
+        """Print a line above the bars; `lines` as for `printable`."""
+        self.console.print(printable(line, lines), markup=False, soft_wrap=True)

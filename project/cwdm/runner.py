@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeVar
 
 from cwdm.errors import CaseError, InputError
+from cwdm.progress import with_notes
 
 T = TypeVar("T")
 
@@ -29,9 +30,9 @@ class Outcome:
     def line(self) -> str:
         """What a person is told."""
         if self.status == "failed":
-            return f"{self.name} FAILED: {self.reason}"
+            return with_notes(f"{self.name} FAILED: {self.reason}")
         told = {"written": "written", "skipped": "is there already"}[self.status]
-        return f"{self.name} {told}" + "".join(f"\n    warning: {warning}" for warning in self.warnings)
+        return with_notes(f"{self.name} {told}", *(f"warning: {warning}" for warning in self.warnings))
 
 
 def run_each(

@@ -39,7 +39,7 @@ def read_settings(model: type[Model], path: Path | None, overrides: Iterable[str
     except ValidationError as error:
         # A default that follows from a value of which the fault is told already is none of its own.
         faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]
-        raise SettingsError("\n".join(f"{source}: {_explain(model, fault)}" for fault in faults)) from error
+        raise SettingsError(*(f"{source}: {_explain(model, fault)}" for fault in faults)) from error
 
 
 def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:

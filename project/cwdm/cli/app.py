@@ -6,6 +6,7 @@ process; 130 and 143 stopped from outside. After 4, 130 and 143 run again to go 
 """
 
 import io
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -18,7 +19,7 @@ from typer.main import get_command
 
 from cwdm import __version__
 from cwdm.errors import CwdmError, DeviceLostError
-from cwdm.progress import make_logs_printable, print_error, printable
+from cwdm.progress import make_logs_printable, print_error, print_line, print_notice
 from cwdm.signals import handled
 
 PANELS = {
@@ -86,6 +87,9 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `cwdm` command."""
+    while (descriptor := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass  # else the first file takes the place of a stream that is closed (2>&-)
+    os.close(descriptor)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files can be any bytes
@@ -94,12 +98,12 @@ def main() -> None:
         with handled(_stopped):
             app()
     except DeviceLostError as error:
-        _fail(f"{error}; run the same command again to go on, or with --devices, which replaces the process", 4)
+        _fail(4, f"{error}; run the same command again to go on, or with --devices, which replaces the process")
     except CwdmError as error:
-        _fail(str(error), 2)
+        _fail(2, *error.args)
     except Exception:
-        print(printable(traceback.format_exc()), file=sys.stderr)
-        _fail("a fault of the program, not of your data; please report it with the lines above", 3)
+        print_notice(*traceback.format_exc().splitlines())
+        _fail(3, "a fault of the program, not of your data; please report it with the lines above")
 
 
 def said(command: str, words: Sequence[str]) -> dict[str, Any]:
@@ -112,17 +116,17 @@ def said(command: str, words: Sequence[str]) -> dict[str, Any]:
 
 
 def _stopped(number: int, _: object) -> NoReturn:
-    _fail("stopped from outside; what is finished is kept, run the same command again to go on", 128 + number)
+    _fail(128 + number, "stopped from outside; what is finished is kept, run the same command again to go on")
 
 
-def _fail(message: str, code: int) -> NoReturn:
-    print_error(message)
+def _fail(code: int, *lines: str) -> NoReturn:
+    print_error(*lines)
     sys.exit(code)
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(f"cwdm {__version__}")
+        print_line(f"cwdm {__version__}")
         raise typer.Exit
 
 

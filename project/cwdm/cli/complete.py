@@ -25,5 +25,7 @@ def complete(
 
     folder = either(output_path, out, "--output_path")
     progress = CohortProgress(0)
-    outcomes = complete_cases(data_path, synthesised, folder, copy, lambda outcome: progress.log(outcome.line))
+    outcomes = complete_cases(
+        data_path, synthesised, folder, copy, lambda outcome: progress.log(outcome.line, lines=True)
+    )
     raise typer.Exit(sum_up(outcomes, folder, progress.log))

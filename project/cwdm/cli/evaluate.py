@@ -8,7 +8,7 @@ import typer
 from cwdm.cli.old import REQUIRED, either
 from cwdm.cli.options import Overwrite, count, output
 from cwdm.cli.outcomes import sum_up
-from cwdm.progress import print_line
+from cwdm.progress import print_line, print_table
 from cwdm.runner import Outcome
 
 if TYPE_CHECKING:
@@ -83,7 +83,6 @@ def evaluate(
 
     With --output_path, a stopped evaluation goes on where it was.
     """
-    from rich.console import Console
 
     from cwdm.evaluation import evaluate as evaluate_folder
     from cwdm.evaluation import tables
@@ -107,7 +106,7 @@ def evaluate(
             on_score=lambda score: progress.end_case(score.line),
         )
     for table in tables(evaluation.scores):
-        Console().print(table)
+        print_table(table)
     for path in evaluation.files:
         print_line(path)
     outcomes = [_outcome(score, score in evaluation.kept) for score in evaluation.scores]

@@ -7,7 +7,7 @@ import typer
 
 from cwdm import __version__
 from cwdm.cli.options import Modality, count, output
-from cwdm.progress import CohortProgress, print_line
+from cwdm.progress import CohortProgress, print_line, print_table
 
 
 def evaluate_samples(
@@ -24,7 +24,6 @@ def evaluate_samples(
     """Score generated volumes as a set: FID to the real ones, and MS-SSIM among themselves."""
     from dataclasses import asdict
 
-    from rich.console import Console
     from rich.table import Table
 
     from cwdm.evaluation import evaluate_generated
@@ -42,7 +41,7 @@ def evaluate_samples(
     mean = "" if score.ms_ssim is None else f"{score.ms_ssim:.4f}{deviation}"
     table.add_row(f"MS-SSIM of {score.pairs} pairs, lower is more diverse", mean)
     table.caption = "\n".join(f"{note}." for note in score.notes)
-    Console().print(table)
+    print_table(table)
     if output_path:
         record = {"program": f"cwdm {__version__}", "folders": [str(generated), str(real)], **asdict(score)}
         write_json(output_path / "samples-evaluation.json", record)

@@ -28,7 +28,7 @@ def sample(
     """
     from cwdm.inference import Generator, write_samples
     from cwdm.precision import warn_of_precision
-    from cwdm.progress import CohortProgress
+    from cwdm.progress import CohortProgress, printable
     from cwdm.settings import load_settings
 
     file, given = first_of(weights, settings)
@@ -38,7 +38,7 @@ def sample(
 
         def tell(outcome: Outcome) -> None:
             told = {"written": "written", "skipped": "there already", "failed": f"FAILED: {outcome.reason}"}
-            progress.end_case(f"{output_path / outcome.name}: {told[outcome.status]}")
+            progress.end_case(printable(f"{output_path / outcome.name}: {told[outcome.status]}"))
             outcomes.append(outcome)
 
         warn_of_precision(generator.pipeline.dtype, generator.pipeline.device, progress.log)

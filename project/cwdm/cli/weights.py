@@ -9,7 +9,7 @@ from cwdm.cli.app import Command
 from cwdm.cli.old import REQUIRED, Word, either
 from cwdm.cli.options import Modality, output
 from cwdm.errors import SettingsError
-from cwdm.progress import print_error, print_line, printable
+from cwdm.progress import print_error, print_line, print_table, printable
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Download, list, convert and verify weights.")
 
@@ -101,7 +101,6 @@ def untrained(
 
 def _show(place: Path) -> bool:
     """Print a table of weights files; whether all of them are sound."""
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
@@ -125,7 +124,7 @@ def _show(place: Path) -> bool:
         table.add_row(name, target, kind, f"{parameters:,}", marks[listed.verified])
     if not table.rows:
         faults.append(f"{place}: no weights files (.pt, .safetensors)")
-    Console().print(table)
+    print_table(table)
     for fault in faults:
         print_error(fault)
     return not faults

@@ -18,6 +18,7 @@ from cwdm.evaluation.pairs import Pair
 from cwdm.evaluation.segmenters import Segmenter, segment_pair
 from cwdm.images import Image, brain_mask, in_order_of, normalise, output_name, read_grid, write_nifti
 from cwdm.metrics import brasyn_ssim, brasyn_unit, interior, mae, mse, psnr, ssim, value_range
+from cwdm.progress import with_notes
 from cwdm.temporary import temporary_folder
 
 SYNTHESISED = "synthesised"
@@ -63,11 +64,12 @@ class Score:
         """What happened, for the log."""
         name = f"{self.case}: {self.modality}" if self.modality else self.case
         if self.reason:
-            return f"{name} FAILED: {self.reason}"
-        notes = "".join(f"\n    note: {note}" for note in self.notes)
+            return with_notes(f"{name} FAILED: {self.reason}")
         if "target_mae" in self.metrics:
-            return f"{name} MAE {self.metrics['target_mae']:.4g}, PSNR {self.metrics['target_psnr']:.2f} dB{notes}"
-        return f"{name} PSNR {self.metrics['psnr']:.2f} dB, SSIM {self.metrics['ssim']:.4f}{notes}"
+            found = f"MAE {self.metrics['target_mae']:.4g}, PSNR {self.metrics['target_psnr']:.2f} dB"
+        else:
+            found = f"PSNR {self.metrics['psnr']:.2f} dB, SSIM {self.metrics['ssim']:.4f}"
+        return with_notes(f"{name} {found}", *(f"note: {note}" for note in self.notes))
 
 
 _RECORD = TypeAdapter(Score)

@@ -92,7 +92,8 @@ def write_evaluation(out: Path, scores: Sequence[Score], record: Mapping[str, An
     writer.writerow(["case", "modality", *used, "brain", "notes", "reason"])
     for score in scores:
         row = [repr(score.metrics[name]) if name in score.metrics else "" for name in used]
-        writer.writerow([score.case, score.modality, *row, score.brain, "; ".join(score.notes), score.reason])
+        said = printable(score.case), "; ".join(map(printable, score.notes)), printable(score.reason)  # a line an image
+        writer.writerow([said[0], score.modality, *row, score.brain, *said[1:]])
     table, report = out / "evaluation.csv", out / "evaluation.json"
     contents = text.getvalue().encode(errors="backslashreplace")  # names of files can be any bytes
     write_atomically(table, lambda file: file.write(contents))
@@ -132,7 +133,7 @@ def _table(name: str, summary: Summary, marks: Mapping[str, str]) -> Table:
         mark = f" ({marks[metric.doubt]})" if metric.doubt else ""
         count = f", n = {row['images']}" if row["images"] < images else ""
         numbers = ("" if row[key] is None else f"{row[key]:.4g}" for key in ("mean", "sd", "median", "worst"))
-        table.add_row(metric.title + mark + count, *numbers, Text(printable(row["worst_case"], lines=False)))
+        table.add_row(metric.title + mark + count, *numbers, Text(printable(row["worst_case"])))
     return table
 
 

@@ -346,7 +346,8 @@ def explain(error: Exception, works: Callable[[], bool], log: Callable[[str], No
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         return "not enough memory"
-    log("".join(traceback.format_exception(error)))
+    for line in "".join(traceback.format_exception(error)).splitlines():
+        log(line)
     error.__traceback__ = None
     reason = f"unexpected {type(error).__name__}: {error}"
     if not works():

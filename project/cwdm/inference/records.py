@@ -17,6 +17,7 @@ from pydantic.dataclasses import dataclass
 from cwdm import __version__
 from cwdm.files import write_json
 from cwdm.images import MODALITIES
+from cwdm.progress import with_notes
 
 PROGRAM = f"cwdm {__version__}"
 
@@ -82,10 +83,10 @@ class Outcome:
         """What a person is told."""
         name = f"{self.case}: {self.modality}" if self.modality else self.case
         if self.status == "failed":
-            return f"{name} FAILED: {self.reason}"
+            return with_notes(f"{name} FAILED: {self.reason}")
         how = f"written after {self.seconds:.1f} s of sampling" if self.status == "written" else "is there already"
         found = [f"{self.quality.verdict}: {reason}" for reason in self.quality.reasons] if self.quality else []
-        return "\n    ".join((f"{name} {how}", *(f"warning: {warning}" for warning in self.warnings), *found))
+        return with_notes(f"{name} {how}", *(f"warning: {warning}" for warning in self.warnings), *found)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,6 @@
 """The cases of a run: found, decoded into the cache, and those that cannot be used named."""
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,7 +9,7 @@ from lightning_fabric import Fabric
 from cwdm.errors import CaseError, InputError, SettingsError
 from cwdm.files import check_writable, is_file, remove_stale
 from cwdm.images import MODALITIES, Subject, find_cases, list_subjects
-from cwdm.progress import printable, to_stderr
+from cwdm.progress import print_notice
 from cwdm.training.cache import Cache, CachedSubject
 from cwdm.training.data import Samples
 from cwdm.training.launch import gather, on_all_ranks, processes, results_of_all
@@ -83,7 +82,7 @@ def decode_all(
 ) -> tuple[Samples, list[CachedSubject]]:
     """What is trained on, and the held-out cases, decoded; what is wrong with any of them is said at once."""
     data, zero = settings.data, fabric.is_global_zero
-    say = partial(to_stderr().print, markup=False, soft_wrap=True) if zero else lambda _: None
+    say = print_notice if zero else lambda _: None
     subjects, faults = [*found.subjects, *held_out.subjects], [*found.faults, *held_out.faults]
     cases = len(subjects) + len(faults)
     if faults:
@@ -135,12 +134,12 @@ def leave_out(faults: Sequence[CaseError], cases: int, data: DataSettings, say: 
     """
     if not faults:
         return
-    lines = [printable(f"{fault.case}: {fault.reason}", lines=False) for fault in faults]
+    lines = [f"{fault.case}: {fault.reason}" for fault in faults]
     if not data.skip_bad or len(faults) == cases:
-        found = "\n".join(lines)
         raise InputError(
-            f"{len(faults)} of {cases} cases cannot be used:\n{found}\n"
-            "mend them, or go on without them: data.skip_bad=true"
+            f"{len(faults)} of {cases} cases cannot be used:",
+            *lines,
+            "mend them, or go on without them: data.skip_bad=true",
         )
     for line in lines:
         say(f"left out: {line}")

@@ -10,21 +10,15 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from tensorboardX import SummaryWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from torch import Tensor
 
 from cwdm.errors import OutputError
 from cwdm.files import output_errors
+from cwdm.progress import printable, to_stderr
 
 BANDS = ("LLL", "LLH", "LHL", "LHH", "HLL", "HLH", "HHL", "HHH")
-
-
-class _Console(Console):
-    def on_broken_pipe(self) -> None:
-        """Whoever read along is gone, which is no reason to end a run; rich would."""
-        self.quiet = True
 
 
 class TrainingLog:
@@ -37,7 +31,8 @@ class TrainingLog:
         if active:
             with output_errors(folder):
                 self.writer = SummaryWriter(str(folder), max_queue=1000)
-        self.console = _Console(stderr=True, highlight=False, quiet=not active)
+        self.console = to_stderr()
+        self.console.quiet = not active
         self.line = ""
         self.bad_in_a_row = 0
         self._start_window()
@@ -66,11 +61,8 @@ class TrainingLog:
         self._waited += time.perf_counter() - start
 
     def say(self, line: str) -> None:
-        """Show a line above the progress bar, if there still is anyone to see it."""
-        try:
-            self.console.print(line, markup=False, soft_wrap=True)
-        except OSError:  # a terminal that was closed, a full disk
-            self.console.quiet = True
+        """Show a line above the progress bar."""
+        self.console.print(printable(line), markup=False, soft_wrap=True)
 
     def add(self, bands: Tensor, t: Tensor, norm: float, finite: bool) -> None:
         """Errors (B, 8) at timesteps (B,) of one step, and its gradient's norm; what is not finite only counts."""

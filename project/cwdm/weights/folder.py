@@ -124,7 +124,7 @@ def check_usable(weights: Path, modalities: Iterable[str]) -> None:
         else:
             return
     if faults:
-        raise WeightsError("\n".join(("no case can be done with these weights:", *dict.fromkeys(faults))))
+        raise WeightsError("no case can be done with these weights:", *dict.fromkeys(faults))
 
 
 def modality_of(path: Path) -> str | None:
