@@ -38,10 +38,11 @@ class Prior(nn.Module):
         self.images, self.bands = images, bands
         # By the target and a number whose bit i says that image i is given.
         sets, coefficients = 2**images, images * bands
-        shown = (torch.arange(sets)[:, None] >> torch.arange(images)) & 1
-        mean = shown / shown.sum(1, keepdim=True).clamp(min=1)
-        weight = torch.einsum("si,ab->saib", mean, torch.eye(bands)).flatten(2)
-        self.weight = nn.Parameter(weight.repeat(images, 1, 1, 1), requires_grad=False)
+        with torch.device("cpu"):  # on the meta device, arithmetic loads PyTorch's compiler
+            shown = (torch.arange(sets)[:, None] >> torch.arange(images)) & 1
+            mean = shown / shown.sum(1, keepdim=True).clamp(min=1)
+            weight = torch.einsum("si,ab->saib", mean, torch.eye(bands)).flatten(2).repeat(images, 1, 1, 1)
+        self.weight = nn.Parameter(weight.to(torch.get_default_device()), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(images, sets, bands), requires_grad=False)
         self.deviation = nn.Parameter(torch.ones(images, sets, bands), requires_grad=False)
         self.magnitude = nn.Parameter(torch.ones(coefficients), requires_grad=False)  # conditions' root mean square
