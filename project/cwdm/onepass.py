@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from cwdm.regression import SMALLEST_DEVIATION, Examples, cross_products, linear, root_mean_squares
 from cwdm.unet import UNet, UNetConfig, check_shape
-from cwdm.wavelet import LLL_DIVISOR
+from cwdm.wavelet import LLL_DIVISOR, dwt, idwt
 
 MOST_LOG_RATIO = 8.0
 """Standard deviations are a 55th to 55 times the prior's."""
+
+ROUNDING = 1e-5
+"""Of voxels, by the wavelet transform and its inverse."""
 
 RIDGE = 1e-3
 """Of a prior, in units of each coefficient's variance."""
@@ -132,8 +135,9 @@ class OnePassUNet(UNet):
     """Predicts the wavelet coefficients of one image from those of the others that are given.
 
     `OnePassUNet(config)(conditions, given, target)`: conditions (B, 8 N, X, Y, Z), 0 where they are not given, given
-    (B, N) bool, target (B,) -> `Prediction`, whose mean is 0 where all conditions are 0. There is no timestep: blocks
-    are told target and flags in its place.
+    (B, N) bool, target (B,) -> `Prediction`, the mean that of a volume which is 0 in every voxel where all conditions
+    are 0, so that the edge of the brain need not be learned. There is no timestep: blocks are told target and flags in
+    its place.
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -152,8 +156,13 @@ class OnePassUNet(UNet):
         emb = self.embed(torch.zeros_like(target), target) + self.given_embed(given.to(dtype))
         output = self.denoise(network_input.to(dtype), emb).float()
         displacement, log_ratio = output.chunk(2, dim=1)
-        mean = (expected + deviation * displacement) * conditions.any(1, keepdim=True)
+        mean = dwt(idwt(expected + deviation * displacement) * brain_of(conditions))
         return Prediction(mean, deviation, MOST_LOG_RATIO * torch.tanh(log_ratio / MOST_LOG_RATIO))
+
+
+def brain_of(conditions: Tensor) -> Tensor:
+    """Voxels in which any of the images is not 0: coefficients (B, 8 N, X, Y, Z) -> (B, 1, 2 X, 2 Y, 2 Z) bool."""
+    return (idwt(conditions).abs() > ROUNDING).any(1, keepdim=True)
 
 
 def unit(channels: Tensor) -> Tensor:

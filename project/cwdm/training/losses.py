@@ -62,8 +62,8 @@ def one_pass_losses(
     orthonormal transform, in which squared errors are a voxel's, over the root mean square of the prior's standard
     deviations, so that targets and sets of conditions count alike.
 
-    Background, where all conditions are 0, counts nothing; divided is by all voxels, so that a part of an image counts
-    as much as there is brain in it.
+    Background, where all conditions are 0, counts nothing, in voxels at the edge of the brain neither. Divided is by
+    all voxels, so that a part of an image counts as much as there is brain in it.
 
     Args:
         model: as `OnePassUNet`.
@@ -81,7 +81,8 @@ def one_pass_losses(
     coefficients = dwt(conditions)
     found = model(coefficients, given, target)
     inside = coefficients.any(1, keepdim=True)
-    error = (found.mean - dwt(volume)) / found.deviation
+    truth = dwt(volume * (conditions != 0).any(1, keepdim=True))
+    error = (found.mean - truth) / found.deviation
     scale = unit(torch.tensor([[LLL_DIVISOR] + 7 * [1.0]], device=volume.device)) * found.deviation
     scale = scale / scale.square().mean(1, keepdim=True).sqrt()
     log_ratio = found.log_ratio
@@ -93,7 +94,7 @@ def one_pass_losses(
     weight = (scale.square() * log_ratio.detach().exp()) ** power
     losses = (weight * likelihood * inside).mean(dim=(2, 3, 4))
     if structure:
-        losses = losses + structure * structure_loss(idwt(found.mean), volume, inside)[:, None]
+        losses = losses + structure * structure_loss(idwt(found.mean), idwt(truth), inside)[:, None]
     return losses
 
 
