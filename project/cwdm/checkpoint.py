@@ -49,7 +49,7 @@ def orthogonal_wavelet(name: str) -> str:
     return name
 
 
-Objective = Literal["diffusion", "one-pass"]
+Objective = Literal["diffusion", "one-pass", "flow"]
 Edge = Annotated[int, Field(ge=2, le=1024)]
 
 
@@ -65,7 +65,7 @@ class Record(BaseModel):
         value_range: range that the predicted volume is clamped to at every step.
         schedule: noise schedule that the network was trained with, one of `cwdm.diffusion.SCHEDULES`.
         objective: what the network was trained to predict: clean coefficients among noise (`diffusion`), their mean and
-            variance in `one-pass`.
+            variance in `one-pass`, or the velocity of a `flow`.
         sampler, steps: what the makers of the weights recommend.
         notice: what every user of the outputs must know, such as "trained on phantoms, not for clinical use".
         most_missing: how many of the four modalities may be missing at once, the target included.
@@ -376,6 +376,8 @@ def _parse_header(text: str | None) -> tuple[UNetConfig, Record]:
         config, record = _config_type.validate_python(header["config"]), Record.model_validate(header["record"])
         if record.one_pass != (config.given > 0):
             raise ValueError(f"a network for {config.given} given images, and the objective {record.objective}")
+        if record.objective == "flow" and (config.regression or config.in_channels <= config.out_channels):
+            raise ValueError("a flow starts at conditions, and has no regression")
         if record.one_pass and record.wavelet != "haar":
             raise ValueError("a network of one pass needs the Haar wavelet")
         return config, record

@@ -14,22 +14,32 @@ import gc
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from cwdm import checkpoint as checkpoints
-from cwdm.checkpoint import Checkpoint
+from cwdm.checkpoint import Checkpoint, Record
 from cwdm.device import choose_device, device_name
 from cwdm.diffusion import PUBLISHED, SCHEDULES
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.files import is_folder
 from cwdm.images import MODALITIES
 from cwdm.precision import choose_dtype, exact_float32
-from cwdm.samplers import SAMPLERS, Denoise, Sampler, normal_noise, spaced_timesteps
-from cwdm.settings import Settings
+from cwdm.samplers import (
+    FLOW_SAMPLERS,
+    OF_DIFFUSION,
+    Denoise,
+    Sampler,
+    evaluations,
+    normal_noise,
+    planned_timesteps,
+    texture,
+)
+from cwdm.settings import TAU, TEXTURE_STEPS, SamplerSettings, Settings
 from cwdm.wavelet import dwt, idwt
 from cwdm.weights import folder_of, load_for
 
@@ -50,7 +60,7 @@ class Pipeline:
         sampler: one of `cwdm.samplers` or a function of one's own, called as `sampler(denoise, noise, timesteps,
             generator=g)`; where the network was trained with another noise schedule than the published one, it is
             given `schedule=` too.
-        timesteps: falling.
+        timesteps: falling; of a flow rising thousandths of the way.
         target: number of the volume to make, for a network of several.
         batch: samples in a network pass, halved where they do not fit into memory. `generator` is one
             `torch.Generator` for a batch of 1, and a list with one a sample for more, which a sampler of one's own
@@ -105,7 +115,8 @@ class Pipeline:
         sampler: Sampler | None = None,
     ) -> "Pipeline":
         """The pipeline of a loaded checkpoint, whose network is moved to the device and given the precision."""
-        dtype, record, gpu = choose_dtype(settings.precision, device), checkpoint.record, device.type == "cuda"
+        dtype, gpu = choose_dtype(settings.precision, device), device.type == "cuda"
+        made_by, timesteps = _plan(checkpoint, settings)
         # On a GPU the layout of cuDNN's fast kernels; the network keeps it from end to end.
         layout = torch.channels_last_3d if gpu else torch.contiguous_format
         checkpoint.model.to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
@@ -113,17 +124,17 @@ class Pipeline:
             checkpoint=checkpoint,
             device=device,
             dtype=dtype,
-            sampler=sampler or SAMPLERS[settings.sampler.name or record.sampler],
-            timesteps=_timesteps(checkpoint, settings),
+            sampler=sampler or made_by,
+            timesteps=timesteps,
             target=MODALITIES.index(modality) if modality and checkpoint.model.config.targets else 0,
-            batch=GPU_BATCH if gpu and sampler in (None, *SAMPLERS.values()) else 1,
+            batch=GPU_BATCH if gpu and sampler in (None, *OF_DIFFUSION.values()) else 1,
             noise_device=device if settings.noise == "device" else torch.device("cpu"),
         )
 
     @property
     def sampler_name(self) -> str:
         """Name of the sampler's function."""
-        return "one-pass" if self.checkpoint.record.one_pass else getattr(self.sampler, "__name__", "own")
+        return "one-pass" if self.checkpoint.record.one_pass else _name_of(self.sampler)
 
     def describe(self) -> dict[str, Any]:
         """What decides the samples beside conditions, seeds and weights, for a record."""
@@ -202,17 +213,34 @@ def _load(path: Path, modality: str | None) -> Checkpoint:
     return loaded
 
 
-def _timesteps(checkpoint: Checkpoint, settings: Settings) -> tuple[int, ...]:
-    """Where the network is evaluated; one of one pass once, whatever the settings say of samplers."""
-    record, told = checkpoint.record, settings.sampler
-    if not record.one_pass:
-        return tuple(told.timesteps or spaced_timesteps(told.steps or record.steps))
-    if settings.samples > 1:
+def _plan(checkpoint: Checkpoint, settings: Settings) -> tuple[Sampler, tuple[int, ...]]:
+    """Sampler and timesteps; a network of one pass is evaluated once, whatever the settings say of samplers."""
+    record = checkpoint.record
+    if record.objective != "diffusion" and settings.samples > 1:
         raise SettingsError(
-            f"samples={settings.samples}: {checkpoint.path} predicts mean and standard deviation in one pass, so that "
-            "there is nothing to average; leave samples at 1"
+            f"samples={settings.samples}: {checkpoint.path} was trained by {record.objective}, which gives one image, "
+            "so that there is nothing to average; leave samples at 1"
         )
-    return (0,)
+    return plan_sampling(record, settings.sampler)
+
+
+def plan_sampling(record: Record, told: SamplerSettings) -> tuple[Sampler, tuple[int, ...]]:
+    """Sampler and timesteps by the settings, and where these say nothing as the record recommends.
+
+    Raises:
+        SettingsError: the sampler is none of the record's objective.
+    """
+    if record.one_pass:
+        return OF_DIFFUSION[record.sampler], (0,)
+    usable, name = FLOW_SAMPLERS if record.objective == "flow" else OF_DIFFUSION, told.name or record.sampler
+    if name not in usable or (told.timesteps and usable is FLOW_SAMPLERS):
+        raise SettingsError(
+            f"sampler {name}: weights that were trained by {record.objective} take {', '.join(usable)}"
+            + (", and steps instead of timesteps" if usable is FLOW_SAMPLERS else "")
+        )
+    steps = told.steps or (TEXTURE_STEPS if told.name == "texture" else record.steps)
+    timesteps = tuple(told.timesteps or planned_timesteps(name, steps, told.tau or TAU))
+    return (usable[name] if told.bands is None else partial(texture, bands=tuple(told.bands))), timesteps
 
 
 @torch.inference_mode()
@@ -245,17 +273,31 @@ def _draw(
     loaded, device = pipeline.checkpoint, pipeline.device
     if loaded.record.one_pass:
         raise ValueError("a network of one pass makes no samples: predict gives their mean and standard deviation")
+    condition = None if condition is None else condition.to(device)
+    if loaded.record.objective == "flow" and condition is not None:
+        return _follow(pipeline, condition, callback).expand(len(seeds), -1, -1, -1, -1)
     generators = [torch.Generator(pipeline.noise_device).manual_seed(seed) for seed in seeds]
     noise = normal_noise((len(seeds), loaded.model.config.out_channels, *sizes), generators, device)
-    condition = None if condition is None else condition.to(device)
     denoise = clamped_denoiser(loaded, condition, pipeline.dtype, pipeline.target)
     if callback:
-        denoise = _telling(denoise, len(pipeline.timesteps), callback)
+        denoise = _telling(denoise, evaluations(pipeline.sampler, pipeline.timesteps), callback)
     schedule = SCHEDULES[loaded.record.schedule]
     options = {} if schedule is PUBLISHED else {"schedule": schedule}
     generator = generators if len(generators) > 1 else generators[0]
     with exact_float32():
         return pipeline.sampler(denoise, noise, list(pipeline.timesteps), generator=generator, **options)
+
+
+def _follow(pipeline: Pipeline, condition: Tensor, callback: Callback | None) -> Tensor:
+    """The end of a flow from the conditions, clamped to the value range: the same for every seed."""
+    from cwdm.flow import source  # here, as networks that denoise need none of it
+
+    record = pipeline.checkpoint.record
+    velocity = network_of(pipeline.checkpoint, condition, pipeline.dtype, pipeline.target)
+    if callback:
+        velocity = _telling(velocity, evaluations(pipeline.sampler, pipeline.timesteps), callback)
+    with exact_float32():
+        return clamped(pipeline.sampler(velocity, source(condition), list(pipeline.timesteps)), record)
 
 
 def _halving(draw: Callable[[list[int]], Tensor], seeds: Sequence[int], batch: int) -> Iterator[Tensor]:
@@ -298,16 +340,33 @@ def clamped_denoiser(
         condition: coefficients (B, 8 N, X, Y, Z) that go beside the noisy ones; None for an unconditional network.
         target: number of the volume to make, for a network of several.
     """
-    model, record = checkpoint.model, checkpoint.record
+    network = network_of(checkpoint, condition, dtype, target)
+    return lambda x, t: clamped(network(x, t), checkpoint.record)
 
-    def denoise(x: Tensor, t: int) -> Tensor:
+
+def network_of(checkpoint: Checkpoint, condition: Tensor | None, dtype: torch.dtype, target: int) -> Denoise:
+    """What a network itself says of x at t."""
+    model = checkpoint.model
+
+    def network(x: Tensor, t: int) -> Tensor:
         inputs = x if condition is None else torch.cat((x, condition.expand(x.shape[0], -1, -1, -1, -1)), dim=1)
         steps = torch.full((x.shape[0],), t, device=x.device)
         targets = (torch.full_like(steps, target),) if model.config.targets else ()
-        prediction = model(inputs.to(dtype), steps, *targets).float()
-        return dwt(idwt(prediction, record.wavelet).clamp_(*record.value_range), record.wavelet)
+        return cast(Tensor, model(inputs.to(dtype), steps, *targets)).float()
 
-    return denoise
+    return network
+
+
+def clamped(coefficients: Tensor, record: Record) -> Tensor:
+    """Coefficients of a volume that stays in the value range."""
+    return dwt(idwt(coefficients, record.wavelet).clamp_(*record.value_range), record.wavelet)
+
+
+def _name_of(sampler: Sampler) -> str:
+    if isinstance(sampler, partial):
+        return f"{_name_of(sampler.func)} of {', '.join(sampler.keywords['bands'])}"
+    names = {function: name for name, function in (OF_DIFFUSION | FLOW_SAMPLERS).items()}
+    return names.get(sampler, getattr(sampler, "__name__", "own"))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -1,10 +1,12 @@
-"""From noise to clean coefficients: DDPM, DDIM and DPM-Solver++(2M).
+"""From noise to clean coefficients: DDPM, DDIM and DPM-Solver++(2M), and shortcuts by their mean; and flows.
 
 Every sampler takes `denoise(x, t)`, which returns the predicted clean x0 for x at integer timestep t of the
 1000-step schedule, the starting noise (B, C, X, Y, Z) and a falling list of timesteps, and returns the final x.
 `generator` is where its noise comes from: one for the whole batch or a sequence with one for each sample, each of which
 then comes out as it would alone. `schedule` is the one that the network was trained with. To write another sampler,
 write another such loop.
+
+The samplers of a flow take its `velocity(x, t)`, where it starts, and rising thousandths of the way.
 """
 
 import math
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from cwdm.diffusion import PUBLISHED, TIMESTEPS, Schedule
+from cwdm.wavelet import BANDS
 
 Denoise = Callable[[Tensor, int], Tensor]
 Sampler = Callable[..., Tensor]
@@ -103,14 +106,103 @@ def dpmpp(
     return x
 
 
+def posterior_mean(
+    denoise: Denoise,
+    noise: Tensor,
+    timesteps: Sequence[int],
+    generator: Generators = None,
+    schedule: Schedule = PUBLISHED,
+) -> Tensor:
+    """E[x0]: what the network predicts at the noisiest timestep, where x_t tells next to nothing of x0.
+
+    The mean over a pair of opposite noises, in which what is odd in the noise cancels (antithetic variates, Hammersley
+    and Morton, 1956). Of `timesteps` the first alone counts.
+    """
+    t = falling_timesteps(timesteps)[0]
+    return (denoise(noise, t) + denoise(-noise, t)) / 2
+
+
+def texture(
+    denoise: Denoise,
+    noise: Tensor,
+    timesteps: Sequence[int],
+    generator: Generators = None,
+    schedule: Schedule = PUBLISHED,
+    bands: Sequence[str] = BANDS[1:],
+) -> Tensor:
+    """The mean with the texture of a sample: noised again to a timestep τ and denoised in a few steps.
+
+    Chung et al., "Come-Closer-Diffuse-Faster", 2022: a start near the truth contracts to it, so that the noisier part
+    of the way can be left out. What τ cannot bring back is lost: of normal data with standard deviation s,
+    s √((1 − ᾱ_τ) / (1 − ᾱ_τ + ᾱ_τ s²)) is left.
+
+    Args:
+        timesteps: the mean's, then those of `dpmpp` from τ on.
+        bands: taken from what was denoised, by their names in `cwdm.wavelet.BANDS`; the others are the mean's.
+    """
+    first, *rest = falling_timesteps(timesteps)
+    mean = posterior_mean(denoise, noise, [first])
+    if not rest:
+        return mean
+    alpha_bar = float(schedule.alpha_bars[rest[0]])
+    x = alpha_bar**0.5 * mean + (1 - alpha_bar) ** 0.5 * _randn_like(mean, generator)
+    drawn, chosen = dpmpp(denoise, x, rest, schedule=schedule), [BANDS.index(band) for band in bands]
+    return mean.index_copy(1, torch.tensor(chosen, device=mean.device), drawn[:, chosen])
+
+
+def euler(velocity: Denoise, source: Tensor, timesteps: Sequence[int], generator: Generators = None) -> Tensor:
+    """Euler's method for a flow: straight on from each of the rising thousandths to the next."""
+    x = source
+    for t, following in pairwise((*timesteps, TIMESTEPS)):
+        x = x + (following - t) / TIMESTEPS * velocity(x, t)
+    return x
+
+
+def heun(velocity: Denoise, source: Tensor, timesteps: Sequence[int], generator: Generators = None) -> Tensor:
+    """Heun's second-order method for a flow: the mean of the velocities at both ends of a step, two evaluations."""
+    x = source
+    for t, following in pairwise((*timesteps, TIMESTEPS)):
+        step, first = (following - t) / TIMESTEPS, velocity(x, t)
+        x = x + step / 2 * (first + velocity(x + step * first, following))
+    return x
+
+
 SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}
+SHORTCUTS: dict[str, Sampler] = {"mean": posterior_mean, "texture": texture}
+FLOW_SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun}
+OF_DIFFUSION = SAMPLERS | SHORTCUTS
 
 
 def known_sampler(name: str) -> str:
     """The name itself; raises ValueError if no sampler has it."""
-    if name not in SAMPLERS:
-        raise ValueError(f"must be one of {', '.join(SAMPLERS)}")
+    if name not in OF_DIFFUSION | FLOW_SAMPLERS:
+        raise ValueError(f"must be one of {', '.join(OF_DIFFUSION | FLOW_SAMPLERS)}")
     return name
+
+
+def planned_timesteps(name: str, steps: int, tau: int) -> list[int]:
+    """What a sampler is given as timesteps.
+
+    Args:
+        steps: of the sampler; of `texture`, those that denoise; `mean` has none.
+        tau: timestep that `texture` noises to.
+    """
+    if name in FLOW_SAMPLERS:
+        return [round(i * TIMESTEPS / steps) for i in range(steps)]
+    if name == "mean":
+        return [TIMESTEPS - 1]
+    if name == "texture":
+        # Quadratic, as the signal-to-noise ratio changes fastest at the end (Song et al., 2021, appendix D.2).
+        falling = [round(tau * (i / (steps - 1)) ** 2) for i in reversed(range(steps))] if steps > 1 else [tau]
+        return [TIMESTEPS - 1, *dict.fromkeys(falling)]
+    return spaced_timesteps(steps)
+
+
+def evaluations(sampler: Sampler, timesteps: Sequence[int]) -> int:
+    """How often a sampler asks the network."""
+    if sampler is heun:
+        return 2 * len(timesteps)
+    return len(timesteps) + (getattr(sampler, "func", sampler) in SHORTCUTS.values())
 
 
 def falling_timesteps(timesteps: Sequence[int]) -> list[int]:

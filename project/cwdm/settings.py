@@ -8,12 +8,19 @@ from pydantic import AfterValidator, Field, model_validator
 
 from cwdm.samplers import falling_timesteps, known_sampler
 from cwdm.strict import StrictSettings, read_settings
+from cwdm.wavelet import BANDS
 
 PRESETS: dict[str, dict[str, Any]] = {
     "exact": {"name": "ddpm", "steps": 1000},  # what the published code does
     "balanced": {"name": "dpmpp", "steps": 20},
     "fast": {"name": "dpmpp", "steps": 5},
+    "mean": {"name": "mean"},
+    "texture": {"name": "texture"},
 }
+
+
+TAU, TEXTURE_STEPS = 300, 5
+"""What `texture` does unless it is told."""
 
 
 class SamplerSettings(StrictSettings):
@@ -22,14 +29,18 @@ class SamplerSettings(StrictSettings):
     In place of `name` and `steps`, `preset` may name one of `PRESETS`.
 
     Attributes:
-        name: ddpm (published), ddim or dpmpp.
-        steps: network evaluations, spread evenly over the schedule.
+        name: ddpm (published), ddim or dpmpp, or their shortcuts mean and texture; euler or heun for flows.
+        steps: network evaluations, spread evenly over the schedule; of texture, those below `tau`.
         timesteps: an explicit falling list within 999 to 0, overrides `steps`.
+        tau: of texture: the timestep that the mean is noised to; None: `TAU`.
+        bands: of texture: the subbands that get it; None: all but LLL.
     """
 
     name: Annotated[str, AfterValidator(known_sampler)] | None = None
     steps: int | None = Field(default=None, ge=1, le=1000)
     timesteps: Annotated[list[int], AfterValidator(falling_timesteps)] | None = None
+    tau: int | None = Field(default=None, ge=1, le=998)
+    bands: list[Literal[BANDS]] | None = Field(default=None, min_length=1)  # type: ignore[valid-type]
 
     @model_validator(mode="before")
     @classmethod
@@ -42,6 +53,16 @@ class SamplerSettings(StrictSettings):
         if others:
             raise ValueError(f"preset {preset} says name and steps itself; leave out {', '.join(map(str, others))}")
         return PRESETS[preset]
+
+    @model_validator(mode="after")
+    def _of_one_sampler(self) -> "SamplerSettings":
+        if self.name != "texture" and (self.tau or self.bands):
+            raise ValueError("tau and bands belong to name: texture")
+        if self.name == "mean" and (self.steps or self.timesteps):
+            raise ValueError("mean takes neither steps nor timesteps")
+        if self.tau and self.timesteps:
+            raise ValueError("timesteps say tau themselves: it is their second")
+        return self
 
 
 class OutputSettings(StrictSettings):

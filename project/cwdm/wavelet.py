@@ -16,6 +16,7 @@ import ptwt
 import torch
 from torch import Tensor
 
+BANDS = ("LLL", "LLH", "LHL", "LHH", "HLL", "HLH", "HHL", "HHH")
 LLL_DIVISOR = 3.0
 _HAAR_GAIN = 8**-0.5  # 1/sqrt(2) an axis
 _PTWT_BANDS = ("aad", "ada", "add", "daa", "dad", "dda", "ddd")

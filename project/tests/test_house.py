@@ -28,7 +28,7 @@ FLOORS = (
         "copies",
     ),
     ("kernels",),
-    ("wavelet", "diffusion", "samplers", "regression", "unet", "onepass", "metrics"),
+    ("wavelet", "diffusion", "samplers", "regression", "unet", "onepass", "flow", "metrics"),
     ("published", "checkpoint", "settings"),
     ("images", "weights", "pipeline"),
     ("phantoms", "inference", "training", "evaluation", "prepare", "report", "scans"),

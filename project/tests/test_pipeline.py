@@ -206,6 +206,26 @@ def test_a_network_samples_by_the_schedule_that_it_was_trained_with(tmp_path: Pa
         replace(made, sampler=knows_the_published_alone).sample(condition)
 
 
+def test_shortcuts_are_planned_and_told_by_settings(weights_folder: Path, condition: torch.Tensor) -> None:
+    def load(*overrides: str) -> Pipeline:
+        return Pipeline.load(weights_folder, "t1c", load_settings(None, list(overrides)), "cpu")
+
+    mean = load("sampler.preset=mean")
+    assert (mean.timesteps, mean.sampler_name) == ((999,), "mean")
+    told = []
+    expected = mean.sample(condition, seeds=[5], callback=lambda step, total, _: told.append((step, total)))
+    assert told == [(1, 2), (2, 2)]
+    made = load("sampler.name=texture", "sampler.tau=200", "sampler.steps=3", "sampler.bands=[HHH]")
+    assert made.timesteps == (999, 200, 50, 0)
+    assert made.sampler_name == "texture of HHH"
+    found = made.sample(condition, seeds=[5])
+    assert torch.equal(found[:, :7], expected[:, :7])
+    assert not torch.equal(found[:, 7:], expected[:, 7:])
+    assert load("sampler.preset=texture").timesteps == (999, 300, 169, 75, 19, 0)
+    shared = replace(made, batch=2).sample(condition, seeds=[5, 6])
+    torch.testing.assert_close(shared[:1], found, atol=1e-4, rtol=0)
+
+
 def test_a_pipeline_cannot_change(weights_folder: Path) -> None:
     made = pipeline(weights_folder)
     for field in dataclasses.fields(made):

@@ -10,8 +10,22 @@ from support import GOLDEN, golden, golden_model
 from cwdm.checkpoint import Checkpoint, Record
 from cwdm.diffusion import PUBLISHED, SCHEDULES, Schedule
 from cwdm.pipeline import clamped_denoiser
-from cwdm.samplers import SAMPLERS, ddim, ddpm, dpmpp, spaced_timesteps
-from cwdm.wavelet import dwt, idwt
+from cwdm.samplers import (
+    FLOW_SAMPLERS,
+    SAMPLERS,
+    SHORTCUTS,
+    ddim,
+    ddpm,
+    dpmpp,
+    euler,
+    evaluations,
+    heun,
+    planned_timesteps,
+    posterior_mean,
+    spaced_timesteps,
+    texture,
+)
+from cwdm.wavelet import BANDS, dwt, idwt
 
 
 @pytest.mark.parametrize(
@@ -180,3 +194,82 @@ def test_with_a_generator_each_samples_of_a_batch_come_out_as_alone(sampler) -> 
 def test_as_many_generators_as_samples() -> None:
     with pytest.raises(ValueError, match="2 generators for a batch of 3"):
         ddpm(gaussian_denoiser(0, 1), torch.zeros(3, 8, 2, 2, 2), [1, 0], [torch.Generator(), torch.Generator()])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES.values(), ids=SCHEDULES)
+def test_the_mean_is_exact_for_normal_data_whatever_the_noise(schedule: Schedule) -> None:
+    noise = torch.randn(2, 8, 2, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    denoise, alpha_bar = gaussian_denoiser(2.0, 0.5, schedule), float(schedule.alpha_bars[999])
+    # E[x0 | x_T] of opposite x_T: all that is left of the noise is the prior's shrinkage towards its own mean.
+    gain = alpha_bar**0.5 * 0.5**2 / (alpha_bar * 0.5**2 + 1 - alpha_bar)
+    expected = torch.full_like(noise, 2.0 - gain * alpha_bar**0.5 * 2.0)
+    torch.testing.assert_close(posterior_mean(denoise, noise, [999], schedule=schedule), expected, rtol=1e-12, atol=0)
+    assert (ddim(denoise, noise, [999], schedule=schedule) - 2).abs().max() > 100 * (expected - 2).abs().max()
+
+
+@pytest.mark.parametrize("tau", [100, 300, 700])
+def test_texture_has_the_distribution_that_follows_from_tau(tau: int) -> None:
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(20_000, 8, 1, 1, 1, dtype=torch.float64, generator=generator)
+    denoise, alpha_bar = gaussian_denoiser(2.0, 0.3), float(PUBLISHED.alpha_bars[tau])
+    made = texture(denoise, noise, planned_timesteps("texture", tau + 1, tau), generator, bands=["LLH", "HHH"])
+    chosen = [BANDS.index("LLH"), BANDS.index("HHH")]
+    expected = 0.3 * ((1 - alpha_bar) / (1 - alpha_bar + alpha_bar * 0.3**2)) ** 0.5
+    assert made[:, chosen].std().item() == pytest.approx(expected, rel=0.02)
+    assert made[:, chosen].mean().item() == pytest.approx(2.0, abs=0.01)
+    others = [i for i in range(8) if i not in chosen]
+    assert torch.equal(made[:, others], posterior_mean(denoise, noise, [999])[:, others])
+
+
+def test_few_steps_of_texture_are_near_many() -> None:
+    noise = torch.randn(500, 8, 1, 1, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    denoise = gaussian_denoiser(2.0, 0.3)
+
+    def made(steps: int) -> torch.Tensor:
+        timesteps = planned_timesteps("texture", steps, 300)
+        return texture(denoise, noise, timesteps, torch.Generator().manual_seed(2))
+
+    exact = made(301)
+    assert (made(5) - exact).std() < 0.15 * exact[:, 1:].std()
+    assert (made(20) - exact).std() < 0.03 * exact[:, 1:].std()
+    again = made(5)
+    assert torch.equal(again[:, 1:], made(5)[:, 1:])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+@pytest.mark.parametrize("sampler", FLOW_SAMPLERS.values(), ids=FLOW_SAMPLERS)
+def test_a_straight_path_is_followed_exactly_in_any_number_of_steps(sampler, steps: int) -> None:
+    source, target = torch.randn(2, 1, 8, 2, 3, 2, dtype=torch.float64)
+    made = sampler(lambda x, t: target - source, source, planned_timesteps("euler", steps, 0))
+    torch.testing.assert_close(made, target, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(("sampler", "order"), [(euler, 1), (heun, 2)])
+def test_flows_converge_with_their_order_to_the_closed_form(sampler, order: int) -> None:
+    """Of dx/dt = x, which ends at e x, and of one that hangs on time alone, t, which ends half further."""
+    x = torch.linspace(-2, 2, 5, dtype=torch.float64)
+
+    def error(steps: int) -> float:
+        return float((sampler(lambda x, t: x, x, planned_timesteps("heun", steps, 0)) - np.e * x).abs().max())
+
+    assert error(10) / error(20) == pytest.approx(2**order, rel=0.1)
+    made = sampler(lambda x, t: torch.full_like(x, t / 1000), x, [0, 500])
+    torch.testing.assert_close(made, x + (0.25 if order == 1 else 0.5))
+
+
+@pytest.mark.parametrize("name", [*SAMPLERS, *SHORTCUTS, *FLOW_SAMPLERS])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_samplers_ask_the_network_as_often_as_they_say(name: str, steps: int) -> None:
+    asked = []
+
+    def network(x: torch.Tensor, t: int) -> torch.Tensor:
+        asked.append(t)
+        return x / 2
+
+    sampler = (SAMPLERS | SHORTCUTS | FLOW_SAMPLERS)[name]
+    timesteps = planned_timesteps(name, steps, 300)
+    sampler(network, torch.randn(1, 8, 1, 1, 1), timesteps)
+    assert len(asked) == evaluations(sampler, timesteps)
+    if name == "texture":
+        assert asked[:3] == [999, 999, 300]
+        assert evaluations(partial(texture, bands=["HHH"]), timesteps) == 2 + steps

@@ -11,7 +11,7 @@ seed: 7
 precision: fp32
 noise: device
 samples: 3
-sampler: {name: ddim, steps: 20, timesteps: [3, 2, 1, 0]}
+sampler: {name: ddim, steps: 20, timesteps: [3, 2, 1, 0], tau: null, bands: null}
 output: {intensity: unit, background: threshold, threshold: 0.1, orient: false}
 """
 
@@ -43,7 +43,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         "precision": "fp32",
         "noise": "device",
         "samples": 3,
-        "sampler": {"name": "ddim", "steps": 20, "timesteps": [3, 2, 1, 0]},
+        "sampler": {"name": "ddim", "steps": 20, "timesteps": [3, 2, 1, 0], "tau": None, "bands": None},
         "output": {"intensity": "unit", "background": "threshold", "threshold": 0.1, "orient": False},
     }
 
@@ -79,6 +79,11 @@ def test_overrides_win(tmp_path: Path) -> None:
         ("sampler: {timesteps: [0, 1]}", r"sampler.timesteps: must be a falling list .*\[0, 1\]"),
         ("sampler: {timesteps: []}", "sampler.timesteps: must be"),
         ("sampler: {timesteps: [1000]}", "sampler.timesteps: must be"),
+        ("sampler: {tau: 300}", "tau and bands belong to name: texture"),
+        ("sampler: {name: texture, tau: 999}", "sampler.tau: .*999"),
+        ("sampler: {name: texture, bands: [LLX]}", "sampler.bands.*'LLX'"),
+        ("sampler: {name: texture, tau: 9, timesteps: [999, 8]}", "timesteps say tau themselves"),
+        ("sampler: {name: mean, steps: 5}", "mean takes neither steps nor timesteps"),
         ("output: {orient: 'yes'}", "output.orient: "),
         ("output: {threshold: 2}", "output.threshold: "),
         ("- a list", "expected 'key: value' lines, found a list"),
@@ -156,6 +161,12 @@ def test_a_preset_names_sampler_and_steps() -> None:
     fast = load_settings(None, ["sampler.preset=fast"]).sampler
     assert (fast.name, fast.steps) == ("dpmpp", 5)
     assert load_settings(None, ["sampler.preset=exact"]).sampler.steps == 1000
+
+
+def test_what_texture_does_is_told_by_settings() -> None:
+    told = load_settings(None, ["sampler.name=texture", "sampler.tau=200", "sampler.bands=[HHH]"]).sampler
+    assert (told.tau, told.bands) == (200, ["HHH"])
+    assert load_settings(None, ["sampler.preset=mean"]).sampler.name == "mean"
 
 
 def test_an_unknown_preset_is_refused() -> None:

@@ -32,6 +32,7 @@ from cwdm.inference.steps import PreparedCase, Samples, Synthesis, draw, postpro
 from cwdm.inference.synthesizer import Synthesizer
 from cwdm.pipeline import Pipeline, is_out_of_memory
 from cwdm.progress import CohortProgress
+from cwdm.samplers import evaluations
 from cwdm.settings import Settings
 from cwdm.weights import BUNDLED, folder_of
 
@@ -297,7 +298,8 @@ class Runner:
 
         try:
             prepared, settings = reading.result(), self.synthesizer.settings
-            self.progress.start_case(task.name, len(pipeline.timesteps) * settings.samples)
+            evaluated = evaluations(pipeline.sampler, pipeline.timesteps)
+            self.progress.start_case(task.name, evaluated * settings.samples)
             return prepared, draw(prepared, pipeline, settings, after_step)
         except (OutputError, DeviceLostError):
             raise

@@ -47,7 +47,7 @@ class Samples(Dataset[dict[str, Tensor]]):
         voxels = self._voxels(n, volumes, box, shown)
         if mirrored:
             voxels = np.ascontiguousarray(voxels[:, ::-1])
-        t = int(TIMESTEPS * rng.random() ** (1 / settings.loss.timestep_power))
+        t = TIMESTEPS * rng.random() ** (1 / settings.loss.timestep_power)
         seed = int(rng.integers(2**63))
         sample = {
             "voxels": torch.from_numpy(voxels),
@@ -55,10 +55,10 @@ class Samples(Dataset[dict[str, Tensor]]):
             "gammas": torch.from_numpy(gammas),
             "shown": torch.from_numpy(shown),
             "target": torch.tensor(target),
-            "t": torch.tensor(t),
+            "t": torch.tensor(t, dtype=torch.float32 if settings.loss.objective == "flow" else torch.int64),
             "seed": torch.tensor(seed),
         }
-        if settings.noise == "cpu" and settings.loss.objective == "diffusion":
+        if settings.noise == "cpu" and settings.loss.objective != "one-pass":
             sample["noise"] = draw_noise(seed, voxels.shape[1:], torch.device("cpu"))
         return sample
 
@@ -145,7 +145,7 @@ def assemble(batch: Mapping[str, Tensor], settings: TrainingSettings, device: to
         "t": batch["t"],
         "target": batch["target"],
     }
-    if record.objective == "diffusion":
+    if not record.one_pass:
         noise = batch.get("noise")
         if noise is None:
             noise = torch.stack([draw_noise(seed, unit.shape[2:], device) for seed in seeds])

@@ -17,8 +17,7 @@ from torch import Tensor
 from cwdm.errors import OutputError
 from cwdm.files import output_errors
 from cwdm.progress import printable, to_stderr
-
-BANDS = ("LLL", "LLH", "LHL", "LHH", "HLL", "HLH", "HHL", "HHH")
+from cwdm.wavelet import BANDS
 
 
 class TrainingLog:

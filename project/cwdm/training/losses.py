@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cwdm.diffusion import SCHEDULES, subband_losses
+from cwdm.flow import flow_losses
 from cwdm.onepass import Prediction, unit
 from cwdm.training.settings import Errors, TrainingSettings
 from cwdm.wavelet import LLL_DIVISOR, dwt, idwt
@@ -26,13 +27,17 @@ def losses(network: nn.Module, given: dict[str, Tensor], settings: TrainingSetti
         volume, conditions, shown, target = (given[name] for name in ("volume", "conditions", "given", "target"))
         how = (loss.errors, loss.beta, loss.structure)
         return one_pass_losses(network, volume, conditions, shown, target, *how)
+    volume, conditions, t, noise = (given[name] for name in ("volume", "conditions", "t", "noise"))
+    wavelet = settings.network.wavelet
+    if loss.objective == "flow":
+        return flow_losses(lambda x, t: network(x, t, *targets), volume, conditions, t, noise, wavelet)
     return subband_losses(
         lambda x, t: network(x, t, *targets),
-        given["volume"],
-        given["conditions"] if given["conditions"].shape[1] else None,
-        given["t"],
-        given["noise"],
-        settings.network.wavelet,
+        volume,
+        conditions if conditions.shape[1] else None,
+        t,
+        noise,
+        wavelet,
         SCHEDULES[loss.schedule],
     )
 

@@ -13,7 +13,7 @@ from cwdm.diffusion import PUBLISHED, known_schedule
 from cwdm.errors import SettingsError
 from cwdm.files import is_file
 from cwdm.images import PUBLISHED_WINDOW, ImageSettings, Range, Size
-from cwdm.samplers import known_sampler
+from cwdm.samplers import FLOW_SAMPLERS, known_sampler
 from cwdm.strict import StrictSettings, read_settings
 from cwdm.training.augment import AugmentSettings
 from cwdm.unet import UNetConfig
@@ -160,7 +160,8 @@ class LossSettings(StrictSettings):
 
     Attributes:
         objective: what the network learns to predict: the clean coefficients among noise (`diffusion`), or in
-            `one-pass` their mean and variance, of each modality from whichever others are given; see `cwdm.onepass`.
+            `one-pass` their mean and variance, of each modality from whichever others are given; see `cwdm.onepass`;
+            or the velocity of a `flow` from the conditions to the target; see `cwdm.flow`.
         errors, beta, structure: of one pass: how errors are distributed, how much the likely large ones count, and the
             weight of 1 − SSIM; see `cwdm.training.losses`.
         over: `coefficients` gives each of the eight subbands the same weight, as published; `voxels` weights LLL,
@@ -260,6 +261,12 @@ class TrainingSettings(StrictSettings):
                 "loss.objective 'one-pass' needs data.condition_on 'any', the Haar wavelet and a value_range from 0, "
                 "and no network.regression, as it has a prior of its own"
             )
+        flow = self.loss.objective == "flow"
+        if flow and (self.network.regression or not self.channels):
+            raise ValueError("loss.objective 'flow' needs conditions to start at, and no network.regression")
+        for name in (self.record.sampler, self.validation_sampler):
+            if name is not None and flow != (name in FLOW_SAMPLERS):
+                raise ValueError(f"sampler {name} does not go with loss.objective '{self.loss.objective}'")
         multiple = 2 * self.unet().size_multiple
         for name, size in (("data.window", self.data.window), ("data.crop", self.data.crop)):
             for edge in size if isinstance(size, list) else ():
@@ -271,8 +278,8 @@ class TrainingSettings(StrictSettings):
     @property
     def validation_plan(self) -> tuple[str, int]:
         """Sampler and steps of validation."""
-        record = self.record
-        sampler, steps = (record.sampler, record.steps) if record.steps <= FEW_STEPS else ("dpmpp", FEW_STEPS)
+        record, other = self.record, "dpmpp" if self.loss.objective != "flow" else self.record.sampler
+        sampler, steps = (record.sampler, record.steps) if record.steps <= FEW_STEPS else (other, FEW_STEPS)
         return self.validation_sampler or sampler, self.validation_steps or steps
 
     @property

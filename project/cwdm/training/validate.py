@@ -11,8 +11,8 @@ from torch import Tensor
 
 from cwdm.checkpoint import Checkpoint
 from cwdm.metrics import psnr, ssim
-from cwdm.pipeline import Pipeline
-from cwdm.samplers import SAMPLERS, spaced_timesteps
+from cwdm.pipeline import Pipeline, plan_sampling
+from cwdm.settings import SamplerSettings
 from cwdm.training.cache import CachedSubject
 from cwdm.training.launch import largest, on_all_ranks, results_of_all
 from cwdm.training.saving import save_best
@@ -71,7 +71,7 @@ def _scores_of_share(run: Run) -> Iterator[tuple[float, float, float]]:
 
 def _synthesise(run: Run, network: Checkpoint, subject: CachedSubject, number: int) -> tuple[Any, Any, Any]:
     """Truth, synthesis and mask of a held-out case, (X, Y, Z) in [0, 1]."""
-    settings, (sampler, steps) = run.settings, run.settings.validation_plan
+    settings, (name, steps) = run.settings, run.settings.validation_plan
     unit = run.samples.cache.load(subject).unit()
     there = [channel for channel in range(len(unit)) if channel not in subject.absent]
     target = there[number % len(there)] if settings.data.condition_on == "any" else 0
@@ -81,12 +81,13 @@ def _synthesise(run: Run, network: Checkpoint, subject: CachedSubject, number: i
     # Modalities of a head without its skull show where the brain is; other images count everywhere.
     brains = settings.data.layout == "brats" and len(conditions) > 0
     mask = conditions.any(axis=0) if brains else np.ones(unit.shape[1:], np.bool_)
+    sampler, timesteps = plan_sampling(network.record, SamplerSettings(name=name, steps=steps))
     pipeline = Pipeline(
         checkpoint=network,
         device=run.fabric.device,
         dtype=settings.dtype,
-        sampler=SAMPLERS[sampler],
-        timesteps=tuple(spaced_timesteps(steps)),
+        sampler=sampler,
+        timesteps=timesteps,
         target=target,
     )
     condition = pipeline.encode(torch.from_numpy(conditions)[None]) if len(conditions) else None

@@ -284,6 +284,24 @@ def test_one_pass_is_trained_validated_and_resumed(small: Path, phantoms: Path, 
         train(settings(small, tmp_path / "parts", *changes, "loss.beta=1", "optimiser.final_lr=1"), resume=True)
 
 
+def test_a_flow_is_trained_validated_and_used(small: Path, phantoms: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    told = ["loss.objective=flow", "record.sampler=euler", "record.steps=2", f"data.validation_path={phantoms}"]
+    newest = train(settings(small, out, *told, "validate_every=6", "validation_cases=1"))
+    assert checkpoint.load(newest).record.objective == "flow"
+    assert (out / "best" / "any.safetensors").exists()
+    run = settings(small, tmp_path / "other", *told)
+    assert run.validation_plan == ("euler", 2)
+    drawn = [float(start_run(run, launch(run), resume=False).samples[n]["t"]) for n in range(3)]
+    assert all(0 <= t < 1000 and t != int(t) for t in drawn)
+
+
+@pytest.mark.parametrize("change", ["record.sampler=ddpm", "record.sampler=euler network.regression=true"])
+def test_settings_that_a_flow_cannot_have_are_refused(small: Path, tmp_path: Path, change: str) -> None:
+    with pytest.raises(SettingsError, match="'flow'"):
+        settings(small, tmp_path, "loss.objective=flow", *change.split())
+
+
 @pytest.mark.parametrize(
     "change",
     [
