@@ -1,6 +1,5 @@
 """Command lines as they used to be, which are understood and not shown."""
 
-import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from cwdm.checkpoint import Record, load_published
 from cwdm.cli.app import app, said
 from cwdm.cli.old import first_of
 from cwdm.errors import SettingsError
+from cwdm.images import find_cases, output_name, read_case, write_volume
 from cwdm.unet import UNetConfig
 from cwdm.weights.untrained import untrained_state
 
@@ -50,11 +50,8 @@ def test_folders_of_drop_and_complete(phantoms: Path, tmp_path: Path) -> None:
     cwdm("drop", phantoms, "--output_path", tmp_path / "new", "--seed=3")
     assert contents(tmp_path / "old") == contents(tmp_path / "new")
     (tmp_path / "made").mkdir()
-    for case in phantoms.iterdir():  # what a perfect synthesis would write
-        kept = {path.name for path in (tmp_path / "old" / case.name).iterdir()}
-        for path in case.iterdir():
-            if path.name not in kept:
-                os.link(path, tmp_path / "made" / path.name)
+    for case in map(read_case, find_cases(tmp_path / "old")):
+        write_volume(tmp_path / "made" / output_name(case.name, case.target), case.volumes[case.nearest] / 2, case)
     told = cwdm("complete", tmp_path / "old", tmp_path / "all-old", "--synthesised", tmp_path / "made").stderr
     cwdm("complete", tmp_path / "old", "-o", tmp_path / "all-new", "--synthesised", tmp_path / "made")
     assert contents(tmp_path / "all-old") == contents(tmp_path / "all-new")
