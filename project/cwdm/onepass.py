@@ -5,6 +5,7 @@ single sample. The network learns what the linear-Gaussian prior of the images t
 of its standard deviations the mean lies beside, and how much wider or narrower the truth is spread around it.
 """
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -68,34 +69,37 @@ class Prior(nn.Module):
 
     @torch.no_grad()
     def fit(self, examples: Examples) -> None:
-        """Ridge regression for each target and set of images, all from the same sums.
+        """Ridge regression for each target and set of images, from all examples that show those and maybe others.
 
         Few patients give many voxels, yet little variety: so each coefficient is taken in units of its standard
-        deviation, and weights that the data hardly determine are drawn towards 0.
-
-        Args:
-            examples: with all images as conditions, the target's own too.
+        deviation, and weights that the data hardly determine are drawn towards 0. Without an example for it, a model
+        stays the mean of what is given.
         """
-        images, bands, constant = self.images, self.bands, self.images * self.bands
-        sums, voxels = cross_products(examples, images, bands, constant)
+        images, bands, sets, constant = self.images, self.bands, 2**self.images, self.images * self.bands
+        grouped = ((*rest, target * sets + shown_in(rest[0], images)) for *rest, target in examples)
+        sums, voxels = cross_products(grouped, images * sets, bands, constant)
         self.magnitude.copy_(root_mean_squares(sums[:, : constant + 1, : constant + 1], voxels))
-        outputs = slice(constant + 1, None)
-        for target in range(images):
-            if sums[target, constant, constant] == 0:
+        for target, number in itertools.product(range(images), range(1, sets)):
+            with_all = [other for other in range(sets) if other & number == number]
+            found = sums.unflatten(0, (images, sets))[target, with_all].sum(0)
+            if number >> target & 1 or found[constant, constant] == 0:
                 continue
-            covariance, mean = covariances(sums[target], constant)
-            for number in range(1, 2**images):
-                given = [i for i in range(images) if number >> i & 1]
-                if target in given:
-                    continue
-                inputs = torch.cat([torch.arange(i * bands, (i + 1) * bands) for i in given])
-                within, across = covariance[inputs][:, inputs], covariance[inputs][:, outputs]
-                weight = ridge(within, across)
-                left = covariance.diagonal()[outputs] + (weight * (weight @ within - 2 * across.mT)).sum(1)
-                self.weight[target, number] = 0
-                self.weight[target, number, :, inputs] = weight.float()
-                self.bias[target, number] = mean[outputs] - weight @ mean[inputs]
-                self.deviation[target, number] = left.clamp(min=SMALLEST_DEVIATION**2).sqrt()
+            covariance, mean = covariances(found, constant)
+            inputs = [i for i in range(constant) if number >> (i // bands) & 1]
+            outputs = slice(constant + 1, None)
+            within, across = covariance[inputs][:, inputs], covariance[inputs][:, outputs]
+            weight = ridge(within, across)
+            left = covariance.diagonal()[outputs] + (weight * (weight @ within - 2 * across.mT)).sum(1)
+            self.weight[target, number] = 0
+            self.weight[target, number, :, inputs] = weight.float()
+            self.bias[target, number] = mean[outputs] - weight @ mean[inputs]
+            self.deviation[target, number] = left.clamp(min=SMALLEST_DEVIATION**2).sqrt()
+
+
+def shown_in(conditions: Tensor, images: int) -> int:
+    """Number of the set of images that are not 0 everywhere: of coefficients (images * bands, X, Y, Z)."""
+    shown = conditions.unflatten(0, (images, -1)).flatten(1).any(1)
+    return sum(1 << i for i in range(images) if shown[i])
 
 
 def ridge(within: Tensor, across: Tensor) -> Tensor:

@@ -100,19 +100,22 @@ def linear(weight: Tensor, bias: Tensor, conditions: Tensor) -> Tensor:
     return expected * conditions.any(1, keepdim=True)  # nothing outside the head
 
 
-def cross_products(examples: Examples, targets: int, out: int, given: int) -> tuple[Tensor, Tensor]:
-    """Sums over the voxels of each target, and in how many voxels each condition was there.
+def cross_products(examples: Examples, groups: int, out: int, given: int) -> tuple[Tensor, Tensor]:
+    """Sums over the voxels of each group of examples, and in how many voxels each condition was there.
+
+    Args:
+        examples: with the number of their group, such as the target's.
 
     Returns:
-        Products of conditions, a constant and what should come out, each with each, (targets, given + 1 + out,
+        Products of conditions, a constant and what should come out, each with each, (groups, given + 1 + out,
         given + 1 + out) float64; (given,).
     """
-    sums = torch.zeros(targets, given + 1 + out, given + 1 + out, dtype=torch.float64)
+    sums = torch.zeros(groups, given + 1 + out, given + 1 + out, dtype=torch.float64)
     voxels = torch.zeros(given, dtype=torch.float64)
-    for conditions, wanted, inside, target in examples:
+    for conditions, wanted, inside, group in examples:
         x = F.pad(conditions[:, inside].double(), (0, 0, 0, 1), value=1.0)
         rows = torch.cat((x, wanted[:, inside].double()))
-        sums[target] += rows @ rows.mT
+        sums[group] += rows @ rows.mT
         voxels += inside.sum() * conditions.flatten(1).any(1)
     return sums, voxels
 

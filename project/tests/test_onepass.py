@@ -54,7 +54,14 @@ def test_the_prior_is_the_conditional_normal_for_every_set_of_images() -> None:
     joint, mean = torch.randn(32, 32) / 32**0.5 + 0.5 * torch.eye(32), torch.rand(32) + 0.5
     joint[::8] *= 10  # as LLL is much larger than the other bands
     prior = Prior(4)
-    prior.fit(examples(torch.randn(32, 40, 40, 40), joint, mean))
+    # Some with everything, some without an image, which says nothing of what that is like.
+    whole, without = (
+        examples(torch.randn(32, 40, 40, 40), joint, mean),
+        examples(torch.randn(32, 20, 9, 8), joint, mean),
+    )
+    for target, (given, *_) in enumerate(without):
+        given[8 * ((target + 1) % 4) :][:8] = 0
+    prior.fit([*whole, *without])
     covariance = (joint @ joint.T).double()
     x = examples(torch.randn(32, 4, 3, 2), joint, mean)[0][0][None]
     for target, given in PATTERNS:

@@ -107,17 +107,13 @@ def _say_what_it_is(
 def _examples(samples: Samples) -> Iterator[tuple[Tensor, Tensor, Tensor, int]]:
     """Coefficients of conditions and target of the run's first samples, for the network's prior.
 
-    That of a network of one pass is given all images. Learned from are those whose eight voxels all lie in the brain:
-    at its rim every modality falls to 0 at once, which says much of the rim and nothing of how one modality follows
-    from the others.
+    Learned from are those whose eight voxels all lie in the brain: at its rim every modality falls to 0 at once, which
+    says much of the rim and nothing of how one modality follows from the others.
     """
     settings = samples.settings
     wavelet, background = settings.network.wavelet, settings.value_range[0]
     for n in range(REGRESSION_SAMPLES):
-        batch = default_collate([samples[n]])
-        if settings.loss.objective == "one-pass":
-            batch["shown"].fill_(True)
-        sample = assemble(batch, settings, torch.device("cpu"))
+        sample = assemble(default_collate([samples[n]]), settings, torch.device("cpu"))
         conditions = sample["conditions"]
         outside = (conditions == background).all(1).float()
         inside = F.max_pool3d(outside, 2)[0] == 0
