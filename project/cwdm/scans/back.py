@@ -8,7 +8,7 @@ from cwdm.arrays import Mask, Volume
 from cwdm.files import output_errors
 from cwdm.images import Image
 from cwdm.scans.align import Aligned
-from cwdm.scans.itk import Matrix, resample, resample_mask, write_transform
+from cwdm.scans.itk import inverse_of, resample, resample_mask, write_transform
 
 
 def bring_back(volume: Volume, aligned: Aligned, modality: str = "", mask: Mask | None = None) -> Image:
@@ -24,7 +24,7 @@ def bring_back(volume: Volume, aligned: Aligned, modality: str = "", mask: Mask 
         0 wherever the mask does not reach.
     """
     modality = modality or aligned.reference
-    like, inverse = aligned.heads[modality].image, np.linalg.inv(aligned.matrices[modality])
+    like, inverse = aligned.heads[modality].image, inverse_of(aligned.matrices[modality])
     mask = aligned.brain & aligned.covered if mask is None else mask
     grid = like.volume.shape, like.affine
     moved = resample(volume, aligned.space.affine, *grid, inverse)
@@ -43,11 +43,11 @@ def write_transforms(aligned: Aligned, folder: Path, name: str) -> list[Path]:
     """
     with output_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    written: dict[Path, Matrix] = {}
+    written = {}
     for modality, matrix in aligned.matrices.items():
         space = aligned.space.name
         written[folder / f"{name}_from-{space}_to-{modality}.txt"] = matrix
-        written[folder / f"{name}_from-{modality}_to-{space}.txt"] = np.linalg.inv(matrix)
+        written[folder / f"{name}_from-{modality}_to-{space}.txt"] = inverse_of(matrix)
     for path, matrix in written.items():
         write_transform(path, matrix)
     return list(written)

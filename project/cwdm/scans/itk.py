@@ -19,6 +19,24 @@ from cwdm.images import Image
 with needs_extra("scans", "SimpleITK"):
     import SimpleITK as sitk
 
+__all__ = [
+    "RAS_LPS",
+    "Matrix",
+    "ShearError",
+    "covered",
+    "grid",
+    "inverse_of",
+    "read_transform",
+    "resample",
+    "resample_mask",
+    "sitk",
+    "to_itk",
+    "to_matrix",
+    "to_transform",
+    "to_volume",
+    "write_transform",
+]
+
 Matrix = npt.NDArray[np.float64]
 """(4, 4) rigid movement, LPS mm of the fixed image to LPS mm of the moving one."""
 
@@ -61,14 +79,6 @@ def to_volume(image: sitk.Image) -> Volume:
     return volume
 
 
-def affine_of(image: sitk.Image) -> Affine:
-    """(4, 4), voxel indices to RAS mm of an image."""
-    affine = np.eye(4)
-    affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * np.asarray(image.GetSpacing())
-    affine[:3, 3] = image.GetOrigin()
-    return RAS_LPS @ affine
-
-
 def grid(shape: Sequence[int], affine: Affine) -> sitk.Image:
     """An empty image of a shape and place, to resample onto."""
     return to_itk(np.broadcast_to(np.uint8(0), tuple(shape)), affine)
@@ -93,6 +103,11 @@ def to_matrix(transform: sitk.Transform) -> Matrix:
         matrix[:3, axis] = np.asarray(transform.TransformPoint(point)) - origin
     matrix[:3, 3] = origin
     return matrix
+
+
+def inverse_of(matrix: Matrix) -> Matrix:
+    """The movement the other way."""
+    return np.asarray(np.linalg.inv(matrix), np.float64)
 
 
 def resample(

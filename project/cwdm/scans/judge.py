@@ -12,7 +12,7 @@ import numpy as np
 
 from cwdm.arrays import Mask
 from cwdm.scans.align import Aligned
-from cwdm.scans.itk import Matrix, covered, sitk, to_transform
+from cwdm.scans.itk import Matrix, covered, inverse_of, sitk, to_transform
 from cwdm.scans.register import (
     SEARCH_MM,
     Brain,
@@ -72,8 +72,8 @@ class Pair:
         moved = _moved(sitk.Cast(self.moving.mask, sitk.sitkFloat32), grid, self.matrix)
         reached = _moved(sitk.Cast(self.moving.mask, sitk.sitkFloat32) * 0 + 1, grid, self.matrix)
         first, second = (sitk.GetArrayViewFromImage(grid) > 0) & reached, moved
-        smaller = min(np.count_nonzero(first), np.count_nonzero(second))
-        return float(np.count_nonzero(first & second) / smaller) if smaller else 0.0
+        both, *sizes = (float(np.sum(mask)) for mask in (first & second, first, second))
+        return both / min(sizes) if min(sizes) else 0.0
 
     def gain(self) -> float:
         """Mutual information that registration brought, in nats."""
@@ -115,7 +115,7 @@ class Pair:
         """Share of the patient's brain that the image reaches."""
         space, image = self.aligned.space, self.aligned.heads[self.modality].image
         reached = covered(image, space.shape, space.affine, self.aligned.matrices[self.modality])
-        return float(np.count_nonzero(reached & self.aligned.brain) / max(1, np.count_nonzero(self.aligned.brain)))
+        return float(reached[self.aligned.brain].mean()) if self.aligned.brain.any() else 0.0
 
 
 def _moved(image: sitk.Image, onto: sitk.Image, matrix: Matrix) -> Mask:
@@ -189,7 +189,7 @@ def judge(aligned: Aligned) -> Judgement:
 
 def _measured(aligned: Aligned) -> Iterator[tuple[Check, str, float, dict[str, str]]]:
     reference, space = aligned.reference, aligned.space
-    back = np.linalg.inv(aligned.matrices[reference])
+    back = inverse_of(aligned.matrices[reference])
     for modality in aligned.heads:
         own = Pair(aligned, modality, aligned.brains[reference], aligned.matrices[modality] @ back)
         checks = OF_EACH if modality == reference else OF_EACH + WITHIN_STUDY

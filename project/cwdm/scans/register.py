@@ -20,7 +20,7 @@ LEVELS_MM = (4.0, 2.0, 1.0)
 """Resolutions of the fit, coarse to fine, after the search for a start at `SEARCH_MM`."""
 
 SEARCH_MM = 6.0
-_N4_MM = 6.0
+_N4_MM = 8.0
 _MARGIN_MM = 6.0
 """Around the brain that counts in the measure, so that its outline does too."""
 
@@ -70,8 +70,13 @@ class Registration(NamedTuple):
     starts: int
 
 
-def prepare(image: Image, mask: Mask) -> Brain:
+def prepare(image: Image, mask: Mask, biased: bool = True) -> Brain:
     """An image as the measure of registration sees it.
+
+    Args:
+        image: one contrast.
+        mask: the brain in it.
+        biased: False where there is no bias field to correct, as in an atlas.
 
     Raises:
         ShearError: its axes are not at right angles.
@@ -85,7 +90,7 @@ def prepare(image: Image, mask: Mask) -> Brain:
     factors = [max(1, round(LEVELS_MM[-1] / mm)) for mm in whole.GetSpacing()]
     small = sitk.BinShrink(whole, factors)
     brain = sitk.BinShrink(sitk.Cast(inside, sitk.sitkFloat32), factors) >= 0.5
-    return Brain(_without_outliers(_without_bias(small, brain), brain), brain)
+    return Brain(_without_outliers(_without_bias(small, brain) if biased else small, brain), brain)
 
 
 def _without_bias(image: sitk.Image, mask: sitk.Image) -> sitk.Image:

@@ -6,7 +6,6 @@ The atlases' images are data files with licences of their own, which stand besid
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import as_file, files
-from typing import Literal
 
 import numpy as np
 
@@ -15,7 +14,7 @@ from cwdm.errors import SettingsError
 from cwdm.images import Image, read_grid
 from cwdm.scans.register import Brain, prepare
 
-SpaceName = Literal["sri24", "mni152", "native"]
+SPACES = ("sri24", "mni152", "native")
 
 
 @dataclass(frozen=True)
@@ -29,7 +28,7 @@ class Space:
         affine: (4, 4), voxel indices to RAS mm.
     """
 
-    name: SpaceName
+    name: str
     shape: tuple[int, ...]
     affine: Affine
 
@@ -50,10 +49,10 @@ def find_space(name: str, reference: Image) -> Space:
     """
     if name == "native":
         return Space("native", reference.volume.shape, reference.affine)
-    if name == "sri24" or name == "mni152":
-        atlas = _atlas(name)
-        return Space(name, atlas.volume.shape, atlas.affine)
-    raise SettingsError(f"space {name!r}: expected sri24, mni152 or native")
+    if name not in SPACES:
+        raise SettingsError(f"space {name!r}: expected {', '.join(SPACES[:-1])} or {SPACES[-1]}")
+    atlas = _atlas(name)
+    return Space(name, atlas.volume.shape, atlas.affine)
 
 
 @cache
@@ -65,4 +64,4 @@ def _atlas(name: str) -> Image:
 @cache
 def _atlas_brain(name: str) -> Brain:
     atlas = _atlas(name)
-    return prepare(atlas, np.asarray(atlas.volume > 0))
+    return prepare(atlas, np.asarray(atlas.volume > 0), biased=False)

@@ -1,0 +1,55 @@
+"""Rigid registration finds known movements, and the same ones each time."""
+
+import numpy as np
+import pytest
+import SimpleITK as sitk
+from scans.conftest import Patient
+
+from cwdm.scans import Aligned
+from cwdm.scans.itk import RAS_LPS, Matrix
+from cwdm.scans.register import prepare, quarter_turns, register
+
+
+def distance_mm(found: Matrix, true: Matrix, patient: Patient) -> float:
+    image, mask = patient.heads["t1n"]
+    points = RAS_LPS @ image.affine @ np.c_[np.argwhere(mask), np.ones(mask.sum())].T
+    return float(np.linalg.norm(((found - true) @ points)[:3], axis=0).mean())
+
+
+@pytest.mark.parametrize("modality", ["t2w", "t2f"])
+def test_known_movements_are_found(patient: Patient, aligned: Aligned, modality: str) -> None:
+    assert aligned.reference == "t1n"
+    assert distance_mm(np.eye(4), patient.movements[modality], patient) > 8
+    assert distance_mm(aligned.matrices[modality], patient.movements[modality], patient) < 0.5
+    found = aligned.registrations[modality]
+    assert found.information > found.before
+    assert found.overlap > 0.95
+
+
+def test_a_head_on_its_side_is_found_among_quarter_turns(patient: Patient) -> None:
+    image, mask = patient.heads["t2f"]
+    side = np.eye(4)
+    side[:3, :3] = quarter_turns()[3]
+    lying = image._replace(affine=RAS_LPS @ side @ RAS_LPS @ image.affine)
+    found = register(prepare(*patient.heads["t1n"]), prepare(lying, mask))
+    assert distance_mm(found.matrix, side @ patient.movements["t2f"], patient) < 0.5
+    assert found.starts > 20
+
+
+def test_the_result_does_not_depend_on_the_number_of_threads(patient: Patient) -> None:
+    fixed, moving = (prepare(*patient.heads[modality]) for modality in ("t1n", "t2f"))
+    before = sitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    found = []
+    try:
+        for threads in (1, 3):
+            sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(threads)
+            found.append(register(fixed, moving, (4.0,)).matrix)
+    finally:
+        sitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)
+    np.testing.assert_array_equal(found[0], found[1])
+
+
+def test_there_are_23_quarter_turns() -> None:
+    turns = quarter_turns()
+    assert len({turn.tobytes() for turn in turns}) == 23
+    assert all(np.linalg.det(turn) == 1 for turn in turns)
