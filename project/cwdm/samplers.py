@@ -10,6 +10,7 @@ The samplers of a flow take its `velocity(x, t)`, where it starts, and rising th
 """
 
 import math
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
@@ -170,7 +171,8 @@ def heun(velocity: Denoise, source: Tensor, timesteps: Sequence[int], generator:
 SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}
 SHORTCUTS: dict[str, Sampler] = {"mean": posterior_mean, "texture": texture}
 FLOW_SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun}
-OF_DIFFUSION = SAMPLERS | SHORTCUTS
+OF_DIFFUSION = ChainMap(SAMPLERS, SHORTCUTS)
+"""What samples from weights that were trained by diffusion; what is added to SAMPLERS, too."""
 
 
 def known_sampler(name: str) -> str:
