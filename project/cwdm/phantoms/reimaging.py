@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from cwdm.arrays import Affine, Volume
 from cwdm.copies import put_files
 from cwdm.errors import CaseError, InputError
-from cwdm.files import check_apart, output_errors
+from cwdm.files import check_apart, exists, output_errors
 from cwdm.images import MODALITIES, CaseFolder, case_files, check_same_grid, find_cases, output_name, read_grid
 from cwdm.images import write_nifti as write
 from cwdm.phantoms.grids import smooth_field
@@ -116,7 +116,7 @@ def _folder(case: CaseFolder, out: Path, i: int) -> Path:
 
 def _is_whole(case: CaseFolder, out: Path, i: int) -> bool:
     folder = _folder(case, out, i)
-    return all((folder / output_name(folder.name, contrast)).exists() for contrast in case.files)
+    return all(exists(folder / output_name(folder.name, contrast)) for contrast in case.files)
 
 
 def _write(case: CaseFolder, images: dict[str, NDArray[np.int16]], affine: Affine, folder: Path) -> None:

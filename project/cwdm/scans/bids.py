@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cwdm.files import is_file, is_folder, matching
 from cwdm.scans.patient import PatientFolder
 from cwdm.scans.volume import is_nifti, read_sidecar, stem
 
@@ -14,10 +15,10 @@ SUFFIXES = {"T1w", "T2w", "FLAIR"}
 
 def is_dataset(folder: Path) -> bool:
     """Whether a folder is a BIDS dataset, by its description or by what lies in it."""
-    if (folder / "dataset_description.json").is_file():
+    if is_file(folder / "dataset_description.json"):
         return True
-    subjects = [entry for entry in folder.iterdir() if entry.name.startswith("sub-") and entry.is_dir()]
-    return any((entry / "anat").is_dir() or any(entry.glob("ses-*/anat")) for entry in subjects)
+    subjects = [entry for entry in folder.iterdir() if entry.name.startswith("sub-") and is_folder(entry)]
+    return any(is_folder(entry / "anat") or any(matching(entry, "ses-*/anat")) for entry in subjects)
 
 
 def find_sessions(dataset: Path) -> list[PatientFolder]:
@@ -25,7 +26,7 @@ def find_sessions(dataset: Path) -> list[PatientFolder]:
     found = []
     for subject in _labelled(dataset, "sub"):
         for session in _labelled(subject, "ses") or [subject]:
-            if (session / "anat").is_dir():
+            if is_folder(session / "anat"):
                 alone = session == subject
                 name = subject.name if alone else f"{subject.name}_{session.name}"
                 label = "" if alone else _label(session)
@@ -57,7 +58,7 @@ def inherited_fields(path: Path, dataset: Path) -> Mapping[str, Any]:
     for level in reversed(levels[: levels.index(dataset) + 1] if dataset in levels else levels[:1]):
         sidecars = [
             other
-            for other in level.glob(f"*{kind}.json")
+            for other in matching(level, f"*{kind}.json")
             if other.stem.rpartition("_")[2] == kind and entities(other.stem).items() <= own.items()
         ]
         for sidecar in sorted(sidecars, key=lambda other: (len(entities(other.stem)), other.name)):
@@ -74,7 +75,7 @@ def _labelled(folder: Path, kind: str) -> list[Path]:
     return sorted(
         entry
         for entry in folder.iterdir()
-        if (match := _LABEL.fullmatch(entry.name)) and match[1] == kind and entry.is_dir()
+        if (match := _LABEL.fullmatch(entry.name)) and match[1] == kind and is_folder(entry)
     )
 
 

@@ -6,6 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from cwdm.errors import CaseError, needs_extra
+from cwdm.files import matching
 from cwdm.scans.series import Series
 
 SECONDS = 300
@@ -32,7 +33,7 @@ def convert_series(patient: str, series: Series, folder: Path) -> Path:
     # No gzip, which nobody would read twice; no cropping, which would lose the scanner's grid; no merging by force.
     options = ["-b", "y", "-z", "n", "-x", "n", "-f", "image", "-w", "0", "-o", str(made)]
     log = _run([dcm2niix.bin, *options, str(staged)], patient, series)
-    images = sorted(made.glob("*.nii"))
+    images = matching(made, "*.nii")
     if len(images) != 1:
         names = ", ".join(path.name for path in images) or "none"
         raise CaseError(

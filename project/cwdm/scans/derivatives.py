@@ -10,7 +10,7 @@ import numpy as np
 
 from cwdm import __version__
 from cwdm.errors import CaseError
-from cwdm.files import output_errors, write_atomically, write_json
+from cwdm.files import exists, output_errors, write_atomically, write_json
 from cwdm.images import MARK, Volume, write_nifti
 from cwdm.scans.bids import label_of
 from cwdm.scans.patient import Patient, Scan
@@ -112,9 +112,9 @@ def write_description(out: Path, source: Path | None) -> None:
         description["DatasetLinks"] = {"raw": link}
     with output_errors(out):
         out.mkdir(parents=True, exist_ok=True)
-        if not (path := out / "dataset_description.json").exists():
+        if not exists(path := out / "dataset_description.json"):
             write_json(path, description)
-        if not (path := out / "README.md").exists():
+        if not exists(path := out / "README.md"):
             write_atomically(path, lambda file: file.write(README.encode()))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from cwdm import __version__
 from cwdm.errors import CaseError, NameInUseError, needs_extra
-from cwdm.files import output_errors
+from cwdm.files import exists, output_errors
 from cwdm.images import Affine, Image, Volume, in_order_of
 from cwdm.scans.derivatives import WORDS, Provenance, check_grid
 from cwdm.scans.headers import frames_of
@@ -67,7 +67,7 @@ def write_derived_series(
     check_grid(patient, volume, like)
     if like.series is None:
         raise CaseError(patient, f"{like.source} did not come from DICOM, so no DICOM series can be derived from it")
-    if out.exists():
+    if exists(out):
         raise NameInUseError(f"cannot write {out}: it is there already; move it away")
     sources = _sources(patient, like)
     planes = _planes(patient, volume, like, sources)

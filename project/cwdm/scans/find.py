@@ -10,6 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from cwdm.errors import CaseError, InputError
+from cwdm.files import is_folder
 from cwdm.images import MODALITIES, list_folder
 from cwdm.scans import bids
 from cwdm.scans.convert import convert_series
@@ -39,7 +40,7 @@ def find_patients(scans: Path) -> list[PatientFolder]:
         if not (sessions := bids.find_sessions(scans)):
             raise InputError(f"no subject with anatomical images (sub-<label>/[ses-<label>/]anat) in {scans}")
         return sessions
-    folders = [scans / entry.name for entry in entries if entry.is_dir()]
+    folders = [scans / entry.name for entry in entries if is_folder(entry)]
     if any(is_nifti(entry) for entry in entries) or _one_study(scans, folders):
         return [PatientFolder(scans.name, scans, bids.label_of(scans.name))]
     patients = [folder for folder in folders if _has_images(folder)]

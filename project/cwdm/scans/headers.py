@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from cwdm.errors import InputError, needs_extra
+from cwdm.files import is_file
 
 with needs_extra("scans", "DICOM"):
     import pydicom
@@ -205,7 +206,7 @@ def _read(path: Path) -> Dataset:
 
 def is_dicom(path: Path) -> bool:
     """Whether a file begins as DICOM files do."""
-    if path.name.lower().endswith((*_OTHER_FILES, ".nii", ".nii.gz")) or not path.is_file():
+    if path.name.lower().endswith((*_OTHER_FILES, ".nii", ".nii.gz")) or not is_file(path):
         return False
     try:
         with path.open("rb") as file:

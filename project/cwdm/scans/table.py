@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cwdm.errors import InputError
+from cwdm.files import open_file
 from cwdm.images import MODALITIES
 
 SKIP = "skip"
@@ -60,9 +61,11 @@ def read_table(path: Path) -> ModalityTable:
         InputError: it cannot be read, or says something else.
     """
     try:
-        if path.stat().st_size > _MOST_BYTES:
+        with open_file(path) as file:
+            content = file.read(_MOST_BYTES + 1)
+        if len(content) > _MOST_BYTES:
             raise InputError(f"{path} is larger than {_MOST_BYTES >> 20} MiB; is it the table of modalities?")
-        text = path.read_text(encoding="utf-8-sig")
+        text = content.decode("utf-8-sig")
     except OSError as error:
         raise InputError(f"the table {path} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -1,7 +1,6 @@
 """NIfTI files and their sidecars as scans: read, and checked for what no scan is."""
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from cwdm.errors import CaseError, InputError
+from cwdm.files import read_json
 from cwdm.images import Affine, Image, Volume, read_grid
 
 FEWEST_SLICES = 8
@@ -44,10 +44,8 @@ def digest(image: Image) -> str:
 def read_sidecar(path: Path) -> dict[str, Any]:
     """What the JSON file says; nothing where it is none."""
     try:
-        if not path.is_file() or path.stat().st_size > _MOST_SIDECAR:
-            return {}
-        fields = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        fields = read_json(path, _MOST_SIDECAR)
+    except (OSError, ValueError):
         return {}
     return fields if isinstance(fields, dict) else {}
 

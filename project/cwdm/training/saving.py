@@ -155,7 +155,7 @@ def resume(run: Run, state: "State | None") -> None:
         if (steps := header.get("steps", run.settings.steps)) != run.settings.steps:
             # The learning rate falls towards it, unless it is constant.
             run.log.say(f"going on with another end: the last step is {run.settings.steps} instead of {steps}")
-        if run.best > -math.inf and header.get("validation", validation(run)) != json.loads(
+        if run.best > -math.inf and header.get("validation", validation(run)) != parse_json(
             json.dumps(validation(run))
         ):
             run.log.say(f"held-out cases or their sampler changed; the {run.best:.2f} dB before count no more")
