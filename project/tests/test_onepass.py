@@ -55,13 +55,9 @@ def test_the_prior_is_the_conditional_normal_for_every_set_of_images() -> None:
     joint[::8] *= 10  # as LLL is much larger than the other bands
     prior = Prior(4)
     # Some with everything, some without an image, which says nothing of what that is like.
-    whole, without = (
-        examples(torch.randn(32, 40, 40, 40), joint, mean),
-        examples(torch.randn(32, 20, 9, 8), joint, mean),
-    )
-    for target, (given, *_) in enumerate(without):
-        given[8 * ((target + 1) % 4) :][:8] = 0
-    prior.fit([*whole, *without])
+    whole, without = (examples(torch.randn(32, *size), joint, mean) for size in ((40, 40, 40), (20, 30, 30)))
+    hidden = [bits(0b1111 - (1 << (target + 1) % 4))[:, None, None, None] for target in range(4)]
+    prior.fit([*whole, *((given * shown, *rest) for shown, (given, *rest) in zip(hidden, without, strict=True))])
     covariance = (joint @ joint.T).double()
     x = examples(torch.randn(32, 4, 3, 2), joint, mean)[0][0][None]
     for target, given in PATTERNS:
