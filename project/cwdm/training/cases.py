@@ -1,5 +1,6 @@
 """The cases of a run: found, decoded into the cache, and those that cannot be used named."""
 
+import fnmatch
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -98,6 +99,9 @@ def decode_all(
     )
     if not sound:
         raise InputError(f"no case in {data.path} can be used")
+    names = [case.name for case in sound]
+    if idle := [pattern for pattern in data.repeat if not fnmatch.filter(names, pattern)]:
+        raise SettingsError(f"data.repeat: no case in {data.path} has a name like {', '.join(idle)}")
     _check_shapes(settings, fabric.world_size, sound)
     samples = Samples(sound, cache, settings)
     on_all_ranks(fabric, lambda: _check_memory(samples, fabric))

@@ -4,6 +4,7 @@ It depends on the settings, the cases and n alone: on neither the number of proc
 """
 
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,7 @@ class Samples(Dataset[dict[str, Tensor]]):
 
     def __init__(self, subjects: Sequence[CachedSubject], cache: Cache, settings: TrainingSettings) -> None:
         self.subjects, self.cache, self.settings = subjects, cache, settings
+        self.places = [i for i, subject in enumerate(subjects) for _ in range(_times(subject.name, settings))]
         whole = not settings.data.augment.happens and all(subject.whole for subject in subjects)
         self.dtype = np.int16 if whole else np.float32
 
@@ -64,9 +66,9 @@ class Samples(Dataset[dict[str, Tensor]]):
 
     def subject(self, n: int) -> CachedSubject:
         """Case of sample n; every epoch goes through all of them in an order of its own."""
-        epoch, place = divmod(n, len(self.subjects))
-        order = np.random.default_rng([self.settings.seed, epoch, 1]).permutation(len(self.subjects))
-        return self.subjects[order[place]]
+        epoch, place = divmod(n, len(self.places))
+        order = np.random.default_rng([self.settings.seed, epoch, 1]).permutation(len(self.places))
+        return self.subjects[self.places[order[place]]]
 
     def _conditions(
         self, rng: np.random.Generator, channels: int, target: int, there: Sequence[int]
@@ -104,6 +106,11 @@ class Samples(Dataset[dict[str, Tensor]]):
         voxels = int(np.prod(self.settings.data.crop or subject.shape))
         noise = torch.float32.itemsize if self.settings.noise == "cpu" else 0
         return voxels * (subject.channels * np.dtype(self.dtype).itemsize + noise)
+
+
+def _times(name: str, settings: TrainingSettings) -> int:
+    """How many times a case comes in an epoch."""
+    return [1, *(times for pattern, times in settings.data.repeat.items() if fnmatchcase(name, pattern))][-1]
 
 
 def _box(rng: np.random.Generator, shape: tuple[int, ...], crop: Sequence[int] | None) -> tuple[slice, ...]:

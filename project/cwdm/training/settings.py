@@ -49,6 +49,8 @@ class DataSettings(StrictSettings):
         crop: size of the random part that is trained on; None: everything.
         incomplete: with "any", cases of two or three of the modalities are trained on too; what a case does not have
             is neither made nor given.
+        repeat: pattern of cases' names, such as "MS-*", and how many times those come in an epoch; others come once.
+            Of several patterns that fit a name the last counts.
         intensities: what of an image becomes 0 and 1, see `cwdm.images.clip_range`: its percentiles as `published`, or
             its `brain`.
         mirror: left and right change places at random.
@@ -70,6 +72,7 @@ class DataSettings(StrictSettings):
     downsample: int = Field(default=1, ge=1, le=8)
     crop: Size | None = None
     incomplete: bool = False
+    repeat: dict[str, Positive] = Field(default_factory=dict)
     intensities: Literal["published", "brain"] = "published"
     mirror: bool = False
     jitter: Number = Field(default=0.0, ge=0, le=1)

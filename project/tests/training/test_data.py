@@ -56,6 +56,14 @@ def test_every_case_comes_once_an_epoch(phantoms: Path) -> None:
     assert len({tuple(order) for order in orders}) > 1
 
 
+def test_cases_can_come_several_times_an_epoch(phantoms: Path, tmp_path: Path) -> None:
+    data = DataSettings(path=phantoms, target="t1n", window="brain", repeat={"BraTS-*": 2, "*-00001-*": 5})
+    source = samples(data, tmp_path)
+    for epoch in range(2):
+        names = [source.subject(n).name[14:19] for n in range(9 * epoch, 9 * (epoch + 1))]
+        assert sorted(names) == ["00000"] * 2 + ["00001"] * 5 + ["00002"] * 2
+
+
 def test_any_target_is_taken_out_of_the_conditions(phantoms: Path, tmp_path: Path) -> None:
     data = DataSettings(path=phantoms, condition_on="any", window="brain", most_missing=3)
     source = samples(data, tmp_path)
