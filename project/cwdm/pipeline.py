@@ -35,6 +35,7 @@ from cwdm.samplers import (
     Denoise,
     Sampler,
     evaluations,
+    flow_timesteps,
     normal_noise,
     planned_timesteps,
     texture,
@@ -239,6 +240,8 @@ def plan_sampling(record: Record, told: SamplerSettings) -> tuple[Sampler, tuple
             + (", and steps instead of timesteps" if usable is FLOW_SAMPLERS else "")
         )
     steps = told.steps or (TEXTURE_STEPS if told.name == "texture" else record.steps)
+    if usable is FLOW_SAMPLERS:
+        return usable[name], tuple(flow_timesteps(steps))
     timesteps = tuple(told.timesteps or planned_timesteps(name, steps, told.tau or TAU))
     return (usable[name] if told.bands is None else partial(texture, bands=tuple(told.bands))), timesteps
 

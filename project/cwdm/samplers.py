@@ -183,14 +183,12 @@ def known_sampler(name: str) -> str:
 
 
 def planned_timesteps(name: str, steps: int, tau: int) -> list[int]:
-    """What a sampler is given as timesteps.
+    """What a sampler is given as timesteps, falling.
 
     Args:
         steps: of the sampler; of `texture`, those that denoise; `mean` has none.
         tau: timestep that `texture` noises to.
     """
-    if name in FLOW_SAMPLERS:
-        return [round(i * TIMESTEPS / steps) for i in range(steps)]
     if name == "mean":
         return [TIMESTEPS - 1]
     if name == "texture":
@@ -198,6 +196,11 @@ def planned_timesteps(name: str, steps: int, tau: int) -> list[int]:
         falling = [round(tau * (i / (steps - 1)) ** 2) for i in reversed(range(steps))] if steps > 1 else [tau]
         return [TIMESTEPS - 1, *dict.fromkeys(falling)]
     return spaced_timesteps(steps)
+
+
+def flow_timesteps(steps: int) -> list[int]:
+    """What a sampler of a flow is given as timesteps, rising thousandths of the way."""
+    return [round(i * TIMESTEPS / steps) for i in range(steps)]
 
 
 def evaluations(sampler: Sampler, timesteps: Sequence[int]) -> int:

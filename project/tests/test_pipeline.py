@@ -11,9 +11,9 @@ from cwdm import Pipeline, checkpoint
 from cwdm.checkpoint import ANY, Record, load_published
 from cwdm.diffusion import SCHEDULES
 from cwdm.errors import SettingsError, WeightsError
-from cwdm.pipeline import clamped_denoiser
-from cwdm.samplers import SAMPLERS, ddim, ddpm
-from cwdm.settings import load_settings
+from cwdm.pipeline import clamped_denoiser, plan_sampling
+from cwdm.samplers import SAMPLERS, ddim, ddpm, euler
+from cwdm.settings import SamplerSettings, load_settings
 from cwdm.unet import UNetConfig
 from cwdm.weights.untrained import untrained_state
 
@@ -224,6 +224,20 @@ def test_shortcuts_are_planned_and_told_by_settings(weights_folder: Path, condit
     assert load("sampler.preset=texture").timesteps == (999, 300, 169, 75, 19, 0)
     shared = replace(made, batch=2).sample(condition, seeds=[5, 6])
     torch.testing.assert_close(shared[:1], found, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["own", "euler"])
+def test_a_sampler_that_was_added_is_found_by_its_name_even_by_a_flow_s(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def own(denoise, noise, timesteps, generator=None):
+        return ddim(denoise, noise, timesteps)
+
+    monkeypatch.setitem(SAMPLERS, name, own)
+    told = load_settings(overrides=[f"sampler.name={name}", "sampler.steps=2"]).sampler
+    assert plan_sampling(Record(), told) == (own, (999, 0))
+    flow = Record(objective="flow", sampler="euler", steps=2)
+    assert plan_sampling(flow, SamplerSettings()) == (euler, (0, 500))
 
 
 def test_a_pipeline_cannot_change(weights_folder: Path) -> None:

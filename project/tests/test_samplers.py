@@ -19,6 +19,7 @@ from cwdm.samplers import (
     dpmpp,
     euler,
     evaluations,
+    flow_timesteps,
     heun,
     planned_timesteps,
     posterior_mean,
@@ -240,7 +241,7 @@ def test_few_steps_of_texture_are_near_many() -> None:
 @pytest.mark.parametrize("sampler", FLOW_SAMPLERS.values(), ids=FLOW_SAMPLERS)
 def test_a_straight_path_is_followed_exactly_in_any_number_of_steps(sampler, steps: int) -> None:
     source, target = torch.randn(2, 1, 8, 2, 3, 2, dtype=torch.float64)
-    made = sampler(lambda x, t: target - source, source, planned_timesteps("euler", steps, 0))
+    made = sampler(lambda x, t: target - source, source, flow_timesteps(steps))
     torch.testing.assert_close(made, target, rtol=1e-9, atol=1e-9)
 
 
@@ -250,7 +251,7 @@ def test_flows_converge_with_their_order_to_the_closed_form(sampler, order: int)
     x = torch.linspace(-2, 2, 5, dtype=torch.float64)
 
     def error(steps: int) -> float:
-        return float((sampler(lambda x, t: x, x, planned_timesteps("heun", steps, 0)) - np.e * x).abs().max())
+        return float((sampler(lambda x, t: x, x, flow_timesteps(steps)) - np.e * x).abs().max())
 
     assert error(10) / error(20) == pytest.approx(2**order, rel=0.1)
     made = sampler(lambda x, t: torch.full_like(x, t / 1000), x, [0, 500])
@@ -267,7 +268,7 @@ def test_samplers_ask_the_network_as_often_as_they_say(name: str, steps: int) ->
         return x / 2
 
     sampler = (SAMPLERS | SHORTCUTS | FLOW_SAMPLERS)[name]
-    timesteps = planned_timesteps(name, steps, 300)
+    timesteps = flow_timesteps(steps) if name in FLOW_SAMPLERS else planned_timesteps(name, steps, 300)
     sampler(network, torch.randn(1, 8, 1, 1, 1), timesteps)
     assert len(asked) == evaluations(sampler, timesteps)
     if name == "texture":

@@ -13,7 +13,7 @@ from cwdm.diffusion import PUBLISHED, known_schedule
 from cwdm.errors import SettingsError
 from cwdm.files import is_file
 from cwdm.images import PUBLISHED_WINDOW, ImageSettings, Range, Size
-from cwdm.samplers import FLOW_SAMPLERS, known_sampler
+from cwdm.samplers import FLOW_SAMPLERS, OF_DIFFUSION, known_sampler
 from cwdm.strict import StrictSettings, read_settings
 from cwdm.training.augment import AugmentSettings
 from cwdm.unet import UNetConfig
@@ -268,7 +268,7 @@ class TrainingSettings(StrictSettings):
         if flow and (self.network.regression or not self.channels):
             raise ValueError("loss.objective 'flow' needs conditions to start at, and no network.regression")
         for name in (self.record.sampler, self.validation_sampler):
-            if name is not None and flow != (name in FLOW_SAMPLERS):
+            if name is not None and name not in (FLOW_SAMPLERS if flow else OF_DIFFUSION):
                 raise ValueError(f"sampler {name} does not go with loss.objective '{self.loss.objective}'")
         multiple = 2 * self.unet().size_multiple
         for name, size in (("data.window", self.data.window), ("data.crop", self.data.crop)):
