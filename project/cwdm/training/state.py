@@ -176,6 +176,10 @@ def _defaults(settings: TrainingSettings) -> dict[str, Any]:
     """What the settings of each section are where nobody says anything."""
     sections = {name: type(getattr(settings, name)) for name in ("network", "optimiser", "loss", "data")}
     return {
-        name: {key: to_jsonable_python(f.default) for key, f in section.model_fields.items() if not f.is_required()}
+        name: {
+            key: to_jsonable_python(field.get_default(call_default_factory=True))
+            for key, field in section.model_fields.items()
+            if not field.is_required()
+        }
         for name, section in sections.items()
     }
