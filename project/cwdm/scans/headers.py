@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from cwdm.errors import InputError, needs_extra
-from cwdm.files import is_file
+from cwdm.files import is_file, open_file
 
 with needs_extra("scans", "DICOM"):
     import pydicom
@@ -209,7 +209,7 @@ def is_dicom(path: Path) -> bool:
     if path.name.lower().endswith((*_OTHER_FILES, ".nii", ".nii.gz")) or not is_file(path):
         return False
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             return file.read(132)[128:] == b"DICM"
     except OSError:
         return False
