@@ -7,7 +7,8 @@ the scanner's gain, coil and timings are unknown too; this is how they are held:
   and taken to have the relaxation times of the literature (`TISSUES`): of the timings in use those are believed whose
   ratios of the three come closest, and a rising line through the three takes away what is left. So T1 and T2 are
   right for these tissues whatever the patient's own are, and of others relative to them: within 10 % in deep grey
-  matter of phantoms, but only within 40 % in tumours, as T1 and T2 far from the three hang on the timings.
+  matter of most phantoms, but off by a factor of two and more in some tumours (necrosis, contrast agent), as T1 and
+  T2 far from the three hang on the timings.
 - The coil's bias, by what varies slowly within white and grey matter. Slow differences of the tissue itself are lost.
 - Proton density, by T1: both follow from the water content (P. P. Fatouros, A. Marmarou, J Neurosurg 90:109, 1999).
   A prior of 5 % holds it there; wider ones hold T2 and T1.
