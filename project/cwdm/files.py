@@ -23,9 +23,9 @@ from typing import Any, BinaryIO
 from cwdm.errors import InputError, NameInUseError, OutputError
 
 # Earlier versions named neither the machine nor the process.
-_HIDDEN_NAME = re.compile(r"\.cwdm-(?:(?P<machine>[0-9a-f]{8})-\d+-)?[0-9a-f]{16}\.tmp")
+HIDDEN_NAME = re.compile(r"\.cwdm-(?:(?P<machine>[0-9a-f]{8})-\d+-)?[0-9a-f]{16}\.tmp")
 
-_STALE_SECONDS = 24 * 3600
+STALE_SECONDS = 24 * 3600
 """Age of a hidden file that no writer on another machine can still be at; the largest take minutes."""
 
 MOST_BYTES = 64 << 20
@@ -103,7 +103,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
 
 def replace(path: Path, make: Callable[[Path], object]) -> None:
     """Make something under a hidden name beside `path`, then let it take that name at once."""
-    hidden = _hidden_path(path.parent)
+    hidden = hidden_path(path.parent)
     with _removed_on_error(hidden):
         make(hidden)
         hidden.replace(path)
@@ -279,8 +279,8 @@ def remove_stale(folder: Path) -> None:
     """
     with output_errors(folder), os.scandir(folder) as entries:
         for entry in entries:
-            if match := _HIDDEN_NAME.fullmatch(entry.name):
-                _remove_if_abandoned(Path(entry.path), match["machine"] == _machine())
+            if match := HIDDEN_NAME.fullmatch(entry.name):
+                _remove_if_abandoned(Path(entry.path), match["machine"] == machine())
 
 
 def _open_unnamed(folder: Path) -> BinaryIO | None:
@@ -308,7 +308,7 @@ def _write_under_hidden_name(path: Path, write: Callable[[BinaryIO], object]) ->
 
 def _open_hidden(folder: Path) -> tuple[Path, BinaryIO]:
     while True:
-        hidden = _hidden_path(folder)
+        hidden = hidden_path(folder)
         file = _lock(os.open(hidden, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666))
         # A cleaner may have taken the file for abandoned in the instant before the lock.
         if os.fstat(file.fileno()).st_nlink:
@@ -348,19 +348,20 @@ def _remove_if_abandoned(path: Path, made_here: bool) -> None:
     # An error leaves the file: a process holds it or has just finished it, or it is another user's.
     with suppress(OSError):
         status = path.lstat()
-        old = time.time() - status.st_mtime > _STALE_SECONDS
+        old = time.time() - status.st_mtime > STALE_SECONDS
         if stat.S_ISREG(status.st_mode) and (made_here or old):
             with path.open("r+b") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 path.unlink()
 
 
-def _hidden_path(folder: Path) -> Path:
-    return folder / f".cwdm-{_machine()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
+def hidden_path(folder: Path) -> Path:
+    """A name that nobody has, by which `remove_stale` knows whose it is."""
+    return folder / f".cwdm-{machine()}-{os.getpid()}-{secrets.token_hex(8)}.tmp"
 
 
 @cache
-def _machine() -> str:
+def machine() -> str:
     """Eight digits for the running kernel: the same in all its containers, others after a restart."""
     try:
         identity = Path("/proc/sys/kernel/random/boot_id").read_bytes()

@@ -21,7 +21,7 @@ from support import link_to_a_name_too_long, spoil
 
 from cwdm.errors import InputError, NameInUseError, OutputError
 from cwdm.files import (
-    _machine,
+    machine,
     _open_hidden,
     _open_unnamed,
     _write_under_hidden_name,
@@ -214,7 +214,7 @@ def test_files_of_other_machines_are_removed_by_age_alone(tmp_path: Path) -> Non
     elsewhere = "0" * 8
     fresh, old, earlier = (tmp_path / hidden_name(elsewhere, number) for number in (1, 2, 3))
     by_earlier_versions = tmp_path / ".cwdm-0123456789abcdef.tmp"
-    here = tmp_path / hidden_name(_machine(), 1)
+    here = tmp_path / hidden_name(machine(), 1)
     for path in (fresh, old, earlier, by_earlier_versions, here):
         path.touch()
     two_days_ago = time.time() - 2 * 24 * 3600

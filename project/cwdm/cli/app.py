@@ -23,7 +23,7 @@ from cwdm.progress import make_logs_printable, print_error, print_line, print_no
 from cwdm.signals import handled
 
 PANELS = {
-    "Synthesise": ("infer", "translate", "sample", "demo"),
+    "Synthesise": ("infer", "scan", "translate", "sample", "demo"),
     "Look and score": ("report", "evaluate", "evaluate-samples"),
     "Train": ("train",),
     "Data": ("drop", "complete", "phantom", "prepare"),

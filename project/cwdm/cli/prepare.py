@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from cwdm.cli.app import Command
+from cwdm.cli.infer import ReportPath, Shard
 from cwdm.cli.old import REQUIRED, Word, either
-from cwdm.cli.options import output
+from cwdm.cli.options import DeviceOption, Modality, Overwrite, output
 from cwdm.cli.outcomes import sum_up
+from cwdm.cli.scan import BrainMask, KeepRejected, Modalities, Scans, Space, conclude, share
 from cwdm.errors import needs_extra
 from cwdm.progress import CohortProgress, print_line
 
@@ -36,3 +38,40 @@ def lidc(
 
     folder = either(output_path, out, "--output_path")
     raise typer.Exit(sum_up(prepare_lidc(dicom, folder, print_line), folder, CohortProgress(0).log, "series"))
+
+
+@app.command(cls=Command)
+def scans(
+    scans: Scans,
+    out: Word = None,
+    output_path: Annotated[Path | None, output(f"Folder for a case folder a patient. {REQUIRED}")] = None,
+    space: Space = "sri24",
+    reference: Annotated[
+        Modality | None, typer.Option(help="Scan that the others are registered to. Default: the best-resolved one.")
+    ] = None,
+    modalities: Modalities = None,
+    brain_mask: BrainMask = "",
+    keep_transforms: Annotated[
+        bool, typer.Option("--keep-transforms", help="Write how the images came there, as ITK files, too.")
+    ] = False,
+    keep_rejected: KeepRejected = False,
+    device: DeviceOption = "auto",
+    overwrite: Overwrite = False,
+    shard: Shard = "0/1",
+    report_path: ReportPath = None,
+) -> None:
+    """Raw MR scans, stripped and registered: case folders in one space, as training and challenges' containers read."""
+    with needs_extra("scans", "what raw scans need"):
+        from cwdm.scans import ScanOptions, check_places, find_patients, prepare_patients, read_table
+
+    folder = either(output_path, out, "--output_path")
+    table = read_table(modalities) if modalities else None
+    options = ScanOptions(space, table, brain_mask, reference or "", False, keep_transforms, keep_rejected)
+    patients = find_patients(scans)
+    check_places(scans, patients, folder, report_path)
+    patients = share(patients, shard)
+    progress = CohortProgress(len(patients))
+    outcomes = prepare_patients(
+        patients, folder, options, device, overwrite=overwrite, report=report_path, progress=progress
+    )
+    raise typer.Exit(conclude(outcomes, folder, report_path, progress.log))

@@ -1,4 +1,6 @@
 from .cohort import Work as Work
+from .cohort import device_works as device_works
+from .cohort import explain as explain
 from .cohort import synthesise_cohort as synthesise_cohort
 from .generate import Generator as Generator
 from .generate import write_samples as write_samples
@@ -9,6 +11,7 @@ from .parallel.shard import select_shard as select_shard
 from .plan import Task as Task
 from .plan import check_labels as check_labels
 from .plan import plan_tasks as plan_tasks
+from .provenance import describe as describe
 from .quality import CHECKS as CHECKS
 from .quality import assess as assess
 from .record_reader import Records as Records

@@ -1,4 +1,13 @@
+from .checkers import checkerboard as checkerboard
+from .checkers import grey as grey
+from .checkers import outlined as outlined
+from .checkers import picture as picture
 from .data import ReportPaths as ReportPaths
 from .page import write_report as write_report
 from .pictures import Comparison as Comparison
 from .pictures import draw_comparisons as draw_comparisons
+from .scan_page import write_scan_report as write_scan_report
+from .scan_records import Panel as Panel
+from .scan_records import ScanRecord as ScanRecord
+from .scan_records import Tile as Tile
+from .scan_records import write_scan_record as write_scan_record

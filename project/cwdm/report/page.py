@@ -4,15 +4,11 @@ The report is one file that needs nothing beside it: styles, script, pictures an
 and the viewer stand inside. Its content security policy forbids the browser to fetch anything or to run other scripts.
 """
 
-import base64
-import hashlib
 import json
-import re
 import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
-from importlib import resources
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -20,13 +16,21 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
-from cwdm import __version__
 from cwdm.errors import CwdmError, InputError
 from cwdm.evaluation import Score
-from cwdm.files import check_writable, is_file, is_folder, is_link, output_errors, write_atomically
+from cwdm.files import check_writable, is_folder, output_errors, write_atomically
 from cwdm.inference import RunRecord
 from cwdm.progress import CohortProgress
 from cwdm.report.data import Entry, Records, ReportPaths, read_records, read_volumes
+from cwdm.report.html import (
+    GENERATOR,
+    as_bytes,
+    check_replaceable,
+    environment_for,
+    packaged,
+    security_policy,
+    write_page,
+)
 from cwdm.report.pictures import map_colours, pictures_of, thumbnail, viewer_volumes
 from cwdm.report.scores import PSNR, SSIM, Scores, find_poor, read_scores, score_entries
 
@@ -40,13 +44,6 @@ WORDS = {"failed": "failed", "reject": "reject", "look": "look", "unchecked": "n
 
 MARKED = ("reject", "look")
 """Verdicts of images that someone should see."""
-
-_GENERATOR = f"cwdm {__version__}"
-_OWN_PAGE = re.compile(rb'<meta name="generator" content="cwdm [^"]*">')
-_HEAD_BYTES = 4096  # of a page, in which that stands
-
-_FOLDERS = re.compile(r"(?<![\w+/.:<…-])(?:/[^/\s]+)*/(?=[^/\s])")
-"""What leads to a file's name; neither a URL, nor a fraction, nor the end of a tag."""
 
 
 def write_report(
@@ -82,8 +79,8 @@ def write_report(
     if paths.truth and not is_folder(paths.truth):
         raise InputError(f"the folder {paths.truth} of true images does not exist; check --truth")
     check_writable(path.parent)
-    _check_replaceable(path)
-    environment = _environment(_folders(paths, records.entries))
+    check_replaceable(path)
+    environment = environment_for(_folders(paths, records.entries))
     common = _common_warnings(records.entries)
     rows = _rows(records.entries, common, _scores(records.entries, paths, workers, progress))
     chosen = _chosen(rows, viewers, most)
@@ -96,24 +93,8 @@ def write_report(
         page = environment.get_template("report.html").generate(
             **_page(records, drawn, common, bool(viewers)), sections=(Markup(line.decode()) for line in sections)
         )
-        write_atomically(path, lambda file: _write_page(file, page))
+        write_atomically(path, lambda file: write_page(file, page))
     return path
-
-
-def _check_replaceable(path: Path) -> None:
-    """Refuse to replace a file that is no report; links are not what is lost.
-
-    Raises:
-        InputError: it is another file.
-        OutputError: it cannot be read.
-    """
-    with output_errors(path.parent):
-        if is_link(path) or not is_file(path):
-            return
-        with path.open("rb") as file:
-            own = _OWN_PAGE.search(file.read(_HEAD_BYTES))
-    if not own:
-        raise InputError(f"{path} is there and is no report of cwdm; move it away, or choose another file with --out")
 
 
 # Rows
@@ -227,33 +208,11 @@ def _draw(row: Row, paths: ReportPaths, viewer: bool, environment: jinja2.Enviro
         **pictures_of(shown, row.entry.case, modality, row.number) if shown else {},
         **viewer_volumes(shown, modality) if shown and viewer else {},
     )
-    sections.write(_bytes(section))
+    sections.write(as_bytes(section))
     return replace(row, pictured=True, thumbnail=thumbnail(shown) if shown else "")
 
 
 # The page
-
-
-def _write_page(file: IO[bytes], page: Iterable[str]) -> None:
-    for part in page:
-        file.write(_bytes(part))
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode(errors="backslashreplace")  # names of files can be any bytes
-
-
-def _environment(folders: Sequence[str]) -> jinja2.Environment:
-    return jinja2.Environment(
-        loader=jinja2.PackageLoader("cwdm.report"),
-        autoescape=True,
-        undefined=_Absent,
-        finalize=lambda value: _shareable(value, folders),
-    )
-
-
-class _Absent(jinja2.ChainableUndefined):
-    """What a case without pictures leaves out."""
 
 
 def _folders(paths: ReportPaths, entries: Iterable[Entry]) -> list[str]:
@@ -264,26 +223,13 @@ def _folders(paths: ReportPaths, entries: Iterable[Entry]) -> list[str]:
     return sorted((f"{folder}/" for folder in absolute if folder.name), key=len, reverse=True)
 
 
-def _shareable(value: Any, folders: Sequence[str]) -> Any:
-    """Text that can be shown to anyone: without what does not print, and without the folders that files lie in.
-
-    A name may hold what turns the rest of the line around; where files lie tells of people and machines.
-    """
-    if isinstance(value, Markup) or not isinstance(value, str):
-        return value
-    for folder in folders:
-        value = value.replace(folder, "…/")
-    value = _FOLDERS.sub("…/", value)
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in value)
-
-
 def _page(records: Records, rows: Sequence[Row], common: Sequence[str], with_viewer: bool) -> dict[str, Any]:
     verdicts = [row.verdict for row in rows]
-    scripts = [_part("templates/report.js")]
-    scripts += [_part("vendor/niivue/niivue.umd.js"), _part("templates/viewer.js")] if with_viewer else []
+    scripts = [packaged("templates/report.js")]
+    scripts += [packaged("vendor/niivue/niivue.umd.js"), packaged("templates/viewer.js")] if with_viewer else []
     return {
-        "policy": Markup(_policy(scripts)),
-        "program": _GENERATOR,
+        "policy": Markup(security_policy(scripts)),
+        "program": GENERATOR,
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "headline": _headline(verdicts),
         "tally": [(verdict, verdicts.count(verdict)) for verdict in WORDS if verdict in verdicts],
@@ -291,7 +237,7 @@ def _page(records: Records, rows: Sequence[Row], common: Sequence[str], with_vie
         "words": WORDS,
         "notices": common,
         "faults": records.faults,
-        "css": Markup(_part("templates/report.css")),
+        "css": Markup(packaged("templates/report.css")),
         "map_colours": Markup(map_colours()),
         "rows": rows,
         "has_scores": any(row.psnr_db is not None for row in rows),
@@ -300,7 +246,7 @@ def _page(records: Records, rows: Sequence[Row], common: Sequence[str], with_vie
         "left_out": sum(not row.pictured and not row.entry.failed for row in rows),
         "made": list(_made(records.entries)),
         "runs": [_run(run) for run in records.runs],
-        "viewer_note": _part("vendor/niivue/NOTICE").strip() if with_viewer else "",
+        "viewer_note": packaged("vendor/niivue/NOTICE").strip() if with_viewer else "",
         "scripts": [Markup(script) for script in scripts],
     }
 
@@ -373,17 +319,3 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 def _run(run: RunRecord) -> dict[str, Any]:
     counts = {status: sum(case.status == status for case in run.cases) for status in ("written", "skipped", "failed")}
     return {"started": run.started, "seconds": run.seconds, "program": run.program, **counts}
-
-
-def _policy(scripts: Iterable[str]) -> str:
-    """A content security policy under which nothing is fetched, and no script runs but these."""
-    hashes = (base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts)
-    allowed = " ".join(f"'sha256-{digest}'" for digest in hashes)
-    return (
-        f"default-src 'none'; script-src {allowed}; style-src 'unsafe-inline'; img-src data: blob:; "
-        "connect-src data: blob:; base-uri 'none'; form-action 'none'"
-    )
-
-
-def _part(name: str) -> str:
-    return resources.files("cwdm.report").joinpath(name).read_text(encoding="utf-8")

@@ -63,7 +63,7 @@ class Provenance:
 
 
 def write_derivative(
-    out: Path, patient: Patient, modality: str, volume: Volume, like: Scan, provenance: Provenance
+    out: Path, patient: Patient, modality: str, volume: Volume, like: Scan, provenance: Provenance, std: bool = False
 ) -> Path:
     """Write a synthesised image and its sidecar into a BIDS dataset of derivatives, which is made where there is none.
 
@@ -71,27 +71,50 @@ def write_derivative(
         out: the dataset.
         volume: (X, Y, Z) on the grid of `like`.
         like: the scan whose space it is in.
+        std: it is the standard deviation of one.
 
     Returns:
         out/sub-<label>/[ses-<label>/]anat/sub-<label>[_ses-<label>][_ce-gadolinium]_space-<space>_desc-synthetic_
-        <suffix>.nii.gz
+        <suffix>.nii.gz, or desc-std
+
+    Raises:
+        CaseError: the volume is not on that grid.
+        OutputError: it cannot be written.
+    """
+    write_description(out, patient.dataset)
+    parts = {"sub": patient.subject or label_of(patient.name), "ses": patient.session}
+    folder = out.joinpath(*(f"{key}-{label}" for key, label in parts.items() if label), "anat")
+    parts |= {"ce": "gadolinium" if modality == "t1c" else "", "space": SPACES[like.modality]}
+    parts |= {"desc": "std" if std else "synthetic"}
+    name = "_".join(f"{key}-{label}" for key, label in parts.items() if label) + f"_{SUFFIXES[modality]}"
+    return write_with_sidecar(folder / name, patient, modality, volume, like, provenance, std)
+
+
+def write_with_sidecar(
+    name: Path, patient: Patient, modality: str, volume: Volume, like: Scan, provenance: Provenance, std: bool = False
+) -> Path:
+    """Write a synthesised image and its sidecar.
+
+    Args:
+        name: path of both without their endings.
+        volume: (X, Y, Z) on the grid of `like`.
+        std: it is the standard deviation of one.
+
+    Returns:
+        The path of the image.
 
     Raises:
         CaseError: the volume is not on that grid.
         OutputError: it cannot be written.
     """
     check_grid(patient.name, volume, like)
-    write_description(out, patient.dataset)
-    parts = {"sub": patient.subject or label_of(patient.name), "ses": patient.session}
-    folder = out.joinpath(*(f"{key}-{label}" for key, label in parts.items() if label), "anat")
-    with output_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    parts |= {"ce": "gadolinium" if modality == "t1c" else "", "space": SPACES[like.modality], "desc": "synthetic"}
-    name = "_".join(f"{key}-{label}" for key, label in parts.items() if label) + f"_{SUFFIXES[modality]}"
-    path = folder / f"{name}.nii.gz"
+    path = name.with_name(f"{name.name}.nii.gz")
+    with output_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
     # The sidecar first: no image without the word that it is synthetic.
-    write_json(folder / f"{name}.json", _sidecar(patient, modality, like, provenance))
-    write_nifti(path, as_stored(volume), like.affine, f"{MARK} {__version__} ({modality})")
+    write_json(name.with_name(f"{name.name}.json"), _sidecar(patient, modality, like, provenance, std))
+    stored = volume.astype(np.float32) if std else as_stored(volume)
+    write_nifti(path, stored, like.affine, f"{MARK} {__version__} ({modality}{', std' * std})")
     return path
 
 
@@ -133,9 +156,10 @@ def as_stored(volume: Volume) -> np.ndarray:
     return volume.astype(np.float32)
 
 
-def _sidecar(patient: Patient, modality: str, like: Scan, provenance: Provenance) -> dict[str, Any]:
+def _sidecar(patient: Patient, modality: str, like: Scan, provenance: Provenance, std: bool = False) -> dict[str, Any]:
+    what = f"Standard deviation of the synthesised {WORDS[modality]}" if std else f"{WORDS[modality]}, synthesised"
     sidecar: dict[str, Any] = {
-        "Description": f"{WORDS[modality]}, synthesised, not scanned; not for diagnosis",
+        "Description": f"{what}, not scanned; not for diagnosis",
         "Synthesised": True,
         "SkullStripped": True,
         "SynthesisedModality": modality,

@@ -1,0 +1,79 @@
+"""Folders that appear whole or not at all."""
+
+import fcntl
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from cwdm.files import HIDDEN_NAME, STALE_SECONDS, hidden_path, machine, output_errors
+
+
+@contextmanager
+def hidden_folder(parent: Path) -> Iterator[Path]:
+    """A folder under a hidden name in `parent`, for what is made; it is gone with the block, or by the next run's
+    `remove_stale_folders` if the process is killed.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    with output_errors(parent):
+        hidden = hidden_path(parent)
+        hidden.mkdir()
+    lock = os.open(hidden, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield hidden
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        os.close(lock)
+
+
+def put_in_place(made: Path, place: Path) -> None:
+    """Let a folder take a name at once; what had the name before takes the name that the folder had, with an ending.
+
+    Args:
+        made: inside of a `hidden_folder` on the same file system.
+
+    Raises:
+        OutputError: it cannot; what was there stays.
+    """
+    with output_errors(place.parent):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        before = made.with_name(f"{made.name}.before")
+        replaced = os.path.lexists(place)
+        if replaced:
+            place.rename(before)
+        try:
+            made.rename(place)
+        except OSError:
+            if replaced:
+                before.rename(place)
+            raise
+
+
+def remove_stale_folders(parent: Path) -> None:
+    """Delete the hidden folders that killed runs left; see `cwdm.files.remove_stale`.
+
+    Raises:
+        OutputError: the folder cannot be read.
+    """
+    with output_errors(parent), os.scandir(parent) as entries:
+        found = [(Path(entry), match) for entry in entries if (match := HIDDEN_NAME.fullmatch(entry.name))]
+    for path, match in found:
+        with suppress(OSError):  # a process holds it, it is no folder, or it is another user's
+            old = time.time() - path.lstat().st_mtime > STALE_SECONDS
+            if match["machine"] == machine() or old:
+                _remove_if_unlocked(path)
+
+
+def _remove_if_unlocked(path: Path) -> None:
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(path, ignore_errors=True)
+    finally:
+        os.close(lock)
