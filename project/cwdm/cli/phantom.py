@@ -1,5 +1,6 @@
 """`cwdm phantom`."""
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +17,10 @@ def phantom(
     output_path: Annotated[Path | None, output(f"Folder for the case folders. {REQUIRED}")] = None,
     num_cases: Annotated[int, count("cases", "How many synthetic patients to make; with --from, of each patient.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="The same seed makes the same patients.")] = 0,
+    spacing: Annotated[
+        float,
+        typer.Option(min=1, max=8, help="Edge of the cubic voxels, mm; 4 makes patients to try things on quickly."),
+    ] = 1.0,
     wide: Annotated[bool, typer.Option("--wide", help="Let them differ more than patients do, for training.")] = False,
     source: Annotated[
         Path | None,
@@ -32,4 +37,5 @@ def phantom(
         log = CohortProgress(0).log
         outcomes = reimage_cases(source, folder, num_cases, seed, WIDE if wide else None, lambda one: log(one.line))
         raise typer.Exit(sum_up(outcomes, folder, log))
-    write_phantoms(folder, num_cases, seed, variation=WIDE if wide else None, on_case=print_line)
+    x, y, z = (math.ceil(voxels / spacing) for voxels in (240, 240, 155))
+    write_phantoms(folder, num_cases, seed, (x, y, z), spacing, WIDE if wide else None, print_line)

@@ -399,11 +399,11 @@ def _check_content(volume: Volume) -> None:
 def _grid_warnings(header: nib.Nifti1Header, affine: Affine) -> Iterable[str]:
     shape = shape_of(header)
     if sorted(shape) != sorted(_USUAL_SHAPE):
-        yield f"{by(shape)} voxels instead of the {by(_USUAL_SHAPE)} that the weights were trained on"
+        yield f"{by(shape)} voxels instead of the {by(_USUAL_SHAPE)} of BraTS"
     edges_mm = spacing_mm(affine)
     if np.abs(edges_mm - 1).max() > 0.01:
         found = by(f"{length:.3g}" for length in edges_mm)
-        yield f"voxels of {found} mm instead of the 1 mm that the weights were trained on"
+        yield f"voxels of {found} mm instead of the 1 mm of BraTS"
     if not is_oriented(header):
         yield "the header does not say how the head lies (no qform, no sform); taken as stored like BraTS (LPS)"
 

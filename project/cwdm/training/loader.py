@@ -8,6 +8,7 @@ import multiprocessing
 import re
 import shutil
 import signal
+import warnings
 from collections.abc import Iterable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -77,17 +78,19 @@ def read_batches(samples: Samples, numbers: Iterable[list[int]], pinned: bool = 
         TrainingError: a process died, or there is too little memory.
     """
     workers, handler = samples.settings.data.workers, signal.getsignal(signal.SIGCHLD)
-    loader: DataLoader[Any] = DataLoader(
-        _Batches(samples),
-        batch_size=None,  # its items are batches already
-        sampler=numbers,
-        num_workers=workers,
-        prefetch_factor=READ_AHEAD if workers else None,
-        pin_memory=pinned,
-        worker_init_fn=_start_reader,
-    )
     others = set(multiprocessing.active_children())
-    batches = iter(loader)
+    with warnings.catch_warnings():  # more readers than cores are no fault: they wait for the disk, too
+        warnings.filterwarnings("ignore", "This DataLoader will create")
+        loader: DataLoader[Any] = DataLoader(
+            _Batches(samples),
+            batch_size=None,  # its items are batches already
+            sampler=numbers,
+            num_workers=workers,
+            prefetch_factor=READ_AHEAD if workers else None,
+            pin_memory=pinned,
+            worker_init_fn=_start_reader,
+        )
+        batches = iter(loader)
     readers = set(multiprocessing.active_children()) - others
     # torch would raise wherever the loop is when a reader dies, be it in the middle of the optimiser's step.
     signal.signal(signal.SIGCHLD, handler)

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -113,3 +114,11 @@ def test_a_fault_of_the_program_says_so(monkeypatch: pytest.MonkeyPatch, capsys:
     told = capsys.readouterr().err
     assert "ZeroDivisionError: a \\x1b[31mfault" in told
     assert "error: a fault of the program" in told
+
+
+def test_phantoms_are_as_small_as_their_voxels_are_large(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["phantom", "--output_path", str(tmp_path), "--spacing", "7"])
+    assert result.exit_code == 0, result.output
+    image = nib.load(tmp_path / "BraTS-PHANTOM-00000-000" / "BraTS-PHANTOM-00000-000-t1n.nii.gz")
+    assert image.shape == (35, 35, 23)
+    assert image.header.get_zooms() == (7, 7, 7)

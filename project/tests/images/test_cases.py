@@ -249,7 +249,7 @@ def test_a_sound_case(tmp_path: Path, missing: str) -> None:
         np.testing.assert_array_equal(volume, brain(MODALITIES.index(modality)))
     assert case.header.get_data_shape() == SHAPE
     np.testing.assert_allclose(case.affine, AFFINE)
-    assert case.warnings == ("12×10×9 voxels instead of the 240×240×155 that the weights were trained on",)
+    assert case.warnings == ("12×10×9 voxels instead of the 240×240×155 of BraTS",)
 
 
 # Warnings

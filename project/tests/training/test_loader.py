@@ -1,4 +1,5 @@
 import multiprocessing
+import os
 import shutil
 import signal
 import subprocess
@@ -75,6 +76,15 @@ raise SystemExit(5)
 """
     result = subprocess.run([sys.executable, "-c", program], cwd=TESTS, timeout=60, check=False)
     assert result.returncode == 5
+
+
+def test_more_readers_than_cores_are_no_reason_to_warn(
+    phantoms: Path, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    workers = len(os.sched_getaffinity(0)) + 1
+    data = DataSettings(path=phantoms, target="t2w", window="brain", workers=workers)
+    assert len(list(read_batches(samples(data, tmp_path), iter([[0]])))) == 1
+    assert not [str(warning.message) for warning in recwarn]
 
 
 def test_shared_memory_is_looked_at_before_the_first_step(phantoms: Path, tmp_path: Path) -> None:
