@@ -21,7 +21,6 @@ from support import link_to_a_name_too_long, spoil
 
 from cwdm.errors import InputError, NameInUseError, OutputError
 from cwdm.files import (
-    machine,
     _open_hidden,
     _open_unnamed,
     _write_under_hidden_name,
@@ -33,6 +32,7 @@ from cwdm.files import (
     is_file,
     is_folder,
     is_link,
+    machine,
     matching,
     read_json,
     remove_stale,
