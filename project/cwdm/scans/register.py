@@ -1,8 +1,7 @@
 """Rigid registration of brains by mutual information (Mattes et al., IEEE TMI 2003, 22:120), coarse to fine.
 
 Images are corrected for their bias field (N4) for the measure alone; nothing here changes what will be resampled.
-The same input gives the same result on any number of cores: samples are seeded, and sums are split into a fixed number
-of parts.
+The same input gives the same result on any number of cores: samples are seeded, and the number of threads is fixed.
 """
 
 from collections.abc import Iterable, Sequence
@@ -25,12 +24,17 @@ _MARGIN_MM = 6.0
 """Around the brain that counts in the measure, so that its outline does too."""
 
 _BINS = 32
-_SAMPLES = {4.0: 1.0, 2.0: 0.5, 1.0: 0.25}
+_GROWN_FROM_MM = 4.0
+"""Resolution down to which outlines count; below it, what is at least `_RIM_MM` inside the brain alone."""
+
+_RIM_MM = 3.0
+_SAMPLES = {2.0: 0.5, 1.0: 0.25}
 """Share of the voxels that is sampled at each resolution."""
 
 _SEED = 20
-_WORK_UNITS = 8
-"""Parts that sums are split into; the number decides the last digits, so it does not depend on the machine."""
+_POWELL_ITERATIONS = 6
+_THREADS = 2
+"""Threads, each of which sums a part; the number decides the last digits, so it does not depend on the machine."""
 
 _TURNS_DEG = (-30.0, -15.0, 15.0, 30.0)
 _FEW = 3
@@ -101,7 +105,7 @@ def _without_bias(image: sitk.Image, mask: sitk.Image) -> sitk.Image:
     filter_ = sitk.N4BiasFieldCorrectionImageFilter()
     filter_.SetMaximumNumberOfIterations([20, 20, 20])
     filter_.SetConvergenceThreshold(1e-3)
-    filter_.SetNumberOfWorkUnits(_WORK_UNITS)
+    filter_.SetNumberOfThreads(_THREADS)
     small = sitk.BinShrink(positive, factors)
     filter_.Execute(small, sitk.BinShrink(sitk.Cast(mask, sitk.sitkFloat32), factors) >= 0.5)
     field = sitk.Exp(sitk.Cast(filter_.GetLogBiasFieldAsImage(small), sitk.sitkFloat32))
@@ -147,7 +151,7 @@ def register(fixed: Brain, moving: Brain, levels_mm: Sequence[float] = LEVELS_MM
 
 def information(fixed: Brain, moving: Brain, matrix: Matrix) -> float:
     """Mutual information in nats around the fixed brain; 0 where the images hardly overlap."""
-    method = _method(fixed, 1.0)
+    method = _method(_grown(fixed.mask))
     method.SetInitialTransform(to_transform(matrix), inPlace=False)
     try:
         return -float(method.MetricEvaluate(fixed.image, moving.image))
@@ -162,45 +166,53 @@ def best_start(fixed: Brain, moving: Brain, starts: Iterable[Matrix]) -> Matrix:
 
 
 def _fit(fixed: Brain, moving: Brain, start: Matrix, level_mm: float) -> Matrix:
-    """Go uphill from a start; the start itself where the images hardly overlap."""
-    method = _method(fixed, _SAMPLES.get(level_mm, 1.0))
-    method.SetOptimizerAsRegularStepGradientDescent(
-        level_mm / 2,
-        minStep=level_mm / 400,
-        numberOfIterations=100,
-        relaxationFactor=0.6,
-        gradientMagnitudeTolerance=1e-6,
+    """The best place near a start; the start itself where the images hardly overlap.
+
+    Outlines lead to the brain from afar. They depend on masks, though, which may be off by a voxel or, where they were
+    copied from one image to the next, by as much as the patient moved, so the last word has what is inside. The
+    gradient of sampled mutual information in thick slices leads astray; Powell's method needs none.
+    """
+    mask = _grown(fixed.mask) if level_mm >= _GROWN_FROM_MM else _inner(fixed.mask)
+    method = _method(mask, _SAMPLES.get(level_mm, 1.0))
+    method.SetOptimizerAsPowell(
+        numberOfIterations=_POWELL_ITERATIONS,
+        maximumLineIterations=20,
+        stepLength=level_mm / 2,
+        stepTolerance=0.02,
+        valueTolerance=1e-5,
     )
     method.SetOptimizerScalesFromPhysicalShift()
-    transform = to_transform(start)
+    transform, centre = to_transform(start), centre_of(fixed.mask)
     offset = to_matrix(transform)
-    centre = centre_of(fixed.mask)
     transform.SetCenter(centre.tolist())
     # A rotation about a centre: x -> R (x - c) + c + t, with t chosen so that the movement is the same.
     transform.SetTranslation((offset[:3, :3] @ centre + offset[:3, 3] - centre).tolist())
     method.SetInitialTransform(transform, inPlace=True)
     try:
         method.Execute(fixed.image, moving.image)
-    except RuntimeError:
+    except RuntimeError:  # too few samples lie inside the moving image
         return start
     return to_matrix(transform)
 
 
-def _method(fixed: Brain, share: float) -> sitk.ImageRegistrationMethod:
+def _method(mask: sitk.Image, share: float = 1.0) -> sitk.ImageRegistrationMethod:
     method = sitk.ImageRegistrationMethod()
     method.SetMetricAsMattesMutualInformation(_BINS)
-    method.SetMetricFixedMask(_grown(fixed.mask))
+    method.SetMetricFixedMask(mask)
     if share < 1:
         method.SetMetricSamplingStrategy(method.RANDOM)
         method.SetMetricSamplingPercentage(share, _SEED)
     method.SetInterpolator(sitk.sitkLinear)
-    method.SetNumberOfWorkUnits(_WORK_UNITS)
+    method.SetNumberOfThreads(_THREADS)
     return method
 
 
 def _grown(mask: sitk.Image) -> sitk.Image:
-    radius = [max(1, round(_MARGIN_MM / mm)) for mm in mask.GetSpacing()]
-    return sitk.BinaryDilate(mask, radius)
+    return sitk.BinaryDilate(mask, [max(1, round(_MARGIN_MM / mm)) for mm in mask.GetSpacing()])
+
+
+def _inner(mask: sitk.Image) -> sitk.Image:
+    return sitk.BinaryErode(mask, [int(_RIM_MM / mm) for mm in mask.GetSpacing()])
 
 
 def coarser(brain: Brain, level_mm: float) -> Brain:

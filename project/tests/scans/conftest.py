@@ -10,6 +10,7 @@ import pytest
 from cwdm.arrays import Mask
 from cwdm.images import Image
 from cwdm.phantoms import make_phantom
+from cwdm.phantoms.variation import Variation
 from cwdm.scans import Aligned, Head, align
 from cwdm.scans.itk import RAS_LPS, Matrix, resample, resample_mask
 from cwdm.scans.register import about
@@ -54,7 +55,7 @@ def sliced(head: Head, thickness_mm: float) -> Head:
 
 
 def make_patient(seed: int) -> Patient:
-    phantom = make_phantom(seed, shape=(48, 57, 45), spacing_mm=SPACING_MM)
+    phantom = make_phantom(seed, (48, 57, 45), SPACING_MM, Variation(misregistration_mm=(0.0, 0.0), thick_slice=0.0))
     whole = {
         modality: Head(Image(volume.astype(np.float32), phantom.affine, True), volume != 0)
         for modality, volume in phantom.volumes.items()
