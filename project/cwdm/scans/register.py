@@ -1,7 +1,8 @@
 """Rigid registration of brains by mutual information (Mattes et al., IEEE TMI 2003, 22:120), coarse to fine.
 
 Images are corrected for their bias field (N4) for the measure alone; nothing here changes what will be resampled.
-The same input gives the same result on any number of cores: samples are seeded, and the number of threads is fixed.
+The same input gives the same result on a machine, and within hundredths of a millimetre on one of another number of
+cores: samples are seeded, and the number of threads is fixed where the library heeds that.
 """
 
 from collections.abc import Iterable, Sequence
@@ -34,7 +35,7 @@ _SAMPLES = {2.0: 0.5, 1.0: 0.25}
 _SEED = 20
 _POWELL_ITERATIONS = 6
 _THREADS = 2
-"""Threads, each of which sums a part; the number decides the last digits, so it does not depend on the machine."""
+"""Threads, each of which sums a part; the number decides the last digits, from which Powell's method goes on."""
 
 _TURNS_DEG = (-30.0, -15.0, 15.0, 30.0)
 _FEW = 3
