@@ -4,6 +4,7 @@
 #                              so the base needs no more than the labels that the NVIDIA runtime reads
 #   --build-arg WEIGHTS=…      own: what is in workspace/weights; published: downloaded now; bundled: the small ones that
 #                              come with cwdm, trained on synthetic brains; auto: own if there are any, else bundled
+#   --build-arg SCANS=1        with what raw scans need: cwdm scan, cwdm prepare scans
 #   --build-arg CONTRASTS=…    what the weights must synthesise for the build to end well
 ARG BASE_IMAGE=nvidia/cuda:13.0.2-base-ubuntu24.04
 
@@ -19,8 +20,12 @@ FROM python AS build
 RUN python3 -m venv /opt/cwdm
 ENV PATH=/opt/cwdm/bin:$PATH PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1
 # A folder wheels/ in the repository, if there is one, is asked before the package index.
-COPY requirements.txt wheel[s] /src/
+COPY requirements*.txt wheel[s] /src/
 RUN pip install --find-links /src -r /src/requirements.txt
+ARG SCANS=
+RUN if [ -n "$SCANS" ]; then \
+        pip install --find-links /src -r /src/requirements.txt -r /src/requirements-scans.txt; \
+    fi
 COPY project /src/project
 RUN pip install --no-deps /src/project \
     && pip uninstall --yes pip \

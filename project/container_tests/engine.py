@@ -121,7 +121,7 @@ def build_base(engine: Engine) -> str:
 
 def build_context(folder: Path) -> Path:
     """What `docker build` sees of a fresh checkout, with PyTorch's wheel where pip on this host has its own."""
-    for name in ("Dockerfile", ".dockerignore", "LICENSE", "requirements.txt"):
+    for name in ("Dockerfile", ".dockerignore", "LICENSE", "requirements.txt", "requirements-scans.txt"):
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "project/cwdm", folder / "project/cwdm", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "project/pyproject.toml", folder / "project")

@@ -10,7 +10,7 @@ from cwdm.cli.infer import ReportPath, Shard
 from cwdm.cli.old import REQUIRED, Word, either
 from cwdm.cli.options import DeviceOption, Modality, Overwrite, output
 from cwdm.cli.outcomes import sum_up
-from cwdm.cli.scan import BrainMask, KeepRejected, Modalities, Scans, Space, conclude, share
+from cwdm.cli.scan import BrainMask, KeepRejected, Modalities, Scans, Space, check_reporting, conclude, share
 from cwdm.errors import needs_extra
 from cwdm.progress import CohortProgress, print_line
 
@@ -64,6 +64,7 @@ def scans(
     with needs_extra("scans", "what raw scans need"):
         from cwdm.scans import ScanOptions, check_places, find_patients, prepare_patients, read_table
 
+    check_reporting(report_path)
     folder = either(output_path, out, "--output_path")
     table = read_table(modalities) if modalities else None
     options = ScanOptions(space, table, brain_mask, reference or "", False, keep_transforms, keep_rejected)

@@ -69,6 +69,7 @@ def scan(
     """
     with needs_extra("scans", "what raw scans need"):
         from cwdm.scans import ScanOptions, check_places, find_patients, read_table, scan_patients
+    check_reporting(report_path)
     from cwdm.inference import Synthesizer
     from cwdm.precision import warn_of_precision
     from cwdm.progress import CohortProgress
@@ -92,6 +93,13 @@ def scan(
     if code and not any(outcome.status != "failed" for outcome in outcomes):
         check_usable(folder_of(weights), [one.value for one in Modality])
     raise typer.Exit(code)
+
+
+def check_reporting(report: Path | None) -> None:
+    """Refuse a report that cannot be made before anything is spent on it."""
+    if report:
+        with needs_extra("report", "what the report needs"):
+            from cwdm.report import write_scan_record, write_scan_report  # noqa: F401
 
 
 def share(patients: "list[PatientFolder]", shard: str) -> "list[PatientFolder]":

@@ -86,8 +86,8 @@ def scan_patients(
     def work(found: PatientFolder, root: Path, told: _Told) -> None:
         with temporary_folder() as converted:
             patient = told.patient = read_patient(found, converted, options.table)
+            missing_of(patient, synthesizer.weights)  # before minutes are spent on it
             check_possible(patient, options.grid, options.dicom)
-            missing_of(patient, synthesizer.weights)
             scans = told.scans = _bring_into(patient, options, str(synthesizer.device), progress)
             _check_accepted(scans, options)
             made = told.made = _synthesise(scans, synthesizer, options.grid, progress)
