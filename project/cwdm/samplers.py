@@ -171,7 +171,7 @@ def heun(velocity: Denoise, source: Tensor, timesteps: Sequence[int], generator:
 SAMPLERS: dict[str, Sampler] = {"ddpm": ddpm, "ddim": ddim, "dpmpp": dpmpp}
 SHORTCUTS: dict[str, Sampler] = {"mean": posterior_mean, "texture": texture}
 FLOW_SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun}
-OF_DIFFUSION = ChainMap(SAMPLERS, SHORTCUTS)
+OF_DIFFUSION = ChainMap(SHORTCUTS, SAMPLERS)  # iterated from the last on
 """What samples from weights that were trained by diffusion; what is added to SAMPLERS, too."""
 
 

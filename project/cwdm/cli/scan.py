@@ -62,8 +62,8 @@ def scan(
 ) -> None:
     """Synthesise what is missing among scans as they come, where they lie.
 
-    Skull on, thick slices, each contrast on its own grid: they are stripped, registered and judged, and the result
-    comes back onto the grid of one of them.
+    Skull on, thick slices, each modality on its own grid: they are stripped, registered and judged.
+    The result comes back onto the grid of one of them.
 
     A patient that is done already is skipped, so a stopped run goes on where it was.
     """
