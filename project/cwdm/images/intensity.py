@@ -22,6 +22,13 @@ TYPICAL_LEVEL = {"t1n": 0.91, "t1c": 0.71, "t2w": 0.71, "t2f": 0.83}
 """Where the same quantile lies, as a rule, in an image that is scaled to [0, 1] as published."""
 
 
+TAIL_QUANTILES = (0.99, 0.995, 0.999)
+"""Of the whole volume; the last two are those by which evaluators scale an image to [0, 1]."""
+
+TYPICAL_TAIL = {"t1n": 0.94, "t1c": 0.73, "t2w": 0.8, "t2f": 0.88}
+"""Where the middle one lies, as a rule, in an image that is scaled to [0, 1] as published."""
+
+
 class ClipRange(NamedTuple):
     """The intensities that became 0 and 1; both are float32 numbers."""
 
@@ -97,6 +104,25 @@ def as_published(unit: Volume, modality: str, intensities: Intensities) -> Volum
     if intensities == "published":
         return unit
     return unit * np.float32(TYPICAL_LEVEL[modality] / BRAIN_LEVEL)
+
+
+def with_usual_tail(unit: Volume, modality: str) -> Volume:
+    """A predicted volume whose brightest hundredth is stretched, so that its percentiles lie as an acquired image's.
+
+    A prediction is the mean of what may be, which is less bright than the truth in its few brightest voxels, for
+    nobody knows where these are. Whoever scales it by its own percentiles would see all of it too bright. Nothing
+    becomes darker, all else stays as it is, and the order of the intensities does too.
+
+    Args:
+        unit: 0 in the background, 1 where the 99.9 percentile of an acquired image lies.
+    """
+    found = np.array(_quantiles(unit, TAIL_QUANTILES))
+    if not (found[0] > 0 and np.all(np.diff(found) > 0)):
+        return unit
+    wanted = np.maximum(found, (found[0], TYPICAL_TAIL[modality], 1.0))
+    top, stretched = unit > found[0], unit.copy()
+    stretched[top] = np.interp(unit[top], found, wanted) + np.maximum(unit[top] - found[-1], 0)
+    return stretched
 
 
 def denormalise(unit: Volume, clip_range: ClipRange) -> Volume:

@@ -29,6 +29,7 @@ from cwdm.images import (
     foreground,
     normalise,
     tight_window,
+    with_usual_tail,
     write_volume,
 )
 from cwdm.inference.quality import assess
@@ -194,11 +195,12 @@ def postprocess(prepared: PreparedCase, samples: Samples, output: OutputSettings
     """
     case, native = prepared.case, output.intensity == "native"
     unit = _as_published(samples.mean, prepared)
-    if not native and prepared.intensities != "published":
-        unit = unit.clip(0, 1)
     keep = foreground(unit, output.background, prepared.mask, output.threshold)
     low, high = prepared.clip_range if native else (0.0, 1.0)
-    volume = np.where(keep, denormalise(unit, ClipRange(low, high)), np.float32(0))
+    shown = unit
+    if prepared.intensities == "brain":
+        shown = with_usual_tail(np.where(keep, unit, np.float32(0)), case.target) if native else unit.clip(0, 1)
+    volume = np.where(keep, denormalise(shown, ClipRange(low, high)), np.float32(0))
     if not volume.any():
         raise CaseError(case.name, f"the synthesised {case.target} is empty; check the weights")
     unit_std = std = None

@@ -17,6 +17,7 @@ from cwdm.images.intensity import (
     denormalise,
     foreground,
     normalise,
+    with_usual_tail,
 )
 
 shapes = st.tuples(*[st.integers(1, 9)] * 3)
@@ -137,3 +138,28 @@ def test_the_network_s_range_is_brought_to_that_of_percentiles() -> None:
         shown = as_published(unit, modality, "brain")
         assert np.quantile(shown[shown > 0], 0.95) == pytest.approx(level, rel=1e-3)
         assert as_published(unit, modality, "published") is unit
+
+
+def test_a_prediction_gets_the_percentiles_of_an_acquired_image() -> None:
+    truth = normalise(brain_with_vessels(1500))[0]
+    dim = np.where(truth > 0, 0.5 * truth + 0.1, 0).astype(np.float32)
+    before = dim.copy()
+    made = with_usual_tail(dim, "t2w")
+    np.testing.assert_array_equal(dim, before)
+    assert clip_range(made).high == pytest.approx(1, abs=1e-3)
+    assert np.quantile(made, 0.995) == pytest.approx(0.8, abs=0.02)
+    unchanged = dim <= np.quantile(dim, 0.99)
+    np.testing.assert_array_equal(made[unchanged], dim[unchanged])
+    order = np.argsort(dim, axis=None)
+    assert np.all(np.diff(made.ravel()[order]) >= 0)
+
+
+def test_a_bright_prediction_is_not_made_darker() -> None:
+    bright = 2 * normalise(brain_with_vessels(1500))[0]
+    np.testing.assert_allclose(with_usual_tail(bright, "t1c"), bright, rtol=1e-6)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.7])
+def test_a_prediction_without_a_tail_stays_as_it_is(value: float) -> None:
+    volume = np.full((7, 8, 9), value, np.float32)
+    assert with_usual_tail(volume, "t1n") is volume
