@@ -268,8 +268,9 @@ def save_tensors(
 ) -> None:
     """Write our safetensors like `save`, of a network's tensors by name."""
     shape = asdict(config)
-    if not config.given:
-        del shape["given"]  # unknown to older versions, which read all other networks
+    for name in ("given", "products"):
+        if not shape[name]:
+            del shape[name]  # unknown to older versions, which read all other networks
     header = {"format": FORMAT, "config": shape, "record": record.model_dump(mode="json")}
     write_tensors(path, tensors, {"format": "pt", HEADER_KEY: json.dumps(header)}, before)
 

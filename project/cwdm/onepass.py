@@ -9,6 +9,7 @@ import itertools
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cwdm.regression import SMALLEST_DEVIATION, Examples, cross_products, linear, root_mean_squares
@@ -30,22 +31,27 @@ class Prior(nn.Module):
 
     Every target is one of the images, and any of the others may be given. A target's coefficients are normal, with the
     mean W c + b of those that are given, c (or 0 where all of these are 0), and a standard deviation for each band.
+    With `products`, c holds the coefficients of the squares and products of the images too: one contrast follows from
+    another by a curve, which few patients suffice for.
     Until `fit`, W c is the mean of what is given, and all standard deviations are 1; training leaves them as they are.
 
     Args:
         images: how many there are.
+        products: whether c holds those of pairs of images.
         bands: coefficients of a voxel of each.
     """
 
-    def __init__(self, images: int, bands: int = 8) -> None:
+    def __init__(self, images: int, products: bool = False, bands: int = 8) -> None:
         super().__init__()
         self.images, self.bands = images, bands
+        self.pairs = list(itertools.combinations_with_replacement(range(images), 2)) if products else []
         # By the target and a number whose bit i says that image i is given.
         sets, coefficients = 2**images, images * bands
         with torch.device("cpu"):  # on the meta device, arithmetic loads PyTorch's compiler
             shown = (torch.arange(sets)[:, None] >> torch.arange(images)) & 1
             mean = shown / shown.sum(1, keepdim=True).clamp(min=1)
             weight = torch.einsum("si,ab->saib", mean, torch.eye(bands)).flatten(2).repeat(images, 1, 1, 1)
+            weight = F.pad(weight, (0, len(self.pairs) * bands))
         self.weight = nn.Parameter(weight.to(torch.get_default_device()), requires_grad=False)
         self.bias = nn.Parameter(torch.zeros(images, sets, bands), requires_grad=False)
         self.deviation = nn.Parameter(torch.ones(images, sets, bands), requires_grad=False)
@@ -65,7 +71,14 @@ class Prior(nn.Module):
         number = (given.long() << torch.arange(self.images, device=given.device)).sum(1)
         weight, bias = self.weight[target, number].float(), self.bias[target, number].float()
         deviation = self.deviation[target, number].float()[..., None, None, None]
-        return linear(weight, bias, conditions.float()), deviation
+        own = self.images * self.bands
+        mean, places = linear(weight[:, :, :own], bias, conditions.float()), weight[:, :, own:].split(self.bands, 2)
+        if self.pairs:
+            volumes = idwt(conditions.float())
+            for pair, part in zip(self.pairs, places, strict=True):  # one at a time, for the sake of memory
+                if given[:, list(pair)].all(1).any():
+                    mean = mean + torch.einsum("boi,bixyz->boxyz", part, dwt(product(volumes, pair)))
+        return mean, deviation
 
     @torch.no_grad()
     def fit(self, examples: Examples) -> None:
@@ -75,17 +88,22 @@ class Prior(nn.Module):
         deviation, and weights that the data hardly determine are drawn towards 0. Without an example for it, a model
         stays the mean of what is given.
         """
-        images, bands, sets, constant = self.images, self.bands, 2**self.images, self.images * self.bands
-        grouped = ((*rest, target * sets + shown_in(rest[0], images)) for *rest, target in examples)
+        images, bands, sets, constant = self.images, self.bands, 2**self.images, self.weight.shape[-1]
+        grouped = (
+            (self._with_products(conditions), *rest, target * sets + shown_in(conditions, images))
+            for conditions, *rest, target in examples
+        )
         sums, voxels = cross_products(grouped, images * sets, bands, constant)
-        self.magnitude.copy_(root_mean_squares(sums[:, : constant + 1, : constant + 1], voxels))
+        magnitude = root_mean_squares(sums[:, : constant + 1, : constant + 1], voxels)
+        self.magnitude.copy_(magnitude[: len(self.magnitude)])
+        needs = [{i} for i in range(images)] + [set(pair) for pair in self.pairs]
         for target, number in itertools.product(range(images), range(1, sets)):
             with_all = [other for other in range(sets) if other & number == number]
             found = sums.unflatten(0, (images, sets))[target, with_all].sum(0)
             if number >> target & 1 or found[constant, constant] == 0:
                 continue
             covariance, mean = covariances(found, constant)
-            inputs = [i for i in range(constant) if number >> (i // bands) & 1]
+            inputs = [i for i in range(constant) if all(number >> image & 1 for image in needs[i // bands])]
             outputs = slice(constant + 1, None)
             within, across = covariance[inputs][:, inputs], covariance[inputs][:, outputs]
             weight = ridge(within, across)
@@ -94,6 +112,19 @@ class Prior(nn.Module):
             self.weight[target, number, :, inputs] = weight.float()
             self.bias[target, number] = mean[outputs] - weight @ mean[inputs]
             self.deviation[target, number] = left.clamp(min=SMALLEST_DEVIATION**2).sqrt()
+
+    def _with_products(self, conditions: Tensor) -> Tensor:
+        """Coefficients of the images, and of their products: (images * bands, X, Y, Z) -> (given, X, Y, Z)."""
+        if not self.pairs:
+            return conditions
+        volumes = idwt(conditions[None])
+        return torch.cat((conditions, *(dwt(product(volumes, pair))[0] for pair in self.pairs)))
+
+
+def product(volumes: Tensor, pair: tuple[int, int]) -> Tensor:
+    """Of two of the images (B, N, X, Y, Z), or the square of one: (B, 1, X, Y, Z)."""
+    first, second = pair
+    return volumes[:, first, None] * volumes[:, second, None]
 
 
 def shown_in(conditions: Tensor, images: int) -> int:
@@ -147,7 +178,7 @@ class OnePassUNet(UNet):
     def __init__(self, config: UNetConfig) -> None:
         super().__init__(config)
         self.given_embed = nn.Linear(config.given, config.embedding, bias=False)
-        self.prior = Prior(config.given)
+        self.prior = Prior(config.given, config.products)
 
     def forward(self, conditions: Tensor, given: Tensor, target: Tensor) -> Prediction:  # type: ignore[override]
         check_shape(conditions, 8 * self.config.given, self.config)

@@ -48,6 +48,7 @@ class UNetConfig:
             `Regression`.
         given: images of which any may be given, for a network that predicts one of them in one pass; see
             `cwdm.onepass`. 0: a network that denoises.
+        products: the prior of such a network knows the squares and products of the images too.
     """
 
     in_channels: int
@@ -61,6 +62,7 @@ class UNetConfig:
     targets: int = 0
     regression: bool = False
     given: int = 0
+    products: bool = False
 
     def __post_init__(self) -> None:
         # Bounds, because a configuration may come from a file that someone else made.
@@ -76,6 +78,8 @@ class UNetConfig:
         one_pass = (self.in_channels, self.out_channels, self.targets) == (8 + 8 * self.given, 16, self.given)
         if self.given and (self.regression or not one_pass or not 2 <= self.given <= 8):
             raise ValueError(f"not a usable network for one pass over {self.given} images: {self}")
+        if self.products and not self.given:
+            raise ValueError("products belong to the prior of a network for one pass")
         if max(*self.widths, self.in_channels, self.out_channels) > 8192:
             raise ValueError(f"a network wider than 8192 channels: {self}")
         groups = self.groups if self.norm == "group" else 1

@@ -75,6 +75,33 @@ def test_the_prior_is_the_conditional_normal_for_every_set_of_images() -> None:
 
 
 @torch.no_grad()
+def test_a_prior_with_products_knows_curves() -> None:
+    torch.manual_seed(0)
+    volumes = torch.rand(1, 4, 24, 20, 16)
+    a, b, c = volumes[:, :1], volumes[:, 2:3], volumes[:, 3:]
+    wanted = dwt(0.5 * a * b - 0.3 * a.square() + 0.2 * b + 0.1)
+    shown = torch.cat((a, torch.zeros_like(a), b, c), dim=1)
+    inside = torch.ones(12, 10, 8, dtype=torch.bool)
+    given, target = torch.tensor([[True, False, True, True]]), torch.tensor([1])
+    linear, curved = Prior(4), Prior(4, products=True)
+    for prior in (linear, curved):
+        torch.testing.assert_close(prior(dwt(shown), given, target)[0], Prior(4)(dwt(shown), given, target)[0])
+        prior.fit([(dwt(shown)[0], wanted[0], inside, 1)])
+    found, deviation = curved(dwt(shown), given, target)
+    assert (found - wanted).square().mean() < 0.02 * (linear(dwt(shown), given, target)[0] - wanted).square().mean()
+    assert (deviation < linear(dwt(shown), given, target)[1]).all()
+    # Without b, nothing of what it had a part in is left.
+    without = dwt(torch.cat((a, torch.zeros_like(a), torch.zeros_like(b), c), dim=1))
+    fewer = torch.tensor([[True, False, False, True]])
+    both = curved(torch.cat((dwt(shown), without)), torch.cat((given, fewer)), target.repeat(2))[0]
+    torch.testing.assert_close(both[:1], found)
+    torch.testing.assert_close(both[1:], curved(without, fewer, target)[0])
+    assert (both[1:] - wanted).square().mean() > 2 * (found - wanted).square().mean()
+    with pytest.raises(ValueError, match="products belong to the prior"):
+        UNetConfig(32, products=True)
+
+
+@torch.no_grad()
 def test_a_prior_of_few_alike_voxels_stays_small() -> None:
     """Fewer voxels than weights, one image the copy of another: what is not determined is not made up."""
     torch.manual_seed(0)
@@ -126,6 +153,22 @@ def test_variances_of_voxels_are_those_of_drawn_coefficients() -> None:
 def prediction(error: torch.Tensor, log_ratio: torch.Tensor, truth: torch.Tensor, deviation: torch.Tensor):
     """A model that is off by `error` standard deviations of the prior."""
     return lambda *_: Prediction(truth + deviation * error, deviation, log_ratio)
+
+
+def test_how_bright_a_whole_sample_is_can_count_less() -> None:
+    torch.manual_seed(0)
+    volumes, given, target = conditions(), torch.tensor([[True, False, True, True]]), torch.tensor([1])
+    truth, deviation, log_ratio = dwt(volumes[:, :1]), torch.full((1, 8, 1, 1, 1), 0.1), torch.zeros(1, 8, 4, 6, 2)
+
+    def loss(error: torch.Tensor, brightness: float) -> torch.Tensor:
+        model = prediction(error, log_ratio, truth, deviation)
+        return one_pass_losses(model, volumes[:, :1], volumes, given, target, brightness=brightness)
+
+    error, brighter = torch.randn(1, 8, 4, 6, 2), torch.zeros(1, 8, 1, 1, 1)
+    error[:, 0, 1:] -= error[:, 0, 1:].mean()  # of the voxels that are not background
+    brighter[:, 0] = 3
+    torch.testing.assert_close(loss(error + brighter, 0.0), loss(error, 1.0))
+    torch.testing.assert_close(loss(error + brighter, 0.5), loss(error + brighter / 2, 1.0))
 
 
 @pytest.mark.parametrize("errors", ["gaussian", "laplace"])

@@ -25,7 +25,7 @@ def losses(network: nn.Module, given: dict[str, Tensor], settings: TrainingSetti
     loss, targets = settings.loss, (given["target"],) if settings.unet().targets else ()
     if loss.objective == "one-pass":
         volume, conditions, shown, target = (given[name] for name in ("volume", "conditions", "given", "target"))
-        how = (loss.errors, loss.beta, loss.structure)
+        how = (loss.errors, loss.beta, loss.structure, loss.brightness)
         return one_pass_losses(network, volume, conditions, shown, target, *how)
     volume, conditions, t, noise = (given[name] for name in ("volume", "conditions", "t", "noise"))
     wavelet = settings.network.wavelet
@@ -58,6 +58,7 @@ def one_pass_losses(
     errors: Errors = "gaussian",
     beta: float = 0.5,
     structure: float = 0.0,
+    brightness: float = 1.0,
 ) -> Tensor:
     """Negative log-likelihoods of the coefficients inside the brain, a sum for each subband; their mean is the loss.
 
@@ -79,6 +80,7 @@ def one_pass_losses(
         errors: distributed as `gaussian` or, less moved by outliers, `laplace`.
         beta: of β-NLL, 0 to 1: 0 is the likelihood, 1 gives means the gradient of squared (or absolute) errors.
         structure: weight of `structure_loss`.
+        brightness: share of a sample's mean error that is left in its errors.
 
     Returns:
         (B, 8), bands in the order of `cwdm.wavelet`.
@@ -88,6 +90,9 @@ def one_pass_losses(
     inside = coefficients.any(1, keepdim=True)
     truth = dwt(volume * (conditions != 0).any(1, keepdim=True))
     error = (found.mean - truth) / found.deviation
+    if brightness < 1:
+        mean = (error[:, :1] * inside).sum((2, 3, 4), keepdim=True) / inside.sum((2, 3, 4), keepdim=True).clamp(min=1)
+        error = torch.cat((error[:, :1] - (1 - brightness) * mean, error[:, 1:]), dim=1)
     scale = unit(torch.tensor([[LLL_DIVISOR] + 7 * [1.0]], device=volume.device)) * found.deviation
     scale = scale / scale.square().mean(1, keepdim=True).sqrt()
     log_ratio = found.log_ratio

@@ -167,6 +167,8 @@ class LossSettings(StrictSettings):
             or the velocity of a `flow` from the conditions to the target; see `cwdm.flow`.
         errors, beta, structure: of one pass: how errors are distributed, how much the likely large ones count, and the
             weight of 1 − SSIM; see `cwdm.training.losses`.
+        brightness: of one pass: how much of a sample's mean error counts. It is the same all over a sample and large,
+            as one contrast says little of how bright another is on its scanner: with less of it, steps are steadier.
         over: `coefficients` gives each of the eight subbands the same weight, as published; `voxels` weights LLL,
             which is stored divided by 3, so that the sum is the squared error of the volume.
         timestep_power: timesteps are drawn as 1000 u^(1/power) with u uniform: 1 as published, more for noisier ones,
@@ -179,6 +181,7 @@ class LossSettings(StrictSettings):
     errors: Errors = "gaussian"
     beta: Number = Field(default=0.5, ge=0, le=1)
     structure: Number = Field(default=0.0, ge=0, le=10)
+    brightness: Number = Field(default=1.0, ge=0, le=1)
     over: Literal["coefficients", "voxels"] = "coefficients"
     timestep_power: Number = Field(default=1.0, gt=0, le=100)
     schedule: Annotated[str, AfterValidator(known_schedule)] = PUBLISHED.name
