@@ -17,9 +17,9 @@ from cwdm.scans.register import (
     SEARCH_MM,
     Brain,
     about,
-    best_start,
     centre_of,
     coarser,
+    fits,
     information,
     quarter_turns,
     register,
@@ -31,6 +31,9 @@ VERDICTS: tuple[Verdict, ...] = ("ok", "review", "reject")
 NEVER = np.inf
 _INFORMATION_MM = 2.0
 _DISPLACED_MM = 5.0
+_TURNED_DEG = 45.0
+"""Turn against what was found from which on a fit is another one."""
+
 _MIRRORED_LEVELS_MM = (4.0, 2.0)
 
 
@@ -90,11 +93,14 @@ class Pair:
         return float(np.mean(lost)) / self.information if self.information > 0 else 0.0
 
     def turned(self) -> float:
-        """Mutual information of the best fit after a quarter or half turn, of what was found."""
+        """Mutual information of the best fit after a quarter or half turn, of what was found; 0 where none holds.
+
+        A fit that walks back from its start to where the image was found says nothing against that.
+        """
         found, centre = information(*self.coarse, self.matrix), centre_of(self.fixed.mask)
         starts = [self.matrix @ about(turn, centre) for turn in quarter_turns()]
-        best = best_start(*self.coarse, starts)
-        return information(*self.coarse, best) / max(found, 1e-6)
+        turned = [matrix for matrix in fits(*self.coarse, starts) if _degrees(matrix, self.matrix) >= _TURNED_DEG]
+        return max((information(*self.coarse, matrix) for matrix in turned), default=0.0) / max(found, 1e-6)
 
     def mirrored(self) -> float:
         """Mutual information of the best fit of the mirrored image, of what was found."""
@@ -103,8 +109,7 @@ class Pair:
         return found.information / max(self.information, 1e-6)
 
     def degrees(self) -> float:
-        cosine = (np.trace(self.matrix[:3, :3]) - 1) / 2
-        return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
+        return _degrees(self.matrix, np.eye(4))
 
     def shift_mm(self) -> float:
         """How far the centre of the brain moved."""
@@ -116,6 +121,12 @@ class Pair:
         space, image = self.aligned.space, self.aligned.heads[self.modality].image
         reached = covered(image, space.shape, space.affine, self.aligned.matrices[self.modality])
         return float(reached[self.aligned.brain].mean()) if self.aligned.brain.any() else 0.0
+
+
+def _degrees(first: Matrix, second: Matrix) -> float:
+    """Angle between two movements."""
+    cosine = (np.trace(first[:3, :3] @ second[:3, :3].T) - 1) / 2
+    return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
 
 
 def _moved(image: sitk.Image, onto: sitk.Image, matrix: Matrix) -> Mask:

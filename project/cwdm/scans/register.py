@@ -161,9 +161,14 @@ def information(fixed: Brain, moving: Brain, matrix: Matrix) -> float:
 
 
 def best_start(fixed: Brain, moving: Brain, starts: Iterable[Matrix]) -> Matrix:
+    """The best of `fits`."""
+    return max(fits(fixed, moving, starts), key=lambda matrix: information(fixed, moving, matrix))
+
+
+def fits(fixed: Brain, moving: Brain, starts: Iterable[Matrix]) -> list[Matrix]:
+    """The best places near the best of the starts; which may lie far from them, where nothing held them."""
     ranked = sorted(starts, key=lambda start: -information(fixed, moving, start))[:_FEW]
-    fitted = [_fit(fixed, moving, start, SEARCH_MM) for start in ranked]
-    return max(fitted, key=lambda matrix: information(fixed, moving, matrix))
+    return [_fit(fixed, moving, start, SEARCH_MM) for start in ranked]
 
 
 def _fit(fixed: Brain, moving: Brain, start: Matrix, level_mm: float) -> Matrix:
