@@ -9,21 +9,34 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from raw_scans import head, scanned, small, tilt, write_head, write_study
+from raw_scans import head, scanned, small, tilt, write_dicom, write_head, write_study
 from scipy import ndimage
 from typer.testing import CliRunner, Result
 
 from cwdm.cli.app import app
 from cwdm.errors import CaseError
 from cwdm.files import hidden_path
-from cwdm.images import write_nifti
+from cwdm.images import read_grid, write_nifti
+from cwdm.inference import Synthesizer
 from cwdm.phantoms import make_phantom
 from cwdm.report.scan_records import read_scan_records
-from cwdm.scans import ScanOptions, bring_into, find_patients, read_patient
+from cwdm.scans import (
+    Head,
+    InSpace,
+    Judgement,
+    ScanOptions,
+    bring_into,
+    check_places,
+    find_patients,
+    find_space,
+    read_patient,
+    synthesise_missing,
+)
+from cwdm.scans.align import compose
 from cwdm.scans.itk import read_transform
-from cwdm.scans.judge import Judgement
 from cwdm.scans.run import _check_accepted
-from cwdm.scans.written import check_possible
+from cwdm.scans.written import check_possible, write_dataset, write_synthetic
+from cwdm.settings import Settings
 
 GIVEN = ("t1n", "t2w", "t2f")
 
@@ -57,7 +70,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (folder / "masks").mkdir(exist_ok=True)
         write_nifti(folder / "masks" / f"{modality}.nii.gz", mask.astype(np.uint8), affine)
         write_head(anat / f"sub-07_ses-2_{suffix}.nii.gz", modality, number)
-        write_head(folder / "in" / "E-elsewhere" / f"E_{modality}.nii.gz", modality, number + 1)
+        write_dicom(folder / "in" / "E-elsewhere" / modality, *small(modality, number + 1), modality, study="1.2.3.4")
     (folder / "bids" / "dataset_description.json").write_text('{"Name": "raw", "BIDSVersion": "1.10.1"}')
     write_study(folder / "in" / "B-dicom", GIVEN)
     write_head(folder / "in" / "A-alone" / "A_t1w_pre.nii.gz")
@@ -164,11 +177,19 @@ def test_other_folders_are_never_replaced(root: Path, tmp_path: Path) -> None:
     assert "where nothing else may be written" in str(inside.exception)
 
 
-def test_bids_gives_derivatives_with_std_on_the_grid_that_is_asked_for(root: Path) -> None:
-    out = root / "bids" / "derivatives" / "cwdm"
-    wishes = ["--output_path", out, *options(root), "--grid", "t2w", "samples=2"]
-    result = command("scan", root / "bids", *wishes)
-    assert result.exit_code == 0, result.output
+def test_bids_gives_derivatives_with_std_on_the_grid_that_is_asked_for(root: Path, tmp_path: Path) -> None:
+    out, synthesizer = root / "bids" / "derivatives" / "cwdm", Synthesizer("bundled", Settings(samples=2), "cpu")
+    (found,) = find_patients(root / "bids")
+    check_places(root / "bids", [found], out, None)
+    patient = read_patient(found, tmp_path)
+    heads = {name: Head(read_grid(scan.path), brain(GIVEN.index(name))[0]) for name, scan in patient.scans.items()}
+    space = find_space("native", heads["t1n"].image)
+    still = compose(space, "t1n", heads, dict.fromkeys(heads, np.eye(4)), {}, {})  # they lie where their headers say
+    scans = InSpace(patient, still, dict.fromkeys(heads, "given"), Judgement("review", ("thick slices",), {}))
+    made = synthesise_missing(scans, synthesizer, "t2w")
+    assert [one.provenance.verdict for one in made] == ["review"]
+    write_dataset(out, [found], with_atlas=False)
+    write_synthetic(out, scans, made, dicom=False, with_atlas=False)
     anat = out / "sub-07" / "ses-2" / "anat"
     names = [f"sub-07_ses-2_ce-gadolinium_space-T2w_desc-{what}_T1w" for what in ("std", "synthetic")]
     assert sorted(path.name for path in anat.iterdir()) == [
