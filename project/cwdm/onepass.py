@@ -57,13 +57,16 @@ class Prior(nn.Module):
         self.deviation = nn.Parameter(torch.ones(images, sets, bands), requires_grad=False)
         self.magnitude = nn.Parameter(torch.ones(coefficients), requires_grad=False)  # conditions' root mean square
 
-    def forward(self, conditions: Tensor, given: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, conditions: Tensor, given: Tensor, target: Tensor, volumes: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the target's coefficients.
 
         Args:
             conditions: coefficients (B, images * bands, X, Y, Z), those of images that are not given being 0.
             given: (B, images) bool.
             target: (B,) numbers of images.
+            volumes: the images (B, images, 2 X, 2 Y, 2 Z), if there is no need to make them of their coefficients.
 
         Returns:
             (B, bands, X, Y, Z), (B, bands, 1, 1, 1), float32.
@@ -74,7 +77,7 @@ class Prior(nn.Module):
         own = self.images * self.bands
         mean, places = linear(weight[:, :, :own], bias, conditions.float()), weight[:, :, own:].split(self.bands, 2)
         if self.pairs:
-            volumes = idwt(conditions.float())
+            volumes = idwt(conditions.float()) if volumes is None else volumes
             for pair, part in zip(self.pairs, places, strict=True):  # one at a time, for the sake of memory
                 if given[:, list(pair)].all(1).any():
                     mean = mean + torch.einsum("boi,bixyz->boxyz", part, dwt(product(volumes, pair)))
@@ -183,7 +186,10 @@ class OnePassUNet(UNet):
     def forward(self, conditions: Tensor, given: Tensor, target: Tensor) -> Prediction:  # type: ignore[override]
         check_shape(conditions, 8 * self.config.given, self.config)
         with torch.autocast(conditions.device.type, enabled=False):  # what is added up to the end stays exact
-            expected, deviation = self.prior(conditions, given, target)
+            volumes = idwt(conditions.float())
+            expected, deviation = self.prior(conditions, given, target, volumes)
+            brain = brain_of(volumes)
+            del volumes  # whole images, whose memory the network can use
         magnitude = self.prior.magnitude.float()
         own = magnitude.unflatten(0, (-1, 8))[target]
         network_input = torch.cat((expected / unit(own), conditions.float() / unit(magnitude[None])), dim=1)
@@ -191,13 +197,13 @@ class OnePassUNet(UNet):
         emb = self.embed(torch.zeros_like(target), target) + self.given_embed(given.to(dtype))
         output = self.denoise(network_input.to(dtype), emb).float()
         displacement, log_ratio = output.chunk(2, dim=1)
-        mean = dwt(idwt(expected + deviation * displacement) * brain_of(conditions))
+        mean = dwt(idwt(expected + deviation * displacement) * brain)
         return Prediction(mean, deviation, MOST_LOG_RATIO * torch.tanh(log_ratio / MOST_LOG_RATIO))
 
 
-def brain_of(conditions: Tensor) -> Tensor:
-    """Voxels in which any of the images is not 0: coefficients (B, 8 N, X, Y, Z) -> (B, 1, 2 X, 2 Y, 2 Z) bool."""
-    return (idwt(conditions).abs() > ROUNDING).any(1, keepdim=True)
+def brain_of(volumes: Tensor) -> Tensor:
+    """Voxels in which any of the images is not 0, but for rounding: (B, N, X, Y, Z) -> (B, 1, X, Y, Z) bool."""
+    return (volumes.abs() > ROUNDING).any(1, keepdim=True)
 
 
 def unit(channels: Tensor) -> Tensor:

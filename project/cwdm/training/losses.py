@@ -88,7 +88,8 @@ def one_pass_losses(
     coefficients = dwt(conditions)
     found = model(coefficients, given, target)
     inside = coefficients.any(1, keepdim=True)
-    truth = dwt(volume * (conditions != 0).any(1, keepdim=True))
+    volume = volume * (conditions != 0).any(1, keepdim=True)
+    truth = dwt(volume)
     error = (found.mean - truth) / found.deviation
     if brightness < 1:
         mean = (error[:, :1] * inside).sum((2, 3, 4), keepdim=True) / inside.sum((2, 3, 4), keepdim=True).clamp(min=1)
@@ -104,7 +105,7 @@ def one_pass_losses(
     weight = (scale.square() * log_ratio.detach().exp()) ** power
     losses = (weight * likelihood * inside).mean(dim=(2, 3, 4))
     if structure:
-        losses = losses + structure * structure_loss(idwt(found.mean), idwt(truth), inside)[:, None]
+        losses = losses + structure * structure_loss(idwt(found.mean), volume, inside)[:, None]
     return losses
 
 
