@@ -243,18 +243,14 @@ def _look_at(file: Path, known: Mapping[str, Any]) -> Look | None:
         match known.get(os.path.realpath(file)):
             case [stat.st_size, stat.st_mtime_ns, str(digest)]:
                 return stat.st_size, stat.st_mtime_ns, digest
-        return stat.st_size, stat.st_mtime_ns, _digest(file)
+        return stat.st_size, stat.st_mtime_ns, sha256(file)
     except OSError:
         return None
 
 
-def _digest(file: Path) -> str:
-    return sha256(file)
-
-
 def _digest_of(case: str, file: Path) -> str:
     try:
-        return _digest(file)
+        return sha256(file)
     except OSError as error:
         raise CaseError(case, f"{file} cannot be read: {error.strerror}") from error
 

@@ -155,9 +155,8 @@ def resume(run: Run, state: "State | None") -> None:
         if (steps := header.get("steps", run.settings.steps)) != run.settings.steps:
             # The learning rate falls towards it, unless it is constant.
             run.log.say(f"going on with another end: the last step is {run.settings.steps} instead of {steps}")
-        if run.best > -math.inf and header.get("validation", validation(run)) != parse_json(
-            json.dumps(validation(run))
-        ):
+        now = parse_json(json.dumps(validation(run)))
+        if run.best > -math.inf and header.get("validation", now) != now:
             run.log.say(f"held-out cases or their sampler changed; the {run.best:.2f} dB before count no more")
             run.best = -math.inf
         run.log.go_on_after(run.step)
