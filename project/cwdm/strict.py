@@ -3,13 +3,14 @@
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from cwdm.errors import SettingsError
 
 Model = TypeVar("Model", bound=BaseModel)
+Number = Annotated[float, Field(strict=False)]  # a quoted '1e-5' too
 
 
 class StrictSettings(BaseModel):

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from pydantic import AfterValidator, Field
 
 from cwdm.arrays import Mask, Volume
-from cwdm.strict import StrictSettings
+from cwdm.strict import Number, StrictSettings
 from cwdm.training import distort
 from cwdm.training.distort import Vector
 
@@ -35,7 +35,6 @@ def _within(low: float, high: float) -> AfterValidator:
     return AfterValidator(check)
 
 
-Number = Annotated[float, Field(strict=False)]
 Span = Annotated[list[Number], Field(min_length=2, max_length=2)]
 
 

@@ -14,13 +14,12 @@ from cwdm.errors import SettingsError
 from cwdm.files import is_file
 from cwdm.images import PUBLISHED_WINDOW, ImageSettings, Range, Size
 from cwdm.samplers import FLOW_SAMPLERS, OF_DIFFUSION, known_sampler
-from cwdm.strict import StrictSettings, read_settings
+from cwdm.strict import Number, StrictSettings, read_settings
 from cwdm.training.augment import AugmentSettings
 from cwdm.unet import UNetConfig
 
 Errors = Literal["gaussian", "laplace"]
 Positive = Annotated[int, Field(ge=1)]
-Number = Annotated[float, Field(strict=False)]  # a quoted '1e-5' too
 Folder = Annotated[Path, Field(strict=False)]
 Sampler = Annotated[str, AfterValidator(known_sampler)]
 
