@@ -8,6 +8,7 @@ from .reimaging import image_anew as image_anew
 from .reimaging import reimage_cases as reimage_cases
 from .relaxometry import Maps as Maps
 from .relaxometry import estimate as estimate
+from .scanner import noisy as noisy
 from .skull import add_skull as add_skull
 from .variation import WIDE as WIDE
 from .variation import Variation as Variation

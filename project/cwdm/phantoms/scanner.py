@@ -1,7 +1,7 @@
 """The scanner: sequence timings, signals of the layers, coil bias, voxels and slices, Rician noise, registration.
 
 All modalities come from the same T1, T2 and proton density, each of which varies by itself within a tissue; each is
-scanned by itself. Source: H. Gudbjartsson, S. Patz, Magn Reson Med 34:910, 1995 (Rician noise).
+scanned by itself.
 """
 
 import numpy as np
@@ -77,15 +77,26 @@ def scan(rng: np.random.Generator, signal: Floats, anatomy: Anatomy, variation: 
     coil = np.exp(np.float32(rng.uniform(*variation.bias)) * smooth_noise(rng, float(rng.choice((35, 50, 70)))))
     acquire, register = _acquisition(rng, grid, variation)
     acquired = acquire(grid.volume(signal * grid.sample(coil)))
-    level = np.float32(rng.uniform(*variation.noise) * np.percentile(abs(acquired[acquired != 0][::16]), 95))
-    real, imaginary = level * rng.standard_normal((2, *acquired.shape), np.float32)
-    volume = register(np.hypot(acquired + real, imaginary))
+    level = float(rng.uniform(*variation.noise) * np.percentile(abs(acquired[acquired != 0][::16]), 95))
+    volume = register(noisy(acquired, level, rng))
     volume *= mask
     volume *= np.float32(np.exp(rng.uniform(*np.log(variation.maximum))) / volume.max())
     if rng.random() < variation.outlier:
         brightest = np.unravel_index(volume.argmax(), volume.shape)
         volume[tuple(slice(max(k - 1, 0), k + 2) for k in brightest)] *= np.float32(rng.uniform(1.5, 5))
     return grid.embed(np.clip(np.rint(volume), mask, 32767).astype(np.int16))  # nowhere 0 inside the mask
+
+
+def noisy(volume: Floats, level: float, rng: np.random.Generator) -> Floats:
+    """The magnitude (X, Y, Z) of an image with Gaussian noise of this standard deviation in both channels.
+
+    Source: H. Gudbjartsson, S. Patz, Magn Reson Med 34:910, 1995 (Rician noise).
+    """
+    if not level:
+        return volume
+    real, imaginary = np.float32(level) * rng.standard_normal((2, *volume.shape), np.float32)
+    magnitude: Floats = np.hypot(volume + real, imaginary)
+    return magnitude
 
 
 def _acquisition(rng: np.random.Generator, grid: Grid, variation: Variation) -> tuple[Interpolation, Interpolation]:

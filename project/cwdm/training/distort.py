@@ -14,6 +14,7 @@ from torch.nn.functional import affine_grid, grid_sample
 
 from cwdm.arrays import Mask, Volume
 from cwdm.phantoms import along, box_average, linear, smooth_field
+from cwdm.phantoms import noisy as noisy
 
 Vector = Sequence[float] | npt.NDArray[np.float64]
 Volumes = npt.NDArray[np.float32]
@@ -85,18 +86,6 @@ def biased(volume: Volume, strength: float, spacing_mm: Vector, rng: np.random.G
         return volume
     field: Volume = np.exp(np.float32(strength) * smooth_field(volume.shape, spacing_mm, BIAS_MM, rng))
     return volume * field
-
-
-def noisy(volume: Volume, level: float, rng: np.random.Generator) -> Volume:
-    """The magnitude (X, Y, Z) of an image with Gaussian noise of this standard deviation in both channels.
-
-    Source: H. Gudbjartsson, S. Patz, Magn Reson Med 34:910, 1995 (Rician noise).
-    """
-    if not level:
-        return volume
-    real, imaginary = np.float32(level) * rng.standard_normal((2, *volume.shape), np.float32)
-    magnitude: Volume = np.hypot(volume + real, imaginary)
-    return magnitude
 
 
 def with_gamma(volume: Volume, exponent: float) -> Volume:
