@@ -44,6 +44,7 @@ from .intensity import foreground as foreground
 from .intensity import normalise as normalise
 from .intensity import with_usual_tail as with_usual_tail
 from .memory import case_of_arrays as case_of_arrays
+from .nifti import has_nifti_name as has_nifti_name
 from .nifti import is_nifti as is_nifti
 from .nifti import read_description as read_description
 from .pairs import DecodedFile as DecodedFile

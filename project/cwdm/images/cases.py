@@ -21,7 +21,7 @@ from cwdm.arrays import Affine, Volume
 from cwdm.errors import CaseError, InputError
 from cwdm.files import is_file
 from cwdm.images.grids import check_same_grid, spacing_mm
-from cwdm.images.nifti import FileError, affine_of, by, is_oriented, load, shape_of, write
+from cwdm.images.nifti import FileError, affine_of, by, has_nifti_name, is_oriented, load, shape_of, write
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 """In the order in which the networks take them."""
@@ -323,7 +323,7 @@ def _split(file_name: str) -> tuple[str, str] | None:
 
 def _unrecognised(folder: Path, paths: Iterable[Path]) -> str | None:
     """Why a folder without a file of any modality seems to be meant as a case all the same."""
-    if found := [path.name for path in paths if _is_image(path.name)]:
+    if found := [path.name for path in paths if has_nifti_name(path.name)]:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         return (
             f"expected files like {output_name(folder.name, 't1n')} (one of {_NAMES}, .nii or .nii.gz), "
@@ -331,13 +331,9 @@ def _unrecognised(folder: Path, paths: Iterable[Path]) -> str | None:
         )
     for below, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        if any(map(_is_image, names)):
+        if any(map(has_nifti_name, names)):
             return f"expected its files in {folder} itself, found some in {below}; give each case one folder"
     return None
-
-
-def _is_image(file_name: str) -> bool:
-    return file_name.lower().endswith((".nii", ".nii.gz")) and not file_name.startswith(".")
 
 
 def _name_the_others(entries: Iterable[Path], cases: Collection[CaseFolder]) -> None:

@@ -35,6 +35,11 @@ class FileError(Exception):
     """A file cannot be used; the message says what was expected and found."""
 
 
+def has_nifti_name(file_name: str) -> bool:
+    """Whether a file is called as NIfTI files are, and not hidden."""
+    return file_name.lower().endswith((".nii", ".nii.gz")) and not file_name.startswith(".")
+
+
 def is_nifti(path: Path) -> bool:
     """Whether a file begins as a NIfTI file does; the rest is not read."""
     try:

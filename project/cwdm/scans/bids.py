@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from cwdm.files import is_file, is_folder, matching
+from cwdm.images import has_nifti_name
 from cwdm.scans.patient import PatientFolder
-from cwdm.scans.volume import is_nifti, read_sidecar, stem
+from cwdm.scans.volume import read_sidecar, stem
 
 _LABEL = re.compile(r"(sub|ses)-([A-Za-z0-9]+)")
 SUFFIXES = {"T1w", "T2w", "FLAIR"}
@@ -36,7 +37,7 @@ def find_sessions(dataset: Path) -> list[PatientFolder]:
 
 def images(session: Path) -> list[Path]:
     """The anatomical images of a session."""
-    return sorted(path for path in (session / "anat").iterdir() if is_nifti(path))
+    return sorted(path for path in (session / "anat").iterdir() if has_nifti_name(path.name))
 
 
 def suffix(path: Path) -> str:

@@ -19,6 +19,7 @@ from cwdm.images import Affine, Image, Volume, in_order_of
 from cwdm.scans.derivatives import WORDS, Provenance, check_grid
 from cwdm.scans.headers import frames_of
 from cwdm.scans.patient import Scan
+from cwdm.scans.volume import RAS_LPS
 
 with needs_extra("scans", "DICOM"):
     import pydicom
@@ -45,8 +46,6 @@ _NEEDED_EMPTY = (
 """What every image must have, if only without a value."""
 
 Source = dict[str, Any]
-
-LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def write_derived_series(
@@ -117,7 +116,7 @@ def _affine(sources: list[Source]) -> Affine:
     affine = np.eye(4)
     affine[:3, 0], affine[:3, 1] = across * columns_mm, down * rows_mm
     affine[:3, 2], affine[:3, 3] = (last - first) / (len(sources) - 1), first
-    return LPS @ affine
+    return RAS_LPS @ affine
 
 
 def _pixels(planes: Volume) -> tuple[np.ndarray, float]:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from cwdm.errors import CaseError, InputError
 from cwdm.files import is_folder
-from cwdm.images import MODALITIES, list_folder
+from cwdm.images import MODALITIES, has_nifti_name, list_folder
 from cwdm.scans import bids
 from cwdm.scans.convert import convert_series
 from cwdm.scans.headers import dicom_files, is_dicom, study_of, walk
@@ -19,7 +19,7 @@ from cwdm.scans.images_of import FoundImage, images_of
 from cwdm.scans.naming import Naming, name_image
 from cwdm.scans.patient import PassedOver, Patient, PatientFolder, Scan
 from cwdm.scans.table import SKIP, ModalityTable, Row, match
-from cwdm.scans.volume import digest, fields_beside, is_nifti, read_scan
+from cwdm.scans.volume import digest, fields_beside, read_scan
 
 _TABLE = "say it in a table: --modalities TABLE.csv with the columns patient, scan, modality"
 _log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def find_patients(scans: Path) -> list[PatientFolder]:
             raise InputError(f"no subject with anatomical images (sub-<label>/[ses-<label>/]anat) in {scans}")
         return sessions
     folders = [scans / entry.name for entry in entries if is_folder(entry)]
-    if any(is_nifti(entry) for entry in entries) or _one_study(scans, folders):
+    if any(has_nifti_name(entry.name) for entry in entries) or _one_study(scans, folders):
         return [PatientFolder(scans.name, scans, bids.label_of(scans.name))]
     patients = [folder for folder in folders if _has_images(folder)]
     if others := [entry.name for entry in entries if scans / entry.name not in patients]:
@@ -198,7 +198,7 @@ def _check_different(patient: str, loaded: list[tuple[Scan, str]]) -> None:
 
 
 def _has_images(folder: Path) -> bool:
-    return any(is_nifti(path) for path in walk(folder)) or any(True for _ in dicom_files(folder))
+    return any(has_nifti_name(path.name) for path in walk(folder)) or any(True for _ in dicom_files(folder))
 
 
 def _one_study(scans: Path, folders: list[Path]) -> bool:

@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from cwdm.errors import CaseError
+from cwdm.images import has_nifti_name
 from cwdm.scans import bids
 from cwdm.scans.headers import dicom_files, walk
 from cwdm.scans.naming import has_weighting, is_of_acquisition
 from cwdm.scans.patient import PassedOver, PatientFolder
 from cwdm.scans.series import Series, find_series
-from cwdm.scans.volume import fields_beside, is_nifti, stem
+from cwdm.scans.volume import fields_beside, stem
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,7 +68,7 @@ def _of_bids(patient: PatientFolder, dataset: Path) -> tuple[list[FoundImage], l
 
 
 def _of_nifti_files(patient: PatientFolder) -> list[FoundImage]:
-    paths = [path for path in walk(patient.folder) if is_nifti(path)]
+    paths = [path for path in walk(patient.folder) if has_nifti_name(path.name)]
     names = _without_common_start([stem(path.name) for path in paths])
     fields = [fields_beside(path) for path in paths]
     _check_one_owner(patient, paths, fields)

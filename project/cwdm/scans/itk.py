@@ -15,6 +15,7 @@ from cwdm.arrays import Affine, Mask, Volume
 from cwdm.errors import CwdmError, needs_extra
 from cwdm.files import write_atomically
 from cwdm.images import Image
+from cwdm.scans.volume import RAS_LPS
 
 with needs_extra("scans", "SimpleITK"):
     import SimpleITK as sitk
@@ -39,8 +40,6 @@ __all__ = [
 
 Matrix = npt.NDArray[np.float64]
 """(4, 4) rigid movement, LPS mm of the fixed image to LPS mm of the moving one."""
-
-RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 _MOST_SHEAR = 0.01
 """Deviation of the axes from right angles that rounding in headers explains; gantry tilt is ten times as much."""

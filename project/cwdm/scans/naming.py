@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cwdm.scans.headers import COMPONENTS
+from cwdm.scans.headers import component_of
 
 T1, T1C, T2, FLAIR = "t1n", "t1c", "t2w", "t2f"
 
@@ -166,11 +166,9 @@ def _reason_of_header(fields: Mapping[str, Any]) -> str:
     kind = str(fields.get("Modality") or "MR").upper()
     if kind not in ("MR", "MAGNETIC RESONANCE"):
         return f"{kind}, not MR"
+    if component := component_of({**fields, "ImageType": _listed(fields.get("ImageType"))}):
+        return "a phase image" if component == "PHASE" else f"the {component.lower()} part of the signal"
     types = {str(part).upper() for part in _listed(fields.get("ImageType"))}
-    component = str(fields.get("ComplexImageComponent", "")).upper()
-    for name, marks in COMPONENTS.items():
-        if component == name or types & marks:
-            return "a phase image" if name == "PHASE" else f"the {name.lower()} part of the signal"
     if str(fields.get("AngioFlag", "")).upper() == "Y":
         return "angiography"
     return next((reason for mark, reason in _DERIVED_TYPES.items() if mark in types), "")

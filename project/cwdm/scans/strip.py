@@ -5,7 +5,6 @@ five networks, so nothing is downloaded.
 """
 
 import os
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -22,6 +21,7 @@ from cwdm.arrays import Box, Mask, Volume, bounding_box
 from cwdm.errors import CaseError, needs_extra
 from cwdm.images import Image, Orientation, in_order_of
 from cwdm.scans.itk import sitk
+from cwdm.temporary import temporary_folder
 
 How = Literal["given", "stripped", "HD-BET"]
 
@@ -178,8 +178,8 @@ def _network(number: int) -> torch.nn.Module:
 def _no_home() -> Iterator[None]:
     """Importing HD-BET makes a folder for downloads in the home of the user, who may have none that can be written."""
     before = os.environ.get("XDG_DATA_HOME")
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["XDG_DATA_HOME"] = folder
+    with temporary_folder() as folder:
+        os.environ["XDG_DATA_HOME"] = str(folder)
         try:
             yield
         finally:

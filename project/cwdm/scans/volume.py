@@ -18,6 +18,9 @@ MOST_SHEAR = np.sin(np.radians(0.5))
 _MOST_SIDECAR = 4 << 20
 _EXTENT_MM = 40.0, 600.0
 
+RAS_LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
+"""From RAS mm, as in NIfTI, to LPS mm, as in DICOM and ITK, and back."""
+
 
 def read_scan(patient: str, source: str, path: Path) -> Image:
     """The image in a file, if it can be a scan of a head.
@@ -53,11 +56,6 @@ def read_sidecar(path: Path) -> dict[str, Any]:
 def fields_beside(path: Path) -> Mapping[str, Any]:
     """What the sidecar of a NIfTI file says."""
     return read_sidecar(path.with_name(stem(path.name) + ".json"))
-
-
-def is_nifti(path: Path) -> bool:
-    """Whether a file is called as NIfTI files are."""
-    return path.name.lower().endswith((".nii", ".nii.gz")) and not path.name.startswith(".")
 
 
 def stem(name: str) -> str:
