@@ -4,7 +4,9 @@ from .checkers import outlined as outlined
 from .checkers import picture as picture
 from .data import ReportPaths as ReportPaths
 from .page import write_report as write_report
+from .pictures import PLANES as PLANES
 from .pictures import Comparison as Comparison
+from .pictures import Plane as Plane
 from .pictures import draw_comparisons as draw_comparisons
 from .scan_page import write_scan_report as write_scan_report
 from .scan_records import Panel as Panel

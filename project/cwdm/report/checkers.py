@@ -1,7 +1,5 @@
 """Pictures of a registration: two images in the squares of a checkerboard, and the outline of a mask."""
 
-import base64
-import io
 from typing import Any
 
 import numpy as np
@@ -10,6 +8,7 @@ import PIL.Image
 from scipy import ndimage
 
 from cwdm.arrays import Mask
+from cwdm.report.html import webp_uri
 from cwdm.report.scan_records import Tile
 
 Slice = npt.NDArray[np.float32]
@@ -17,7 +16,7 @@ Pixels = npt.NDArray[Any]
 
 SQUARE_MM = 24
 _OUTLINE = np.array([79, 216, 208], np.uint8)
-_TILE_PIXELS = 256
+TILE_PIXELS = 256
 
 
 def grey(values: Slice, largest: float) -> Pixels:
@@ -53,10 +52,7 @@ def picture(pixels: Pixels, left: str, right: str, spacing_mm: tuple[float, floa
         left, right: the sides of the head that are seen there.
     """
     height, width = (n * mm for n, mm in zip(pixels.shape[:2], spacing_mm, strict=True))
-    scale = min(1.0, _TILE_PIXELS / max(height, width))
+    scale = min(1.0, TILE_PIXELS / max(height, width))
     size = max(1, round(width * scale)), max(1, round(height * scale))
     image = PIL.Image.fromarray(np.ascontiguousarray(pixels)).resize(size, PIL.Image.Resampling.BILINEAR)
-    file = io.BytesIO()
-    image.save(file, "WEBP", quality=80)
-    uri = f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
-    return Tile(uri, *size, left, right)
+    return Tile(webp_uri(image, quality=80), *size, left, right)

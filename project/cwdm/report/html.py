@@ -2,11 +2,12 @@
 
 import base64
 import hashlib
+import io
 import re
 from collections.abc import Iterable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import jinja2
 from markupsafe import Markup
@@ -14,6 +15,10 @@ from markupsafe import Markup
 from cwdm import __version__
 from cwdm.errors import InputError
 from cwdm.files import is_file, is_link, output_errors
+from cwdm.progress import printable
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 GENERATOR = f"cwdm {__version__}"
 _OWN_PAGE = re.compile(rb'<meta name="generator" content="cwdm [^"]*">')
@@ -78,7 +83,14 @@ def _shareable(value: Any, folders: Sequence[str]) -> Any:
     for folder in folders:
         value = value.replace(folder, "…/")
     value = _FOLDERS.sub("…/", value)
-    return "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in value)
+    return printable(value, lines=True)
+
+
+def webp_uri(picture: "PIL.Image.Image", **how: int) -> str:
+    """A picture as a page holds it."""
+    file = io.BytesIO()
+    picture.save(file, "WEBP", **how)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def security_policy(scripts: Iterable[str]) -> str:

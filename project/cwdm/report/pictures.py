@@ -2,7 +2,6 @@
 
 import base64
 import gzip
-import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,9 @@ from matplotlib.figure import Figure
 
 from cwdm.arrays import Volume, bounding_box
 from cwdm.files import write_atomically
+from cwdm.report.checkers import TILE_PIXELS, grey
 from cwdm.report.data import CaseVolumes
+from cwdm.report.html import webp_uri
 
 Bytes = npt.NDArray[np.uint8]
 AnyType = TypeVar("AnyType", bound=np.generic)
@@ -48,7 +49,6 @@ PLANES = (Plane("axial", 2, "R", "L"), Plane("coronal", 1, "R", "L"), Plane("sag
 _GREY = np.uint8(4)
 """Of 256, a step of the viewer's greys: what is left out is noise, which no packing makes smaller."""
 
-_TILE_PIXELS = 256
 _THUMBNAIL_PIXELS = 112
 _BINS = 80
 _MARGIN = 4
@@ -143,7 +143,7 @@ def _brightest(volume: Volume, shown: CaseVolumes) -> float:
 
 def _slice(image: _Image, axis: int, shown: CaseVolumes) -> PIL.Image.Image:
     """One slice, a pixel a millimetre, the head upright and seen from the front or from below."""
-    pixels = _quantised(_oriented(image.volume, axis, shown), image.largest)
+    pixels = grey(_oriented(image.volume, axis, shown), image.largest)
     rows, columns = [spacing for i, spacing in enumerate(shown.spacing_mm) if i != axis][::-1]
     scale = _scale(shown)
     size = max(1, round(pixels.shape[1] * columns * scale)), max(1, round(pixels.shape[0] * rows * scale))
@@ -161,18 +161,11 @@ def _oriented(volume: npt.NDArray[AnyType], axis: int, shown: CaseVolumes) -> np
 def _scale(shown: CaseVolumes) -> float:
     """Pixels a millimetre: one, or less for what would be larger than a tile."""
     longest = max(n * mm for n, mm in zip(shown.synthesis.shape, shown.spacing_mm, strict=True))
-    return min(1.0, _TILE_PIXELS / longest)
-
-
-def _quantised(values: Volume, largest: float) -> Bytes:
-    scaled: Volume = np.clip(values / np.float32(largest), 0, 1) * np.float32(255)
-    return np.rint(scaled).astype(np.uint8)
+    return min(1.0, TILE_PIXELS / longest)
 
 
 def _uri(picture: PIL.Image.Image, **how: int) -> Markup:
-    file = io.BytesIO()
-    picture.save(file, "WEBP", **how)
-    return Markup(f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}")
+    return Markup(webp_uri(picture, **how))
 
 
 def _outline(shown: CaseVolumes, plane: Plane, name: str) -> dict[str, Any] | None:
@@ -208,7 +201,7 @@ def _curves(shown: CaseVolumes, modality: str) -> Iterator[dict[str, str]]:
 def viewer_volumes(shown: CaseVolumes, modality: str) -> dict[str, Any]:
     """What the slice viewer shows: each image as NIfTI in 8 bits, 0 outside the brain, packed for a page."""
     images = list(_images(shown, modality))
-    volumes = [_viewed(image, _coarse(_quantised(image.volume, image.largest), shown), shown) for image in images]
+    volumes = [_viewed(image, _coarse(grey(image.volume, image.largest), shown), shown) for image in images]
     if shown.tumour is not None:
         volumes.append(_viewed(_Image("segmentation", shown.synthesis, 1, "red"), np.uint8(255) * shown.tumour, shown))
     i, j, k = shown.centre

@@ -1,14 +1,13 @@
 """What a report shows of a patient: registrations as checkerboards, brain masks, and the synthesis in native space."""
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import numpy as np
 
 from cwdm import __version__
 from cwdm.arrays import Affine, Mask, Volume
 from cwdm.images import ORIENTATION, Image, Orientation
-from cwdm.report import Panel, ScanRecord, Tile, checkerboard, grey, outlined, picture
+from cwdm.report import PLANES, Panel, Plane, ScanRecord, Tile, checkerboard, grey, outlined, picture
 from cwdm.scans.align import Aligned
 from cwdm.scans.derivatives import Provenance
 from cwdm.scans.itk import RAS_LPS, Matrix, grid, resample, resample_mask, sitk, to_volume
@@ -27,16 +26,7 @@ Place = tuple[tuple[int, ...], Affine]
 """Shape and affine of a grid."""
 
 
-class Plane(NamedTuple):
-    """A direction of view; `left` and `right` are the sides of the head that are seen there."""
-
-    name: str
-    axis: int
-    left: str
-    right: str
-
-
-AXIAL, CORONAL, SAGITTAL = Plane("axial", 2, "R", "L"), Plane("coronal", 1, "R", "L"), Plane("sagittal", 0, "A", "P")
+AXIAL, CORONAL, SAGITTAL = PLANES
 
 
 def record_of(
@@ -50,12 +40,9 @@ def record_of(
     judgement = scans.judgement if scans else None
     provenance = made[0].provenance if made else None
     verdict = max((one.provenance.verdict for one in made), default=judgement.verdict if judgement else "ok", key=_rank)
-    checked = [f"{judgement.verdict}: {reason}" for reason in judgement.reasons] if judgement else []
-    for one in made:
-        quality = one.synthesis.quality
-        checked += [f"{one.modality} {quality.verdict}: {reason}" for reason in quality.reasons]
+    checked = [*(judgement.findings if judgement else ()), *(line for one in made for line in one.findings)]
     passed = [one.line for one in patient.passed_over] if patient else []
-    warnings = [f"{one.modality}: {warning}" for one in made for warning in one.synthesis.warnings]
+    warnings = [line for one in made for line in one.warnings]
     return ScanRecord(
         program=f"cwdm {__version__}",
         patient=name,
