@@ -50,6 +50,11 @@ class Judgement(NamedTuple):
     reasons: tuple[str, ...]
     metrics: dict[str, float]
 
+    @property
+    def findings(self) -> list[str]:
+        """What a person is told, a line each."""
+        return [f"{self.verdict}: {reason}" for reason in self.reasons]
+
 
 class Pair:
     """Two images that were laid over each other: one of the patient's to the reference, or that one to the atlas.

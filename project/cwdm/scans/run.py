@@ -95,7 +95,7 @@ def scan_patients(
 
     _check_writable(output, report)
     write_dataset(output, patients, options.keep_atlas)
-    return _each(_Run(patients, output, MARK, overwrite, report, progress, synthesizer.device), work)
+    return _each(_Run(patients, output, MARK, place_of, overwrite, report, progress, synthesizer.device), work)
 
 
 def prepare_patients(
@@ -127,7 +127,11 @@ def prepare_patients(
             write_case(root / patient.name, scans, transforms=options.keep_atlas)
 
     _check_writable(output, report)
-    return _each(_Run(patients, output, PREPARED, overwrite, report, progress, on), work)
+    return _each(_Run(patients, output, PREPARED, _named_place, overwrite, report, progress, on), work)
+
+
+def _named_place(found: PatientFolder) -> Path:
+    return Path(found.name)
 
 
 # The stages, with progress
@@ -174,19 +178,21 @@ class _Told:
 
 @dataclass(frozen=True)
 class _Run:
-    """What is done with all patients; see `scan_patients`. `mark` is that of finished ones."""
+    """What is done with all patients; see `scan_patients`.
+
+    Attributes:
+        mark: that of finished ones.
+        place_of: a patient's folder inside the output folder.
+    """
 
     patients: Sequence[PatientFolder]
     output: Path
     mark: str
+    place_of: Callable[[PatientFolder], Path]
     overwrite: bool
     report: Path | None
     progress: CohortProgress
     device: torch.device
-
-    def place_of(self, found: PatientFolder) -> Path:
-        """A patient's folder inside the output folder."""
-        return place_of(found) if self.mark == MARK else Path(found.name)
 
 
 def _each(run: _Run, work: Callable[[PatientFolder, Path, _Told], None]) -> list[Outcome]:
@@ -256,13 +262,8 @@ def _warnings(told: _Told) -> tuple[str, ...]:
     """What the user should know of a finished patient."""
     assert told.patient is not None
     assert told.scans is not None
-    judgement = told.scans.judgement
-    found = [f"{judgement.verdict}: {reason}" for reason in judgement.reasons]
-    for one in told.made:
-        quality = one.synthesis.quality
-        found += [f"{one.modality} {quality.verdict}: {reason}" for reason in quality.reasons]
-        found += [f"{one.modality}: {warning}" for warning in one.synthesis.warnings]
-    return (*told.patient.remarks, *found)
+    found = (line for one in told.made for line in (*one.findings, *one.warnings))
+    return (*told.patient.remarks, *told.scans.judgement.findings, *found)
 
 
 def check_places(scans: Path, patients: Sequence[PatientFolder], output: Path, report: Path | None) -> None:

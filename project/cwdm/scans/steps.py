@@ -72,6 +72,17 @@ class Synthetic:
     like: str
     provenance: Provenance
 
+    @property
+    def findings(self) -> list[str]:
+        """What the check of the image says, a line each."""
+        quality = self.synthesis.quality
+        return [f"{self.modality} {quality.verdict}: {reason}" for reason in quality.reasons]
+
+    @property
+    def warnings(self) -> list[str]:
+        """What else a person should know of it."""
+        return [f"{self.modality}: {warning}" for warning in self.synthesis.warnings]
+
 
 def bring_into(
     patient: Patient,
