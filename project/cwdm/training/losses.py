@@ -118,7 +118,11 @@ def structure_loss(image: Tensor, truth: Tensor, inside: Tensor) -> Tensor:
     """
 
     def blurred(x: Tensor) -> Tensor:
-        return F.avg_pool3d(x, SSIM_EDGE, stride=1, padding=SSIM_EDGE // 2)
+        for axis in (2, 3, 4):  # products of matrices: pooling takes twenty times as long
+            place = torch.arange(x.shape[axis], device=x.device)
+            window = (place[:, None] - place).abs() <= SSIM_EDGE // 2
+            x = (x.transpose(axis, -1) @ window.to(x.dtype).div(SSIM_EDGE)).transpose(axis, -1)
+        return x
 
     a, b = blurred(image), blurred(truth)
     variances = blurred(image.square() + truth.square()) - a.square() - b.square()
