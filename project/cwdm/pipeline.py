@@ -115,8 +115,14 @@ class Pipeline:
         modality: str | None = None,
         sampler: Sampler | None = None,
     ) -> "Pipeline":
-        """The pipeline of a loaded checkpoint, whose network is moved to the device and given the precision."""
+        """The pipeline of a loaded checkpoint, whose network is moved to the device and given the precision.
+
+        Raises:
+            SettingsError: the settings, or a sampler of one's own, do not go with what the network was trained for.
+        """
         dtype, gpu = choose_dtype(settings.precision, device), device.type == "cuda"
+        if sampler and checkpoint.record.one_pass:
+            raise SettingsError(f"{checkpoint.path} predicts in one pass, so that there is nothing for a sampler to do")
         made_by, timesteps = _plan(checkpoint, settings)
         # On a GPU the layout of cuDNN's fast kernels; the network keeps it from end to end.
         layout = torch.channels_last_3d if gpu else torch.contiguous_format
