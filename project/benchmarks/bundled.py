@@ -1,7 +1,7 @@
 """What the weights that come with cwdm are worth; `recipes/bundled.py` makes them.
 
     python bundled.py compare CASES --train WORK/train   # against the nearest modality and a linear regression
-    python bundled.py steps CASES                        # quality by sampler and steps
+    python bundled.py steps CASES WEIGHTS                # quality by sampler and steps, of a diffusion model
 
 CASES is a folder of complete cases, such as `cwdm phantom CASES --cases 20 --seed 3003` makes; the regression of
 `compare` needs the training phantoms, WORK/train, and no training: `recipes/bundled.py phantoms WORK` makes them.
@@ -46,11 +46,12 @@ def compare(
     train: Annotated[Path, typer.Option(help="Training phantoms, for the regression.")],
     settings: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="As sampler.steps=5.")] = None,
     most: int = 20,
+    weights: str = BUNDLED,
 ) -> None:
-    """A row a modality: most similar modality, linear regression, bundled weights."""
+    """A row a modality: most similar modality, linear regression, network."""
     print_hardware()
     folders = find_cases(cases)[:most]
-    synthesizer = Synthesizer(BUNDLED, load_settings(None, ["output.intensity=unit", *(settings or ())]), "cpu")
+    synthesizer = Synthesizer(weights, load_settings(None, ["output.intensity=unit", *(settings or ())]), "cpu")
     training = find_cases(train)
     fits = fit_regressions(training[:: max(1, len(training) // FIT_CASES)])
     scores: dict[tuple[str, str], list[tuple[float, float, float]]] = defaultdict(list)
@@ -67,7 +68,7 @@ def compare(
             predictions = {
                 "nearest": units[MOST_SIMILAR[target]],
                 "regression": np.tensordot(weights, [units[name] for name in others], 1) + constant,
-                "bundled": result.volume,
+                "network": result.volume,
             }
             mask = np.any([volumes[name] != 0 for name in others], axis=0)
             truth = units[target]
@@ -75,10 +76,10 @@ def compare(
                 inside = np.where(mask, np.clip(prediction, 0, 1), 0).astype(np.float32)
                 fitted = psnr(fit_to(inside, truth, mask), truth, mask)
                 scores[target, name].append((psnr(inside, truth, mask), ssim(inside, truth, mask), fitted))
-    columns = ("modality", "nearest, rescaled", "linear regression", "bundled")
+    columns = ("modality", "nearest, rescaled", "linear regression", "network")
     table, fitted_table = Table(*columns, "seconds a case"), Table(*columns, title="each fitted to the truth first")
     for target in MODALITIES:
-        means = [np.mean(scores[target, name], axis=0) for name in ("nearest", "regression", "bundled")]
+        means = [np.mean(scores[target, name], axis=0) for name in ("nearest", "regression", "network")]
         cells = (f"{a:.2f} dB  {b:.3f}" for a, b, _ in means)
         table.add_row(target, *cells, f"{mean(seconds[target]):.1f}")
         fitted_table.add_row(target, *(f"{c:.2f} dB" for _, _, c in means))
@@ -121,8 +122,8 @@ def fit_regressions(folders: list[CaseFolder]) -> dict[str, np.ndarray]:
 @app.command()
 def steps(
     cases: Path,
+    weights: str,
     size: Annotated[int, typer.Option(help="Edge of the cube, voxels; a multiple of 8.")] = 48,
-    weights: str = BUNDLED,
     most: Annotated[int, typer.Option(help="Leave out what takes more steps.")] = 1000,
 ) -> None:
     """Quality by sampler and steps: the first four cases, each without another modality."""
