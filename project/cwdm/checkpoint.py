@@ -50,6 +50,8 @@ def orthogonal_wavelet(name: str) -> str:
 
 
 Objective = Literal["diffusion", "one-pass", "flow"]
+Contrast = Annotated[str, Field(pattern="^(t1n|t1c|t2w|t2f)$")]
+Factor = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Edge = Annotated[int, Field(ge=2, le=1024)]
 
 
@@ -72,6 +74,8 @@ class Record(BaseModel):
         intensities: what of an image becomes 0 and 1 for the network, see `cwdm.images.clip_range`.
         intended_use: what the weights are for and what not, in a sentence; empty if nobody said.
         licence: of the weights, such as "CC-BY-4.0"; empty if nobody said.
+        calibration: by what the standard deviation that a network of one pass predicts of a modality is multiplied, so
+            that errors of patients it was not trained on are as large; 1 where nothing stands.
         training: free-form record of the training run.
     """
 
@@ -91,6 +95,7 @@ class Record(BaseModel):
     intensities: Literal["published", "brain"] = "published"
     intended_use: str = Field(default="", max_length=500)
     licence: str = Field(default="", max_length=100)
+    calibration: dict[Contrast, Factor] = Field(default_factory=dict)
     training: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -118,7 +123,8 @@ class Record(BaseModel):
     @model_serializer(mode="wrap")
     def _without_the_unsaid(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        unsaid = {"intended_use": "", "licence": "", "objective": "diffusion", "intensities": "published"}
+        unsaid: dict[str, Any] = {"intended_use": "", "licence": "", "objective": "diffusion"}
+        unsaid |= {"intensities": "published", "calibration": {}}
         return {name: value for name, value in values.items() if value != unsaid.get(name, ...)}
 
     @field_validator("sampler")
@@ -381,6 +387,8 @@ def _parse_header(text: str | None) -> tuple[UNetConfig, Record]:
             raise ValueError("a flow starts at conditions, and has no regression")
         if record.one_pass and record.wavelet != "haar":
             raise ValueError("a network of one pass needs the Haar wavelet")
+        if record.calibration and not record.one_pass:
+            raise ValueError("a network of several passes predicts no standard deviation that could be calibrated")
         return config, record
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise WeightsError(f"the header of the file cannot be understood: {error}") from error

@@ -201,7 +201,7 @@ class Pipeline:
         return _halving(lambda some: _draw(self, condition, sizes, some, callback), seeds, self.batch)
 
     def predict(self, condition: Tensor, given: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of each voxel, by one pass: (1, 1, X, Y, Z) each, in units of [0, 1].
+        """Mean and calibrated standard deviation of each voxel, by one pass: (1, 1, X, Y, Z) each, units of [0, 1].
 
         Args:
             condition: coefficients (1, 8 N, X/2, Y/2, Z/2) of what it is made from, 0 where that is not given.
@@ -265,8 +265,10 @@ def _predict(pipeline: Pipeline, condition: Tensor, given: Sequence[bool] | None
     number = torch.tensor([pipeline.target], device=pipeline.device)
     with exact_float32():
         found = pipeline.checkpoint.model(condition, shown, number)
-    low, high = pipeline.checkpoint.record.value_range
-    std = voxel_std(found.variance * condition.any(1, keepdim=True)) / (high - low)
+    record = pipeline.checkpoint.record
+    low, high = record.value_range
+    factor = record.calibration.get(MODALITIES[pipeline.target], 1.0) / (high - low)
+    std = factor * voxel_std(found.variance * condition.any(1, keepdim=True))
     return pipeline.decode(found.mean).clamp_(0, 1), std
 
 

@@ -29,7 +29,7 @@ FLOORS = (
         "copies",
     ),
     ("kernels",),
-    ("wavelet", "diffusion", "samplers", "regression", "unet", "onepass", "flow", "metrics"),
+    ("wavelet", "diffusion", "samplers", "regression", "unet", "onepass", "flow", "metrics", "calibration"),
     ("published", "checkpoint", "settings"),
     ("images", "weights", "pipeline"),
     ("phantoms", "inference", "training", "evaluation", "prepare", "report", "scans"),

@@ -275,3 +275,32 @@ def test_weights_say_their_objective_and_others_are_as_they_were(
     checkpoint.save(tmp_path / "newer.safetensors", network, newer)
     with pytest.raises(WeightsError, match=r"newer cwdm .*objective, 'score'.*upgrade"):
         checkpoint.load(tmp_path / "newer.safetensors")
+
+
+def test_a_calibration_goes_round_and_scales_the_std_alone(weights: Path, network: OnePassUNet, tmp_path: Path) -> None:
+    plain = Pipeline.load(weights, "t1c", device="cpu")
+    assert "calibration" not in plain.checkpoint.record.model_dump(mode="json")  # so that older versions read the file
+    path = tmp_path / "calibrated" / "any.safetensors"
+    path.parent.mkdir()
+    told = Record(modality=ANY, objective="one-pass", most_missing=3, calibration={"t1c": 1.25, "t2f": 0.5})
+    checkpoint.save(path, network, told, torch.float16)
+    assert checkpoint.read_record(path) == told
+    x = plain.encode(conditions())
+    for modality, factor in (("t1c", 1.25), ("t1n", 1.0), ("t2f", 0.5)):
+        (mean, std), (same, wide) = (Pipeline.load(p, modality, device="cpu").predict(x) for p in (weights, path))
+        torch.testing.assert_close(wide, factor * std)
+        assert torch.equal(same, mean)
+
+
+@pytest.mark.parametrize("factors", [{"t1c": 0.0}, {"t1c": -1.0}, {"t1c": float("inf")}, {"pd": 1.0}])
+def test_a_calibration_is_of_known_modalities_and_positive(factors: dict[str, float]) -> None:
+    with pytest.raises(ValueError, match="calibration"):
+        Record(objective="one-pass", calibration=factors)
+
+
+def test_weights_of_diffusion_have_no_calibration(weights_folder: Path, tmp_path: Path) -> None:
+    loaded = checkpoint.load(weights_folder / "t1ce_gen.pt")
+    told = loaded.record.model_copy(update={"calibration": {"t1c": 1.2}})
+    checkpoint.save(tmp_path / "t1c.safetensors", loaded.model, told)
+    with pytest.raises(WeightsError, match="no standard deviation that could be calibrated"):
+        checkpoint.load(tmp_path / "t1c.safetensors")

@@ -7,6 +7,7 @@ from .folder import folder_of as folder_of
 from .folder import load_for as load_for
 from .folder import modality_of as modality_of
 from .folder import record as record
+from .folder import recorded as recorded
 from .hub import convert as convert
 from .hub import download as download
 from .listing import WeightsFile as WeightsFile
