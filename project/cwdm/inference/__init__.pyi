@@ -22,6 +22,7 @@ from .records import Outcome as Outcome
 from .records import Quality as Quality
 from .records import RunRecord as RunRecord
 from .records import Verdict as Verdict
+from .records import error_map_paths as error_map_paths
 from .selftest import self_test as self_test
 from .steps import PreparedCase as PreparedCase
 from .steps import Samples as Samples

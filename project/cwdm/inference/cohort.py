@@ -25,6 +25,7 @@ from cwdm.inference.records import (
     CaseRecord,
     Outcome,
     case_record_path,
+    error_map_paths,
     write_case_record,
     write_run_record,
 )
@@ -82,7 +83,7 @@ def synthesise_cohort(
     already is skipped, unless `overwrite`. A case that cannot be used is reported and passed over.
 
     Args:
-        report: folder for a JSON record of each case and of the run and, several samples, their std.
+        report: folder for a JSON record of each case and of the run and, of several samples or one pass, the std.
         works: asked after an error that no one expected, whether the device can still be used.
 
     Returns:
@@ -166,13 +167,9 @@ def write(
         places = {"input": str(folder.absolute()), "output": str(path.absolute())}
         told = {**asdict(outcome), **places, "given": tuple(case.volumes), **described}
         write_case_record(report, CaseRecord(program=PROGRAM, **told))
-        _write_std(_std_path(report, case.name, case.target), result)
+        _write_std(error_map_paths(report, case.name, case.target), result)
     result.save(path)
     return outcome
-
-
-def _std_path(report: Path, case: str, modality: str) -> Path:
-    return report / f"{case}-{modality}-spread.nii.gz"
 
 
 def check_report_replaceable(report: Path, case: str, modality: str) -> None:
@@ -186,15 +183,17 @@ def check_report_replaceable(report: Path, case: str, modality: str) -> None:
         from cwdm.inference.record_reader import check_record_replaceable  # most runs have no use for it
 
         check_record_replaceable(record)
-    is_made(_std_path(report, case, modality), MARK)
+    for path in error_map_paths(report, case, modality):
+        is_made(path, MARK)
 
 
-def _write_std(path: Path, result: Synthesis) -> None:
-    if result.std is not None:
-        write_volume(path, result.std, result.case, native=False)
-        return
-    with output_errors(path.parent):  # that of an earlier run says nothing about this image
-        path.unlink(missing_ok=True)
+def _write_std(paths: tuple[Path, Path], result: Synthesis) -> None:
+    for path, predicted in zip(paths, (False, True), strict=True):
+        if result.std is not None and predicted == result.predicted:
+            write_volume(path, result.std, result.case, native=False)
+            continue
+        with output_errors(path.parent):  # that of an earlier run says nothing about this image
+            path.unlink(missing_ok=True)
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """An automatic check of every output: `ok`, `look` (review it) or `reject`, with the reason in plain words.
 
 It asks whether an output can be what it claims to be, from the output itself, the conditions and, where there are
-several samples, their standard deviation. It knows no truth: a plausible image of the wrong anatomy passes. What it
-catches and what it misses is the table that `benchmarks/quality.py` prints.
+several samples or one pass predicts it, the standard deviation. It knows no truth: a plausible image of the wrong
+anatomy passes. What it catches and what it misses is the table that `benchmarks/quality.py` prints.
 
 Everything is measured on [0, 1]: the conditions by their own percentiles, the output by the clipping range that it
 was written with. `CHECKS` is what is measured, and from where on it is a fault. Ranges named there were measured inside
@@ -44,6 +44,12 @@ SIGNS = {
 """Signs of the correlations between modalities inside the brain: water is dark in T1 weighting and in FLAIR, bright in
 T2 weighting, and far more of the brain is CSF against tissue than tumour. Pairs of no certain sign are left out."""
 
+WIDE = np.float32(0.10)
+"""A standard deviation as large as what grey and white matter differ by."""
+
+REGION = 10
+"""Edge in voxels of the regions of which one may be less certain than the brain: 1 mL at 1 mm."""
+
 ENDS = (("right", "left"), ("front", "back"), ("bottom", "top"))
 """What lies at the first and at the last index of each axis of a volume stored LPS."""
 
@@ -56,16 +62,24 @@ class Views:
     Attributes:
         output, conditions, brain: inside the box around the brain.
         mask: the brain in the whole volume.
-        values, std: (N,) of the output inside the brain.
+        values, spread: (N,) of the output and of the standard deviation over samples inside the brain.
+        std: the predicted standard deviation.
     """
 
     def __init__(
-        self, output: Volume, conditions: Mapping[str, Volume], mask: Mask, target: str, std: Volume | None
+        self,
+        output: Volume,
+        conditions: Mapping[str, Volume],
+        mask: Mask,
+        target: str,
+        std: Volume | None,
+        predicted: bool = False,
     ) -> None:
         box = bounding_box(mask, margin=1)
         self.output, self.brain, self.mask, self.target = output[box], mask[box], mask, target
         self.conditions = {name: volume[box] for name, volume in conditions.items()}
-        self.std = None if std is None else std[box][self.brain]
+        self.std = std[box] if std is not None and predicted else None
+        self.spread = std[box][self.brain] if std is not None and not predicted else None
         self.values = self.output[self.brain]
         self.p5, self.median, self.p95, self.p99 = map(float, np.percentile(self.values, (5, 50, 95, 99)))
 
@@ -138,11 +152,37 @@ class Views:
         where = (f"{2 * abs(step)} to the {ENDS[axis][step > 0]}" for axis, step in enumerate(shift) if step)
         return [(distance if moved else 0.0, ", ".join(where))]
 
+    def median_spread(self) -> Measured:
+        return None if self.spread is None else float(np.median(self.spread))
+
+    def wide_spread(self) -> Measured:
+        return None if self.spread is None else float(np.mean(self.spread >= WIDE))
+
     def median_std(self) -> Measured:
-        return None if self.std is None else float(np.median(self.std))
+        return None if self.std is None else float(np.median(self.std[self.brain]))
+
+    def mean_std(self) -> Measured:
+        return None if self.std is None else float(np.mean(self.std[self.brain]))
 
     def wide_std(self) -> Measured:
-        return None if self.std is None else float(np.mean(self.std >= np.float32(0.10)))
+        return None if self.std is None else float(np.mean(self.std[self.brain] >= WIDE))
+
+    def doubtful_region(self) -> Measured:
+        """How many times the brain's the predicted std is where it is largest, and where that is.
+
+        Over means of blocks that are at least half brain, against their median, or against a third of `WIDE` where
+        that is less: so three times means a region of that size in which the std reaches `WIDE`.
+        """
+        if self.std is None:
+            return None
+        share = block_means(self.brain, REGION)
+        means = block_means(np.where(self.brain, self.std, 0), REGION)[share >= 0.5] / share[share >= 0.5]
+        if means.size < 8:
+            return None
+        largest = int(np.argmax(means))
+        place = np.argwhere(share >= 0.5)[largest] / np.maximum(1, np.array(share.shape) - 1)
+        where = [ends[int(at > 0.5)] for at, ends in zip(place, ENDS, strict=True) if abs(at - 0.5) > 1 / 6]
+        return [(float(means[largest] / max(np.median(means), WIDE / 3)), ", ".join(where) or "middle")]
 
     def cut_off(self) -> Measured:
         """Largest cross-section at an edge of the volume, of the largest along that axis, and which edge."""
@@ -317,15 +357,36 @@ CHECKS = (
     ),
     # Noise is 0.01 to 0.03, grey and white matter differ by 0.1.
     Check(
-        "spread", Views.median_std, (0.05, 0.15), "the samples disagree by {percent} of the range in half of the brain"
+        "spread",
+        Views.median_spread,
+        (0.05, 0.15),
+        "the samples disagree by {percent} of the range in half of the brain",
     ),
     # 5 % is a large tumour's worth.
     Check(
         "spread_share",
-        Views.wide_std,
+        Views.wide_spread,
         (0.05, 0.50),
         "in {percent} of the brain the samples disagree as much as tissues differ",
         "spread",
+    ),
+    # Of a predicted one: it is as large as the errors, which those of samples need not be. Grey and white matter differ
+    # by 0.1, and one grey value all over a brain is off by 0.15 to 0.3.
+    Check(
+        "std",
+        Views.median_std,
+        (float(WIDE), 0.20),
+        "half of the brain is predicted to be off by {percent} of the range or more",
+    ),
+    Check("std_mean", Views.mean_std),
+    Check("std_share", Views.wide_std),
+    Check(
+        "std_region",
+        Views.doubtful_region,
+        (3, NEVER),
+        "the predicted standard deviation is {value:.1f} times the brain's in a region ({words}), as of a lesion that "
+        "the modalities at hand do not tell",
+        "std",
     ),
     # Whole brains end before the edge. The output may be right as far as it goes, so this rejects nothing.
     Check(
@@ -346,7 +407,12 @@ CHECKS = (
 
 
 def assess(
-    output: Volume, conditions: Mapping[str, Volume], mask: Mask, target: str, std: Volume | None = None
+    output: Volume,
+    conditions: Mapping[str, Volume],
+    mask: Mask,
+    target: str,
+    std: Volume | None = None,
+    predicted: bool = False,
 ) -> Quality:
     """Check one output.
 
@@ -355,7 +421,8 @@ def assess(
         conditions: modality -> (X, Y, Z) in [0, 1], on the same grid.
         mask: brain of the conditions, (X, Y, Z).
         target: the modality that the output should be.
-        std: standard deviation over the samples (X, Y, Z), in the same units.
+        std: standard deviation (X, Y, Z), in the same units: over the samples, or predicted in one pass.
+        predicted: which of the two.
 
     Returns:
         `reject` for an output that is not finite anywhere in the volume and for an empty mask, without figures.
@@ -370,7 +437,7 @@ def assess(
         return Quality("reject", (f"{bad} voxels are not finite numbers",), {})
     if not mask.any():
         return Quality("reject", ("the conditions show no brain, so nothing could be checked",), {})
-    views = Views(output, conditions, mask, target, std)
+    views = Views(output, conditions, mask, target, std, predicted)
     found = [(check, value, words) for check in CHECKS for value, words in _worded(check.measure(views))]
     figures = {check.metric.format(words=words): float(f"{value:.4g}") for check, value, words in found if check.metric}
     at_fault = {check.metric for check, value, _ in found if check.metric and _verdict(check, value) != "ok"}

@@ -144,6 +144,11 @@ class RunRecord:
     cases: tuple[Outcome, ...] = ()
 
 
+def error_map_paths(report: Path, case: str, modality: str) -> tuple[Path, Path]:
+    """Where the standard deviation over the samples stands, and where the one that is predicted in one pass."""
+    return report / f"{case}-{modality}-spread.nii.gz", report / f"{case}-{modality}-std.nii.gz"
+
+
 def case_record_path(report: Path, case: str, modality: str) -> Path:
     """Where the record of a case stands."""
     return report / f"{case}-{modality}.json"

@@ -70,11 +70,13 @@ class Samples:
         mean: over the samples, (X, Y, Z).
         std: standard deviation over them, (X, Y, Z); None for a single sample. A network of one pass predicts both.
         seconds: what it took.
+        predicted: whether it was one pass.
     """
 
     mean: Tensor
     std: Tensor | None
     seconds: float
+    predicted: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,12 @@ class Synthesis:
     Attributes:
         volume: (X, Y, Z) float32 in the order of the case's files; scanner-like numbers, or [0, 1] if the
             settings ask for `unit` intensities.
-        std: standard deviation over the samples, in the same numbers; None for a single sample.
+        std: standard deviation over the samples, or the predicted one, in the same numbers; None for a single sample.
         native: whether the numbers are scanner-like.
         quality: what the automatic check says.
         seconds: time spent sampling.
         made_with: short checksums of weights and settings, for the header.
+        predicted: whether one pass predicted the standard deviation.
     """
 
     case: Case
@@ -99,6 +102,7 @@ class Synthesis:
     warnings: tuple[str, ...]
     seconds: float
     made_with: str = ""
+    predicted: bool = False
 
     def save(self, path: Path | str) -> None:
         """Write the volume as .nii.gz with the geometry of the case, whole or not at all.
@@ -184,7 +188,7 @@ def _predict(prepared: PreparedCase, pipeline: Pipeline, callback: Callback | No
     mean, std = pipeline.predict(pipeline.encode(prepared.unit), given)
     if callback:
         callback(1, 1, pipeline.encode(mean))
-    return Samples(mean[0, 0].cpu(), std[0, 0].cpu(), time.perf_counter() - start)
+    return Samples(mean[0, 0].cpu(), std[0, 0].cpu(), time.perf_counter() - start, predicted=True)
 
 
 def postprocess(prepared: PreparedCase, samples: Samples, output: OutputSettings, made_with: str = "") -> Synthesis:
@@ -207,9 +211,9 @@ def postprocess(prepared: PreparedCase, samples: Samples, output: OutputSettings
     if samples.std is not None:
         unit_std = np.where(keep, _as_published(samples.std, prepared), np.float32(0))
         std = _as_stored(unit_std * np.float32(high - low), prepared)
-    quality = judge(prepared, np.where(keep, unit, np.float32(0)), unit_std)
-    stored = _as_stored(volume, prepared)
-    return Synthesis(case, stored, std, native, quality, prepared.warnings, samples.seconds, made_with)
+    quality = judge(prepared, np.where(keep, unit, np.float32(0)), unit_std, samples.predicted)
+    stored, warnings = _as_stored(volume, prepared), prepared.warnings
+    return Synthesis(case, stored, std, native, quality, warnings, samples.seconds, made_with, samples.predicted)
 
 
 def _as_published(unit: Tensor, prepared: PreparedCase) -> Volume:
@@ -221,7 +225,7 @@ def _as_stored(volume: Volume, prepared: PreparedCase) -> Volume:
     return np.ascontiguousarray(prepared.orientation.invert(volume))
 
 
-def judge(prepared: PreparedCase, unit: Volume, std: Volume | None) -> Quality:
+def judge(prepared: PreparedCase, unit: Volume, std: Volume | None, predicted: bool = False) -> Quality:
     """The check of a result (X, Y, Z) in [0, 1] on the whole volume, in the orientation of the window."""
     case = prepared.case
     # Only where the settings leave volumes as they are stored may the window lie otherwise than the check expects.
@@ -238,4 +242,5 @@ def judge(prepared: PreparedCase, unit: Volume, std: Volume | None) -> Quality:
         to_lps.apply(prepared.mask),
         case.target,
         None if std is None else to_lps.apply(std),
+        predicted,
     )

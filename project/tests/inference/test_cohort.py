@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -22,7 +23,7 @@ from cwdm.checkpoint import ANY, Record, new_network
 from cwdm.cli.app import app, main
 from cwdm.errors import CaseError, DeviceLostError
 from cwdm.images import cases as brats
-from cwdm.images.cases import find_cases
+from cwdm.images.cases import find_cases, read_case, write_volume
 from cwdm.inference.cohort import device_works, synthesise_cohort
 from cwdm.inference.provenance import read_provenance
 from cwdm.precision import choose_dtype
@@ -266,11 +267,14 @@ def test_a_folder_named_like_a_record_is_that_cases_fault(cohort: Path, weights_
     assert names(tmp_path / "out") == EXPECTED[1:]
 
 
-def test_a_file_of_ones_own_in_the_report_folder_stays(cohort: Path, weights_folder: Path, tmp_path: Path) -> None:
-    """One named like a record, one like a standard deviation; the case between them is written."""
+@pytest.mark.parametrize("ending", ["-spread.nii.gz", "-std.nii.gz"])
+def test_a_file_of_ones_own_in_the_report_folder_stays(
+    cohort: Path, weights_folder: Path, tmp_path: Path, ending: str
+) -> None:
+    """One named like a record, one like a standard deviation of either kind; the case between them is written."""
     report, options = tmp_path / "report", ["--report_path", str(tmp_path / "report"), "--overwrite"]
     content = '{"mine": 1}'
-    record, std = (EXPECTED[i].replace(".nii.gz", end) for i, end in ((0, ".json"), (2, "-spread.nii.gz")))
+    record, std = (EXPECTED[i].replace(".nii.gz", end) for i, end in ((0, ".json"), (2, ending)))
     report.mkdir()
     for name in (record, std):
         (report / name).write_text(content)
@@ -467,17 +471,26 @@ def test_weights_of_one_pass_make_all_that_is_missing_with_their_std(phantoms: P
     for modality in ("t1c", "t2w"):
         (three / f"three-{modality}.nii.gz").unlink()
     out, report = tmp_path / "out", tmp_path / "report"
+    report.mkdir()
+    left = report / "three-t1n-spread.nii.gz"  # by samples of an earlier run
+    case = read_case(replace(find_cases(tmp_path / "in")[0], chosen="t1n"))
+    write_volume(left, case.volumes["t2f"], case)
     result = shell(tmp_path / "in", out, path, "--report_path", str(report))
     assert result.returncode == 0, result.stderr
+    assert not left.exists()
     made = [f"three-{modality}" for modality in ("t1c", "t1n", "t2w")]
     assert names(out) == [f"{name}.nii.gz" for name in made]
     given = nib.load(three / "three-t2f.nii.gz")
     for name in made:
-        # A new network predicts its prior: the mean of what is given, with a standard deviation of 1.
-        std = nib.load(report / f"{name}-spread.nii.gz").get_fdata()
+        # A new network predicts its prior: the mean of what is given, each coefficient with a standard deviation of 1,
+        # LLL divided by 3: √((9 + 7) / 8) of a voxel.
+        std = nib.load(report / f"{name}-std.nii.gz").get_fdata()
         assert np.array_equal(std > 0, given.get_fdata() != 0)
         record = json.loads((report / f"{name}.json").read_text())
         assert (record["sampler"], record["timesteps"], record["given"]) == ("one-pass", [0], ["t2f"])
+        assert (record["quality"]["figures"]["std"], record["quality"]["figures"]["std_share"]) == (1.414, 1)
+        assert "half of the brain is predicted to be off by 141%" in " ".join(record["quality"]["reasons"])
+        assert "spread" not in record["quality"]["figures"]
     twice = shell(tmp_path / "in", tmp_path / "twice", path, "samples=2")
     assert twice.returncode == 1
     assert "nothing to average" in twice.stderr

@@ -157,3 +157,43 @@ def test_tiny_volumes_have_an_answer(shape: tuple[int, int, int]) -> None:
     volume = random(shape)
     quality = assess(volume, {"t1c": volume[::-1]}, np.ones(shape, bool), "t1n")
     assert all(np.isfinite(value) for value in quality.figures.values())
+
+
+def predicted(head, std: Volume) -> Quality:
+    truth, conditions, mask = head
+    return assess(np.where(mask, truth, 0).astype(np.float32), conditions, mask, "t1n", std.astype(np.float32), True)
+
+
+def test_a_predicted_std_has_figures_of_its_own(head) -> None:
+    quality = predicted(head, 0.04 + 0.04 * random(head[0].shape))
+    assert quality.verdict == "ok", quality.reasons
+    assert not {"spread", "spread_share"} & set(quality.figures)
+    assert quality.figures["std"] == pytest.approx(0.06, rel=0.02)
+    assert quality.figures["std_mean"] == pytest.approx(0.06, rel=0.02)
+    assert quality.figures["std_share"] == 0
+    assert 1 <= quality.figures["std_region"] < 1.2
+
+
+@pytest.mark.parametrize(("size", "verdict"), [(0.08, "ok"), (0.12, "look"), (0.25, "reject")])
+def test_errors_that_are_predicted_all_over_the_brain(head, size: float, verdict: str) -> None:
+    quality = predicted(head, np.full(head[0].shape, size))
+    assert quality.verdict == verdict
+    assert verdict == "ok" or "half of the brain is predicted to be off" in quality.reasons[0]
+
+
+def test_a_tumour_that_the_network_is_uncertain_of_is_named() -> None:
+    phantom = make_phantom(7, (90, 104, 78), 2.0)
+    units = {name: normalise(volume.astype(np.float32))[0] for name, volume in phantom.volumes.items()}
+    mask, tumour = brain_mask(phantom.volumes.values()), phantom.seg > 0
+    head = units.pop("t1n"), units, mask
+    rim = mask & ~ndimage.binary_erosion(mask, iterations=2)
+    # The edge of the brain, thin as it is, is no region, and neither is what is uncertain of next to nothing.
+    assert predicted(head, np.where(rim, 0.15, 0.05)).verdict == "ok"
+    assert predicted(head, np.where(tumour, 0.06, 0.01)).verdict == "ok"
+    quality = predicted(head, np.where(tumour, 0.25, 0.05))
+    assert quality.verdict == "look"
+    assert quality.figures["std_region"] > 3
+    place = np.argwhere(tumour).mean(axis=0) / np.argwhere(mask).mean(axis=0)
+    side = "left" if place[0] > 1 else "right"
+    assert "in a region" in quality.reasons[0]
+    assert side in quality.reasons[0]
