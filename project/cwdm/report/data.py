@@ -27,11 +27,14 @@ from cwdm.images import (
     read_case,
     read_grid,
 )
-from cwdm.inference import VERDICTS, CaseRecord, Quality, RunRecord
+from cwdm.inference import VERDICTS, CaseRecord, Quality, RunRecord, error_map_paths
 from cwdm.inference import read_records as read_every_record
 
 MARGIN = 4
 """Voxels around the brain that are shown."""
+
+SPREAD, PREDICTED_STD = "spread of samples", "predicted standard deviation"
+"""What a map of the standard deviation is called: of several samples, and of one pass."""
 
 
 # Records
@@ -126,7 +129,7 @@ class ReportPaths:
         data: folder of case folders.
         output: folder of synthesised files.
         truth: folder of complete case folders, or of files named like the synthesised ones.
-        report: folder of the records, and of the spread.
+        report: folder of the records, and of the standard deviations.
         scores: folder that `cwdm evaluate --out` filled; None: what has a true image is scored.
     """
 
@@ -147,7 +150,7 @@ class CaseVolumes:
         centre: the voxel through which the slices are laid: in the largest lesion, or the middle of the brain.
         oriented: whether the header says how the head lies; otherwise it is taken as stored like BraTS.
         truth, difference: by its own percentiles; the absolute difference of both images by their own percentiles.
-        spread: standard deviation over the samples, in units of the synthesis.
+        std: standard deviation, in units of the synthesis, and what it is called: `SPREAD` or `PREDICTED_STD`.
         tumour: what the segmentation marks, if there is one.
         notes: what else there is and cannot be shown, in plain words.
     """
@@ -160,7 +163,8 @@ class CaseVolumes:
     oriented: bool = True
     truth: Volume | None = None
     difference: Volume | None = None
-    spread: Volume | None = None
+    std: Volume | None = None
+    std_name: str = ""
     tumour: Mask | None = None
     notes: tuple[str, ...] = ()
 
@@ -191,7 +195,8 @@ def read_volumes(entry: Entry, paths: ReportPaths) -> CaseVolumes:
         conditions = {name: shown(normalise(volume)[0]) for name, volume in case.volumes.items()}
     except ValueError as error:
         raise CaseError(case.name, str(error)) from error
-    spread_path = paths.report / f"{entry.case}-{entry.modality}-spread.nii.gz"
+    maps = zip((SPREAD, PREDICTED_STD), error_map_paths(paths.report, entry.case, entry.modality), strict=True)
+    std_name, std_path = next((found for found in maps if is_file(found[1])), ("", None))
     lengths = np.linalg.norm(case.affine[:3, :3], axis=0)[list(to_lps.axes)]
     result = CaseVolumes(
         conditions=conditions,
@@ -200,7 +205,8 @@ def read_volumes(entry: Entry, paths: ReportPaths) -> CaseVolumes:
         spacing_mm=(float(lengths[0]), float(lengths[1]), float(lengths[2])),
         centre=_fullest(mask[box]),
         oriented=case.has_orientation,
-        spread=shown(read(spread_path) / np.float32(high - low)) if is_file(spread_path) else None,
+        std=shown(read(std_path) / np.float32(high - low)) if std_path else None,
+        std_name=std_name,
     )
     truth_path = truth_file(entry, paths)
     if truth_path:

@@ -16,12 +16,13 @@ import jinja2
 import numpy as np
 from markupsafe import Markup
 
+from cwdm.calibration import coverage, rank_correlation
 from cwdm.errors import CwdmError, InputError
 from cwdm.evaluation import Score
 from cwdm.files import check_writable, is_folder, output_errors, write_atomically
 from cwdm.inference import RunRecord
 from cwdm.progress import CohortProgress
-from cwdm.report.data import Entry, Records, ReportPaths, read_records, read_volumes
+from cwdm.report.data import PREDICTED_STD, CaseVolumes, Entry, Records, ReportPaths, read_records, read_volumes
 from cwdm.report.html import (
     GENERATOR,
     as_bytes,
@@ -41,6 +42,9 @@ FILE_NAME = "report.html"
 
 WORDS = {"failed": "failed", "reject": "reject", "look": "look", "unchecked": "not checked", "ok": "ok"}
 """For the verdicts, the worst first."""
+
+STD_HEADINGS = {"std": "Predicted std", "spread": "Spread"}
+"""Of the column of figures of this name."""
 
 MARKED = ("reject", "look")
 """Verdicts of images that someone should see."""
@@ -150,8 +154,14 @@ class Row:
         return self.score.metrics.get(SSIM) if self.score else None
 
     @property
-    def spread(self) -> float | None:
-        return self.entry.quality.figures.get("spread") if self.entry.quality else None
+    def std_name(self) -> str:
+        """Of the figure that says how large the standard deviation is: predicted, or over samples."""
+        figures = self.entry.quality.figures if self.entry.quality else {}
+        return next((name for name in STD_HEADINGS if name in figures), "")
+
+    @property
+    def std(self) -> float | None:
+        return self.entry.quality.figures[self.std_name] if self.entry.quality and self.std_name else None
 
     @property
     def seconds(self) -> float | None:
@@ -199,7 +209,7 @@ def _draw(row: Row, paths: ReportPaths, viewer: bool, environment: jinja2.Enviro
         row = replace(row, warnings=(*row.warnings, *shown.notes))
     except (CwdmError, OSError) as error:
         row = replace(row, warnings=(*row.warnings, f"not pictured: {getattr(error, 'reason', error)}"))
-    figures = row.entry.quality.figures if row.entry.quality else {}
+    figures = {**(row.entry.quality.figures if row.entry.quality else {}), **(_agreement(shown) if shown else {})}
     section = environment.get_template("case.html").render(
         row=row,
         entry=row.entry,
@@ -210,6 +220,17 @@ def _draw(row: Row, paths: ReportPaths, viewer: bool, environment: jinja2.Enviro
     )
     sections.write(as_bytes(section))
     return replace(row, pictured=True, thumbnail=thumbnail(shown) if shown else "")
+
+
+def _agreement(shown: CaseVolumes) -> dict[str, float]:
+    """What a predicted standard deviation is worth, where there is a true image to tell.
+
+    It is a share of the brain that would be 0.68 and a rank correlation, over an eighth of the voxels.
+    """
+    if shown.difference is None or shown.std is None or shown.std_name != PREDICTED_STD:
+        return {}
+    error, std = shown.difference[shown.mask][::8], shown.std[shown.mask][::8]
+    return {"std_coverage": coverage(error, std), "std_rank_correlation": rank_correlation(error, std)}
 
 
 # The page
@@ -241,7 +262,7 @@ def _page(records: Records, rows: Sequence[Row], common: Sequence[str], with_vie
         "map_colours": Markup(map_colours()),
         "rows": rows,
         "has_scores": any(row.psnr_db is not None for row in rows),
-        "has_spread": any(row.spread is not None for row in rows),
+        "stds": {name: heading for name, heading in STD_HEADINGS.items() if any(r.std_name == name for r in rows)},
         "pictured": sum(row.pictured for row in rows),
         "left_out": sum(not row.pictured and not row.entry.failed for row in rows),
         "made": list(_made(records.entries)),

@@ -21,14 +21,14 @@ from matplotlib.figure import Figure
 from cwdm.arrays import Volume, bounding_box
 from cwdm.files import write_atomically
 from cwdm.report.checkers import TILE_PIXELS, grey
-from cwdm.report.data import CaseVolumes
+from cwdm.report.data import PREDICTED_STD, SPREAD, CaseVolumes
 from cwdm.report.html import webp_uri
 
 Bytes = npt.NDArray[np.uint8]
 AnyType = TypeVar("AnyType", bound=np.generic)
 
-LARGEST_DIFFERENCE, LARGEST_SPREAD = 0.5, 0.15
-"""What is shown brightest; the spread at which an output is rejected."""
+LARGEST_DIFFERENCE, LARGEST_STD = 0.5, {SPREAD: 0.15, PREDICTED_STD: 0.20}
+"""What is shown brightest; the standard deviations at which an output is rejected."""
 
 MAP = "magma"
 """Colours of what is not an image."""
@@ -131,8 +131,9 @@ def _images(shown: CaseVolumes, modality: str) -> Iterator[_Image]:
     if shown.truth is not None and shown.difference is not None:
         yield _Image(f"{modality}, truth", shown.truth, _brightest(shown.truth, shown))
         yield _Image("difference", shown.difference, LARGEST_DIFFERENCE, MAP)
-    if shown.spread is not None:
-        yield _Image("spread", shown.spread, LARGEST_SPREAD, MAP, f"here at most {shown.spread.max():.2g}")
+    if shown.std is not None:
+        largest = LARGEST_STD[shown.std_name]
+        yield _Image(shown.std_name, shown.std, largest, MAP, f"here at most {shown.std.max():.2g}")
 
 
 def _brightest(volume: Volume, shown: CaseVolumes) -> float:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from scipy.stats import spearmanr
 
 from cwdm.errors import CaseError
 from cwdm.images import output_name, read_grid, write_nifti
@@ -97,3 +98,26 @@ def test_a_report_needs_no_folder_for_temporary_files(paths: ReportPaths) -> Non
     path = write_report(replace(paths, truth=None))
     assert CASE in path.read_text()
     assert [one for one in path.parent.iterdir() if one.name.endswith(".html")] == [path]
+
+
+@pytest.mark.parametrize(("ending", "name"), [("spread", "spread of samples"), ("std", "predicted standard deviation")])
+def test_a_standard_deviation_is_called_what_it_is(paths: ReportPaths, tmp_path: Path, ending: str, name: str) -> None:
+    assert volumes(paths).std is None
+    image = read_grid(paths.truth / CASE / output_name(CASE, MODALITY))
+    std = np.where(image.volume != 0, np.abs(read_grid(tmp_path / "output" / output_name(CASE, MODALITY)).volume), 0)
+    write_nifti(paths.report / f"{CASE}-{MODALITY}-{ending}.nii.gz", (0.1 * std).astype(np.float32), image.affine)
+    path = next(paths.report.glob("*.json"))
+    record = json.loads(path.read_text())
+    record["quality"]["figures"] = {ending: 0.0625}
+    path.write_text(json.dumps(record))
+    shown = volumes(paths)
+    assert shown.std_name == name
+    text = write_report(paths).read_text()
+    assert f"{CASE}: {name}, axial" in text
+    assert "0.0625</td>" in text
+    assert ("Predicted std</button>" in text, "Spread</button>" in text) == (ending == "std", ending == "spread")
+    assert ("std_coverage</dt>" in text) == (ending == "std")
+    if ending == "std":
+        error, std = shown.difference[shown.mask][::8], shown.std[shown.mask][::8]
+        assert f"<dt>std_coverage</dt><dd>{np.mean(error <= std):g}</dd>" in text
+        assert f"<dt>std_rank_correlation</dt><dd>{spearmanr(error, std).statistic:g}</dd>" in text

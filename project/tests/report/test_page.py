@@ -313,7 +313,7 @@ def test_the_same_slice_of_the_same_head_whatever_order_it_is_stored_in(run: Rep
     for name, volume in straight.conditions.items():
         np.testing.assert_allclose(other.conditions[name], volume, atol=1e-6)
     assert straight.truth is not None
-    assert other.truth is other.spread is None
+    assert other.truth is other.std is None
 
 
 def test_a_true_image_on_another_grid_or_missing_is_named(run: ReportPaths, tmp_path: Path) -> None:
