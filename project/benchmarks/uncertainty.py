@@ -1,12 +1,13 @@
-"""How well the standard deviation of several samples tells where a synthesis is wrong.
+"""How well the standard deviation of several samples, or of one pass, tells where a synthesis is wrong.
 
     python uncertainty.py calibration.png                        # four phantoms, eight samples, the bundled weights
     python uncertainty.py calibration.png --weights DIR sampler.name=ddpm sampler.steps=250
 
 For each modality of each phantom, in a cube around the tumour: Spearman's rank correlation of the deviation with the
-absolute error of the mean (0: it tells nothing, 1: it ranks every voxel), the deviation itself, and the error. The
-picture is the calibration: root mean square error in each tenth of the voxels, ranked by deviation, against the
-deviation of these voxels. On the diagonal it is as large as the error; above it, the samples agree on what is wrong.
+absolute error of the mean (0: it tells nothing, 1: it ranks every voxel), the share of the errors that are within one
+deviation (0.68 where it is calibrated), the deviation itself, and the error. The picture is the calibration: root mean
+square error in each tenth of the voxels, ranked by deviation, against the deviation of these voxels. On the diagonal it
+is as large as the error; above it, the samples agree on what is wrong.
 """
 
 from collections.abc import Iterator
@@ -22,13 +23,14 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
-from scipy.stats import spearmanr
 
 from cwdm import Synthesizer
+from cwdm.calibration import coverage, rank_correlation
+from cwdm.checkpoint import read_record
 from cwdm.images import MODALITIES, case_folder, normalise, output_name, read_case, read_grid
 from cwdm.phantoms import write_phantoms
 from cwdm.settings import load_settings
-from cwdm.weights import BUNDLED
+from cwdm.weights import BUNDLED, find, folder_of
 
 SEED = 5005
 TENTHS = 10
@@ -36,7 +38,7 @@ TENTHS = 10
 
 @dataclass(frozen=True)
 class Measured:
-    """Voxels of the brain inside the cube, in [0, 1]: standard deviation of the samples, absolute error of the mean."""
+    """Voxels of the brain inside the cube, in the network's [0, 1]: standard deviation, absolute error of the mean."""
 
     modality: str
     std: npt.NDArray[np.float32]
@@ -52,14 +54,16 @@ def main(
     weights: str = BUNDLED,
 ) -> None:
     """Print the table and draw the calibration."""
-    chosen = [f"samples={samples}", *(settings or ("sampler.name=ddim", "sampler.steps=5"))]
+    one_pass = read_record(find(folder_of(weights), MODALITIES[0])).one_pass
+    sampled = [f"samples={samples}", *(settings or ("sampler.name=ddim", "sampler.steps=5"))]
+    chosen = (settings or []) if one_pass else sampled
     synthesizer = Synthesizer(weights, load_settings(None, chosen))
     with TemporaryDirectory() as folder:
         paths = write_phantoms(Path(folder), cases, SEED)
         todo = [(path, modality) for path in paths for modality in MODALITIES]
         console = Console(stderr=True)
         measured = [_measure(synthesizer, *item, size) for item in track(todo, "modalities", console=console)]
-    Console().print(_table(measured, f"{cases} phantoms, {samples} samples, {' '.join(chosen[1:])}"))
+    Console().print(_table(measured, f"{cases} phantoms, {' '.join(chosen) or 'one pass'}"))
     _draw(picture, measured)
 
 
@@ -73,7 +77,7 @@ def _measure(synthesizer: Synthesizer, path: Path, modality: str, size: int) -> 
 
     tumour = inside(read_grid(path / output_name(path.name, "seg"))[0]) != 0
     cube = _cube(tumour, size)
-    truth = inside(normalise(read_grid(folder.files[modality])[0])[0])[cube]
+    truth = inside(normalise(read_grid(folder.files[modality])[0], prepared.intensities)[0])[cube]
     drawn = synthesizer.sample(replace(prepared, unit=prepared.unit[(..., *cube)]))
     brain = inside(prepared.mask)[cube]
     assert drawn.std is not None
@@ -87,13 +91,15 @@ def _cube(tumour: npt.NDArray[np.bool_], size: int) -> tuple[slice, ...]:
 
 
 def _table(measured: list[Measured], title: str) -> Table:
-    table = Table("modality", "rank correlation", "lowest to highest", "median deviation", "median error", title=title)
+    names = "modality", "rank correlation", "lowest to highest", "within one", "median deviation", "median error"
+    table = Table(*names, title=title)
     for modality in (*MODALITIES, "all"):
         rows = [one for one in measured if modality in ("all", one.modality)]
-        ranks = [float(spearmanr(one.std, one.error).statistic) for one in rows]
+        ranks = [rank_correlation(one.error, one.std) for one in rows]
+        within = np.mean([coverage(one.error, one.std) for one in rows])
         std, error = (np.median(np.concatenate([getattr(one, name) for one in rows])) for name in ("std", "error"))
         limits = f"{min(ranks):.2f} to {max(ranks):.2f}"
-        table.add_row(modality, f"{np.mean(ranks):.2f}", limits, f"{std:.4f}", f"{error:.4f}")
+        table.add_row(modality, f"{np.mean(ranks):.2f}", limits, f"{within:.0%}", f"{std:.4f}", f"{error:.4f}")
     return table
 
 
@@ -118,7 +124,7 @@ def _draw(path: Path, measured: list[Measured]) -> None:
     low, high = min(*axes.get_xlim(), *axes.get_ylim()), max(*axes.get_xlim(), *axes.get_ylim())
     low = max(low, 1e-4)
     axes.plot([low, high], [low, high], color="grey", linestyle="--", linewidth=1, label="as large as the error")
-    axes.set(xscale="log", yscale="log", xlabel="standard deviation of the samples", ylabel="root mean square error")
+    axes.set(xscale="log", yscale="log", xlabel="standard deviation", ylabel="root mean square error")
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
 
