@@ -132,9 +132,11 @@ with torch.device("meta"):
     assert not [name for name in loaded_after(code) if name.startswith("torch._dynamo")]
 
 
-def test_infer_loads_little_of_the_package(phantoms: Path, tmp_path: Path) -> None:
-    code = run("cwdm.cli.app", "infer", f"--data_path={phantoms}", f"--output_path={tmp_path}", "--weights=bundled")
+def test_infer_loads_little_of_the_package(cohort: Path, tmp_path: Path) -> None:
+    output = tmp_path / "output"
+    code = run("cwdm.cli.app", "infer", f"--data_path={cohort}", f"--output_path={output}", "--weights=bundled")
     loaded = [name for name in loaded_after(code) if name == "cwdm" or name.startswith("cwdm.")]
+    assert len(list(output.iterdir())) == len(list(cohort.iterdir()))  # it came to its end
     paths = [found for name in loaded if (found := source_of(name))]
     lines = {path.relative_to(PACKAGE).as_posix(): len(path.read_text().splitlines()) for path in paths}
     assert sum(lines.values()) <= MOST_LINES_FOR_INFER, lines
