@@ -10,6 +10,7 @@ The Triton kernels add a bias, or take two tensors for one, in passes over memor
 is spent on these alone, an operation may hand on a `Joined` or a `Sum` for the next one to write out.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from types import ModuleType
@@ -18,10 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cwdm.kernels.winograd import Resample as Resample
-from cwdm.kernels.winograd import convolve, resize, use_winograd
+from cwdm.kernels.resampling import LAYOUT, Resample, resample, resized
 
-LAYOUT = torch.channels_last_3d
+# Below these sizes, transforming data and weights for the Winograd sweep costs more than it saves.
+MIN_CHANNELS = 32
+MIN_VOXELS = 4096
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ def conv3(x: Tensor, conv: nn.Conv3d) -> Tensor:
     """3×3×3 convolution with padding 1: (B, C, X, Y, Z) -> (B, D, X, Y, Z)."""
     if triton_kernels(x) is not None:
         x = x.contiguous(memory_format=LAYOUT)
-    output: Tensor = convolve(x, conv) if use_winograd(x, conv) else conv(module_layout(x))
+    output: Tensor = winograd().convolve(x, conv) if use_winograd(x, conv) else conv(module_layout(x))
     return output
 
 
@@ -103,7 +105,7 @@ def norm_silu_conv(
     x = written(x)
     add = None if add is None else written(add)
     if isinstance(norm, nn.GroupNorm) and use_winograd(x, conv, change):
-        return convolve(x, conv, norm, change, add, overwrite)
+        return winograd().convolve(x, conv, norm, change, add, overwrite)
     h = conv3(resample(norm_silu(x, norm), change), conv)
     return h if add is None else h + add
 
@@ -154,29 +156,6 @@ def written(x: Features) -> Tensor:
     return x
 
 
-def resample(x: Tensor, change: Resample) -> Tensor:
-    """`resize` that keeps channels_last_3d.
-
-    On a GPU, PyTorch's pooling makes contiguous tensors of it, and its interpolation goes through them.
-    """
-    if change is None or x.device.type == "cpu" or not x.is_contiguous(memory_format=LAYOUT):
-        return resize(x, change)
-    return halve(x) if change == "down" else double(x)
-
-
-def halve(x: Tensor) -> Tensor:
-    """Means of eight neighbours, (B, C, 2 X, 2 Y, 2 Z) -> (B, C, X, Y, Z), in channels_last_3d."""
-    pairs = x.movedim(1, -1).unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).unflatten(1, (-1, 2))
-    return pairs.mean((2, 4, 6)).movedim(-1, 1)
-
-
-def double(x: Tensor) -> Tensor:
-    """Every voxel eight times, (B, C, X, Y, Z) -> (B, C, 2 X, 2 Y, 2 Z), in channels_last_3d."""
-    batch, channels, *sizes = x.shape
-    copies = x.movedim(1, -1)[:, :, None, :, None, :, None].expand(-1, -1, 2, -1, 2, -1, 2, -1)
-    return copies.reshape(batch, *(2 * n for n in sizes), channels).movedim(-1, 1)
-
-
 def in_layout_of(other: Tensor, x: Tensor) -> Tensor:
     """x in channels_last_3d, at the cost of a copy, where `other` is and the device does better with it."""
     last = x.device.type != "cpu" and other.is_contiguous(memory_format=LAYOUT)
@@ -200,3 +179,25 @@ def triton_kernels(x: Features) -> ModuleType | None:
     from cwdm.kernels import triton_kernels as kernels
 
     return kernels if kernels.can_use_triton(tensor) else None
+
+
+def use_winograd(x: Tensor, conv: nn.Conv3d, change: Resample = None) -> bool:
+    """Whether the Winograd sweep may be used on x, and is faster than the plain modules."""
+    return supports(x) and conv.in_channels >= MIN_CHANNELS and math.prod(resized(x, change)) >= MIN_VOXELS
+
+
+def supports(x: Tensor) -> bool:
+    """Whether x may take that path: inference in float32 on the CPU."""
+    return (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def winograd() -> ModuleType:
+    """The Winograd sweep; loaded only where it computes, as GPUs and small networks need none of it."""
+    from cwdm.kernels import winograd as sweep
+
+    return sweep

@@ -13,52 +13,17 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import product
 from threading import Barrier
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Resample = Literal["down", "up"] | None
+from cwdm.kernels.resampling import Resample, resize, resized
 
 OUT = 4  # outputs of a tile along X and along Y
 IN = OUT + 2  # inputs it needs there, and products it is made from
 ROWS = 1024  # rows of a matrix product: enough to reuse the weights, few enough for the cache
 BLOCKS_PER_THREAD = 4  # so that a thread that is held up does not hold up the others
-
-# Below these sizes, transforming data and weights costs more than it saves.
-MIN_CHANNELS = 32
-MIN_VOXELS = 4096
-
-
-def supports(x: Tensor) -> bool:
-    """Whether x may take this path: inference in float32 on the CPU."""
-    return (
-        x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and not torch.is_grad_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
-def use_winograd(x: Tensor, conv: nn.Conv3d, resample: Resample = None) -> bool:
-    """Whether `convolve` may be used, and is faster than the plain modules."""
-    return supports(x) and conv.in_channels >= MIN_CHANNELS and math.prod(resized(x, resample)) >= MIN_VOXELS
-
-
-def resized(x: Tensor, resample: Resample) -> list[int]:
-    """Spatial sizes of (B, C, X, Y, Z) after `resize`."""
-    return [{None: n, "down": n // 2, "up": 2 * n}[resample] for n in x.shape[2:]]
-
-
-def resize(x: Tensor, resample: Resample) -> Tensor:
-    """Halve by averaging or double by nearest neighbour, each spatial axis of (B, C, X, Y, Z)."""
-    if resample == "up":
-        return F.interpolate(x, scale_factor=2.0, mode="nearest")
-    if resample == "down" and x.device.type == "cpu":
-        # The same mean of eight neighbours; avg_pool3d is 40 times slower in channels_last, and knows no bfloat16.
-        return F.interpolate(x, scale_factor=0.5, mode="trilinear")
-    return F.avg_pool3d(x, 2) if resample == "down" else x
 
 
 def convolve(

@@ -5,7 +5,8 @@ import sys
 
 import torch
 
-from cwdm.kernels.ops import LAYOUT, double, halve, plain_norm_silu
+from cwdm.kernels.ops import LAYOUT, plain_norm_silu
+from cwdm.kernels.resampling import double, halve
 
 
 def test_halving_and_doubling_in_channels_last() -> None:
@@ -29,12 +30,16 @@ def test_plain_path_keeps_layout_and_type() -> None:
     assert plain_norm_silu(x.bfloat16(), norm.bfloat16()).dtype == torch.bfloat16
 
 
-def test_a_pass_on_the_cpu_loads_no_gpu_kernels() -> None:
+def test_a_pass_loads_the_kernels_that_compute_it_alone() -> None:
     program = """
 import sys, torch
 from cwdm.unet import UNet, UNetConfig
 model = UNet(UNetConfig(in_channels=8, model_channels=8, channel_mult=(1, 2), groups=4))
 model(torch.zeros(1, 8, 4, 4, 4), torch.tensor([0])).sum().backward()
+assert "cwdm.kernels.winograd" not in sys.modules
+with torch.no_grad():
+    wide = UNet(UNetConfig(in_channels=8, model_channels=32, channel_mult=(1,)))
+    wide(torch.zeros(1, 8, 16, 16, 16), torch.tensor([0]))
 assert "cwdm.kernels.winograd" in sys.modules
 assert "cwdm.kernels.triton_kernels" not in sys.modules
 """

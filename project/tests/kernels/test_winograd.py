@@ -5,8 +5,10 @@ import torch.nn.functional as F
 from support import GOLDEN, golden, golden_model
 from torch import Tensor, nn
 
-from cwdm.kernels import winograd
-from cwdm.kernels.winograd import Resample, convolve, toom_cook, use_winograd
+from cwdm.kernels import ops
+from cwdm.kernels.ops import use_winograd
+from cwdm.kernels.resampling import Resample
+from cwdm.kernels.winograd import convolve, toom_cook
 
 LAYOUT = torch.channels_last_3d
 
@@ -101,8 +103,8 @@ def test_transforms_are_a_correlation() -> None:
 @pytest.mark.parametrize("name", golden("unet.json"))
 @torch.inference_mode()
 def test_golden_forward_pass_all_this_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(winograd, "MIN_CHANNELS", 1)
-    monkeypatch.setattr(winograd, "MIN_VOXELS", 1)
+    monkeypatch.setattr(ops, "MIN_CHANNELS", 1)
+    monkeypatch.setattr(ops, "MIN_VOXELS", 1)
     run = golden("unet.json")[name]
     x = np.random.RandomState(run["input_seed"]).standard_normal(run["input_shape"]).astype(np.float32)
     output = golden_model(run)(torch.from_numpy(x), torch.full((x.shape[0],), run["timestep"]))
