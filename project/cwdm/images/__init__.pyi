@@ -21,15 +21,8 @@ from .geometry import choose_window as choose_window
 from .geometry import tight_window as tight_window
 from .geometry import to_lps as to_lps
 from .grids import check_same_grid as check_same_grid
-from .image import Affine as Affine
-from .image import Box as Box
 from .image import Image as Image
-from .image import Mask as Mask
-from .image import Volume as Volume
-from .image import block_means as block_means
-from .image import bounding_box as bounding_box
 from .image import in_order_of as in_order_of
-from .image import is_made as is_made
 from .image import read_grid as read_grid
 from .image import read_volume as read_volume
 from .image import write_nifti as write_nifti
@@ -45,6 +38,7 @@ from .intensity import normalise as normalise
 from .intensity import with_usual_tail as with_usual_tail
 from .memory import case_of_arrays as case_of_arrays
 from .nifti import has_nifti_name as has_nifti_name
+from .nifti import is_made as is_made
 from .nifti import is_nifti as is_nifti
 from .nifti import read_description as read_description
 from .pairs import DecodedFile as DecodedFile

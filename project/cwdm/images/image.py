@@ -1,6 +1,5 @@
 """One image that belongs to no case: read, written, and turned into the voxel order of another."""
 
-import stat
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,16 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from nibabel import orientations
 
-# Handed on by the folder's entry for those who still take them from there.
-from cwdm.arrays import Affine as Affine
-from cwdm.arrays import Box as Box
-from cwdm.arrays import Mask as Mask
-from cwdm.arrays import Volume as Volume
-from cwdm.arrays import block_means as block_means
-from cwdm.arrays import bounding_box as bounding_box
+from cwdm.arrays import Affine, Volume
 from cwdm.errors import InputError
 from cwdm.images.grids import check_same_grid
-from cwdm.images.nifti import FileError, affine_of, is_oriented, load, read_description, write
+from cwdm.images.nifti import FileError, affine_of, is_oriented, load, write
 
 
 class Image(NamedTuple):
@@ -61,27 +54,6 @@ def read_grid(path: Path) -> Image:
         return Image(volume, affine_of(header), is_oriented(header))
     except FileError as error:
         raise InputError(f"{path}: {error}") from error
-
-
-def is_made(path: Path, mark: str) -> bool:
-    """Whether a file of ours is there already, so that it need not be made again; one with nothing in it is not.
-
-    Args:
-        mark: how its header's description begins.
-
-    Raises:
-        InputError: something else has the name.
-    """
-    try:
-        status = path.stat()
-    except OSError:  # whatever it is but that there is none, whoever writes there will meet it too
-        return False
-    regular = stat.S_ISREG(status.st_mode)
-    if regular and not status.st_size:
-        return False
-    if regular and read_description(path).startswith(mark):
-        return True
-    raise InputError(f"{path} is there and was not made by cwdm; move it away or choose another output folder")
 
 
 def write_nifti(

@@ -19,6 +19,7 @@ from isal import igzip, isal_zlib
 from nibabel.spatialimages import HeaderDataError
 
 from cwdm.arrays import Affine, Volume
+from cwdm.errors import InputError
 from cwdm.files import exists, is_file, is_folder, open_file, write_atomically
 
 Header: TypeAlias = nib.Nifti1Header | nib.Nifti2Header
@@ -60,6 +61,27 @@ def read_description(path: Path) -> str:
     except (FileError, EOFError, OSError, isal_zlib.IsalError):  # type: ignore[misc]  # its stubs name an instance
         return ""
     return text.rstrip(b"\0").decode("ascii", "replace")
+
+
+def is_made(path: Path, mark: str) -> bool:
+    """Whether a file of ours is there already, so that it need not be made again; one with nothing in it is not.
+
+    Args:
+        mark: how its header's description begins.
+
+    Raises:
+        InputError: something else has the name.
+    """
+    try:
+        status = path.stat()
+    except OSError:  # whatever it is but that there is none, whoever writes there will meet it too
+        return False
+    regular = stat.S_ISREG(status.st_mode)
+    if regular and not status.st_size:
+        return False
+    if regular and read_description(path).startswith(mark):
+        return True
+    raise InputError(f"{path} is there and was not made by cwdm; move it away or choose another output folder")
 
 
 def write(path: Path, voxels: npt.NDArray[np.generic], header: nib.Nifti1Header) -> None:

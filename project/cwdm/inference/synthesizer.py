@@ -10,7 +10,7 @@ from cwdm.checkpoint import ANY, Checkpoint
 from cwdm.device import choose_device, device_name
 from cwdm.errors import WeightsError
 from cwdm.files import exists
-from cwdm.images import Case, CaseFolder, case_folder, case_of_arrays
+from cwdm.images import Case, CaseFolder, case_folder
 from cwdm.inference.plan import Task
 from cwdm.inference.provenance import describe, provenance
 from cwdm.inference.steps import Synthesis, draw, postprocess, prepare
@@ -99,6 +99,8 @@ class Synthesizer:
             CaseError: the volumes cannot be used.
             WeightsError: there are no usable weights for the missing modality.
         """
+        from cwdm.images import case_of_arrays  # here, as cases that are files need none of it
+
         return self._synthesise(case_of_arrays(volumes, affine, target), callback)
 
     def _synthesise(self, case: Case, callback: Callback | None) -> Synthesis:

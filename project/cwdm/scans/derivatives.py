@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 
 from cwdm import __version__
+from cwdm.arrays import Volume
 from cwdm.errors import CaseError
 from cwdm.files import exists, output_errors, write_atomically, write_json
-from cwdm.images import MARK, Volume, write_nifti
+from cwdm.images import MARK, write_nifti
 from cwdm.scans.bids import label_of
 from cwdm.scans.patient import Patient, Scan
 

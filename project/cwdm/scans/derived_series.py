@@ -13,9 +13,10 @@ from typing import Any
 import numpy as np
 
 from cwdm import __version__
+from cwdm.arrays import Affine, Volume
 from cwdm.errors import CaseError, NameInUseError, needs_extra
 from cwdm.files import exists, output_errors
-from cwdm.images import Affine, Image, Volume, in_order_of
+from cwdm.images import Image, in_order_of
 from cwdm.scans.derivatives import WORDS, Provenance, check_grid
 from cwdm.scans.headers import frames_of
 from cwdm.scans.patient import Scan

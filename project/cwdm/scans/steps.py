@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cwdm.arrays import Volume
 from cwdm.checkpoint import read_record
 from cwdm.device import choose_device
 from cwdm.errors import CaseError, InputError
 from cwdm.files import is_file
-from cwdm.images import MODALITIES, Image, Volume, read_grid
+from cwdm.images import MODALITIES, Image, read_grid
 from cwdm.inference import Synthesis, describe
 from cwdm.pipeline import Callback, Pipeline
 from cwdm.scans.align import Aligned, Head, align

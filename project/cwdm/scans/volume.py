@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
+from cwdm.arrays import Affine, Volume
 from cwdm.errors import CaseError, InputError
 from cwdm.files import read_json
-from cwdm.images import Affine, Image, Volume, read_grid
+from cwdm.images import Image, read_grid
 
 FEWEST_SLICES = 8
 FEWEST_VALUES = 16

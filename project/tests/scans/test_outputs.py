@@ -10,8 +10,8 @@ import pydicom
 import pytest
 from raw_scans import as_multi_frame, small, write_dicom, write_head, write_study
 
+from cwdm.arrays import Volume
 from cwdm.errors import CaseError, NameInUseError
-from cwdm.images import Volume
 from cwdm.scans import Patient, Provenance, find_patients, read_patient, write_derivative, write_derived_series
 from cwdm.scans.convert import convert_series
 from cwdm.scans.series import find_series
