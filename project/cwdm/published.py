@@ -12,8 +12,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from cwdm.blocks import ResBlock
 from cwdm.errors import WeightsError, listed
-from cwdm.unet import ResBlock, SkipBody, UNet, UNetConfig, WaveletBody
+from cwdm.unet import SkipBody, UNet, UNetConfig
+from cwdm.wavunet import WaveletBody
 
 PUBLISHED_CT = "lidc-idri_"
 """How the names of WDM's files begin that were trained on CT, those to download and those of its training code."""

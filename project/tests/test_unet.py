@@ -5,8 +5,9 @@ import pytest
 import torch
 from support import GOLDEN, TINY, golden, golden_model
 
+from cwdm.blocks import VoxelNorm
 from cwdm.published import published_config, published_names
-from cwdm.unet import UNet, UNetConfig, VoxelNorm
+from cwdm.unet import UNet, UNetConfig
 
 LAYOUT = torch.channels_last_3d
 

@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from cwdm.blocks import ResBlock
 from cwdm.kernels import triton_kernels as kernels
 from cwdm.kernels.ops import Joined, plain_norm_silu
 from cwdm.kernels.ops import triton_kernels as kernels_for
 from cwdm.kernels.triton_kernels import DTYPES, LAYOUT, can_use_triton, norm_silu, residual_add, self_check
-from cwdm.unet import ResBlock, UNet, UNetConfig
+from cwdm.unet import UNet, UNetConfig
 
 Run = Callable[..., Any]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
