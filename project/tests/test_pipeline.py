@@ -256,7 +256,9 @@ def test_weights_are_a_file_a_folder_the_bundled_or_the_default(
     assert Pipeline.load(weights_folder / "t1ce_gen.pt", device="cpu").target == 0
     bundled = Pipeline.load("bundled", modality="t2f", device="cpu")
     assert (bundled.checkpoint.record.modality, bundled.target) == (ANY, 3)
-    assert bundled.timesteps[0] == 999
+    assert (bundled.sampler_name, bundled.timesteps) == ("one-pass", (0,))
+    with pytest.raises(SettingsError, match="predicts in one pass"):
+        Pipeline.load("bundled", modality="t2f", device="cpu", sampler=ddim)
     assert bundled.dtype == torch.float32
     for wrong in ({"weights": weights_folder}, {"weights": bundled.checkpoint.path}):
         with pytest.raises(WeightsError, match="say which modality"):

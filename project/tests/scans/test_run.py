@@ -73,7 +73,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
         write_dicom(folder / "in" / "E-elsewhere" / modality, *small(modality, number + 1), modality, study="1.2.3.4")
     (folder / "bids" / "dataset_description.json").write_text('{"Name": "raw", "BIDSVersion": "1.10.1"}')
     write_study(folder / "in" / "B-dicom", GIVEN)
-    write_head(folder / "in" / "A-alone" / "A_t1w_pre.nii.gz")
+    write_head(folder / "alone" / "A-alone" / "A_t1w_pre.nii.gz")
     for number, name in enumerate(("first", "second")):
         write_head(folder / "in" / "D-ambiguous" / f"t1_{name}.nii.gz", number=number)
     return folder
@@ -95,11 +95,17 @@ def canonical(volume: np.ndarray, affine: np.ndarray) -> np.ndarray:
 
 def test_bad_patients_are_named_and_the_others_are_done(root: Path, done: Result) -> None:
     assert done.exit_code == 1, done.output
-    assert "1 of 4 patients" in done.output
-    assert "A-alone: only t1n there, and the weights for t1c need 3 modalities" in done.output
+    assert "1 of 3 patients" in done.output
     assert "D-ambiguous: 2 T1 of which none says" in done.output
     assert "E-elsewhere: t1n: " in done.output
     assert [path.name for path in (root / "out").iterdir()] == ["B-dicom"]
+
+
+def test_too_few_modalities_for_the_weights_are_said(weights_folder: Path, root: Path, tmp_path: Path) -> None:
+    where = ["--output_path", tmp_path / "out", *options(root), "--weights", weights_folder]
+    result = command("scan", root / "alone", *where)
+    assert result.exit_code == 1
+    assert "A-alone: only t1n there, and the weights for t1c need 3 modalities" in result.output
 
 
 def test_result_is_like_the_truth_in_native_space(root: Path, done: Result) -> None:
@@ -139,7 +145,6 @@ def test_report_shows_each_patient(root: Path, done: Result) -> None:
     records, faults = read_scan_records(root / "report")
     assert not faults
     assert [record.patient for record in records if record.verdict == "failed"] == [
-        "A-alone",
         "D-ambiguous",
         "E-elsewhere",
     ]
@@ -147,9 +152,9 @@ def test_report_shows_each_patient(root: Path, done: Result) -> None:
     registration, synthesis = sound.panels
     assert registration.rows == ("t2w and t1n", "t2f and t1n")
     assert [len(row) for row in registration.tiles] == [6, 6]
-    assert synthesis.columns == ("t1n", "t1c, synthesised")
+    assert synthesis.columns == ("t1n", "t1c, synthesised", "standard deviation")
     page = (root / "report" / "report.html").read_text()
-    assert page.count("data:image/webp") == 2 * 6 + 3 * 2
+    assert page.count("data:image/webp") == 2 * 6 + 3 * 3
     assert "2 T1 of which none says" in page
     assert str(root) not in page
 
@@ -178,7 +183,7 @@ def test_other_folders_are_never_replaced(root: Path, tmp_path: Path) -> None:
 
 
 def test_bids_gives_derivatives_with_std_on_the_grid_that_is_asked_for(root: Path, tmp_path: Path) -> None:
-    out, synthesizer = root / "bids" / "derivatives" / "cwdm", Synthesizer("bundled", Settings(samples=2), "cpu")
+    out, synthesizer = root / "bids" / "derivatives" / "cwdm", Synthesizer("bundled", Settings(), "cpu")
     (found,) = find_patients(root / "bids")
     check_places(root / "bids", [found], out, None)
     patient = read_patient(found, tmp_path)
@@ -203,7 +208,7 @@ def test_bids_gives_derivatives_with_std_on_the_grid_that_is_asked_for(root: Pat
 
 
 def test_prepared_scans_are_case_folders(root: Path, tmp_path: Path) -> None:
-    shutil.copytree(root / "in" / "A-alone", tmp_path / "in" / "A-alone")
+    shutil.copytree(root / "alone" / "A-alone", tmp_path / "in" / "A-alone")
     masks = ["--space", "native", "--brain-mask", root / "masks" / "{modality}.nii.gz", "--device", "cpu"]
     result = command(
         "prepare", "scans", tmp_path / "in", "--output_path", tmp_path / "out", *masks, "--keep-transforms"
@@ -219,7 +224,7 @@ def test_prepared_scans_are_case_folders(root: Path, tmp_path: Path) -> None:
 
 
 def test_a_rejected_registration_goes_on_only_if_a_person_says_so(root: Path, tmp_path: Path) -> None:
-    found = next(one for one in find_patients(root / "in") if one.name == "A-alone")
+    (found,) = find_patients(root / "alone")
     scans = bring_into(read_patient(found, tmp_path), "native", "cpu", f"{root}/masks/{{modality}}.nii.gz")
     wrong = replace(scans, judgement=Judgement("reject", ("t2w and t1n fit as well when one is mirrored",), {}))
     with pytest.raises(CaseError, match="registration rejected: t2w and t1n fit"):
@@ -228,7 +233,7 @@ def test_a_rejected_registration_goes_on_only_if_a_person_says_so(root: Path, tm
 
 
 def test_masks_that_are_nowhere_or_impossible_wishes_are_refused(root: Path, tmp_path: Path) -> None:
-    found = next(one for one in find_patients(root / "in") if one.name == "A-alone")
+    (found,) = find_patients(root / "alone")
     patient = read_patient(found, tmp_path)
     with pytest.raises(CaseError, match=r"no brain mask found, looked for .*A-alone"):
         bring_into(patient, "native", "cpu", str(tmp_path / "{patient}-{modality}.nii.gz"))

@@ -211,7 +211,7 @@ def test_bigger_batches_take_fewer_steps_for_the_published_number_of_samples() -
     assert steps("cwdm-any", "optimiser.batch_size=7") == 171_429
     assert steps("cwdm-any", "optimiser.batch_size=8", "samples=80") == 10
     assert steps("cwdm-any", "optimiser.batch_size=8", "steps=1200000") == 1_200_000
-    assert steps("bundled") == 10_500
+    assert steps("bundled") == 2_200
     with pytest.raises(SettingsError) as error:
         steps("cwdm-any", "optimiser.batch_size=0")
     assert "\n" not in str(error.value)  # and not of the steps too
@@ -437,9 +437,9 @@ def test_validation_takes_few_steps_whatever_the_weights_recommend() -> None:
 
     assert plan("cwdm-t1n") == ("dpmpp", 10)
     assert load_training_settings("cwdm-t1n", ["data.path=in", "out=out"]).record == RecordSettings()  # ddpm, 1000
-    assert plan("bundled") == ("ddim", 1)
+    assert plan("wfm") == ("euler", 1)
     assert plan("cwdm-t1n", "validation_sampler=ddpm", "validation_steps=1000") == ("ddpm", 1000)
-    assert plan("bundled", "validation_steps=5") == ("ddim", 5)
+    assert plan("wfm", "validation_steps=5") == ("euler", 5)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
