@@ -5,12 +5,11 @@ wavelet, the recommended sampler and the training record. The published files ca
 is read off the names and shapes of their tensors (`cwdm.published`).
 """
 
-import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import pywt
 import safetensors
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from cwdm.diffusion import PUBLISHED, SCHEDULES, Schedule, known_schedule
 from cwdm.errors import WeightsError, listed
-from cwdm.files import open_file, parse_json, sha256, write_atomically
+from cwdm.files import open_file, parse_json, sha256
 from cwdm.samplers import known_sampler
 from cwdm.unet import UNet, UNetConfig
 
@@ -38,8 +37,7 @@ FORMAT = 1
 """Number of the header's format, which grows when an older version would misread a file; the first files have none."""
 
 ANY = "any"
-_SAFETENSORS_NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.float64: "F64"}
-_FLOATS = tuple(_SAFETENSORS_NAMES)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def orthogonal_wavelet(name: str) -> str:
@@ -273,52 +271,14 @@ def save_tensors(
     before: Callable[[str], None] | None = None,
 ) -> None:
     """Write our safetensors like `save`, of a network's tensors by name."""
+    from cwdm.safetensors_file import write_tensors  # here, as whoever reads weights needs none of it
+
     shape = asdict(config)
     for name in ("given", "products"):
         if not shape[name]:
             del shape[name]  # unknown to older versions, which read all other networks
     header = {"format": FORMAT, "config": shape, "record": record.model_dump(mode="json")}
     write_tensors(path, tensors, {"format": "pt", HEADER_KEY: json.dumps(header)}, before)
-
-
-def write_tensors(
-    path: Path,
-    tensors: Mapping[str, Tensor],
-    metadata: Mapping[str, str],
-    before: Callable[[str], None] | None = None,
-) -> None:
-    """Write a safetensors file, whole or not at all, one tensor after the other.
-
-    The library makes one string of bytes of all of them, or takes a path and leaves half a file there when killed.
-
-    Args:
-        before: told the file's sha256 before it has its name.
-    """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # aligned, as the library does
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name in names:
-        start, end = end, end + tensors[name].nbytes
-        shape, dtype = list(tensors[name].shape), _SAFETENSORS_NAMES[tensors[name].dtype]
-        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-
-    def pieces() -> Iterator[bytes | memoryview]:
-        yield len(text).to_bytes(8, "little") + text
-        for name in names:
-            yield tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data
-
-    def write(file: BinaryIO) -> None:
-        digest = hashlib.sha256()
-        for piece in pieces():
-            file.write(piece)
-            if before:
-                digest.update(piece)
-        if before:
-            before(digest.hexdigest())
-
-    write_atomically(path, write)
 
 
 def _load_safetensors(path: Path) -> tuple[UNet, Record]:

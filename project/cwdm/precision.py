@@ -1,12 +1,11 @@
 """What numbers a network is computed in: float32 that is float32, or bfloat16."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Lock
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 
 _SWITCHES = (
     ("generic", "all"),
@@ -79,25 +78,6 @@ def warn_of_precision(dtype: torch.dtype, device: torch.device, log: Callable[[s
             f"warning: {name} does not multiply bfloat16, and emulating it takes many times as long as float32; "
             "stop this run and set precision=fp32"
         )
-
-
-def bf16_gradients_are_right(sizes: Sequence[int]) -> bool:
-    """Whether this processor's bfloat16 convolutions give the gradients that float32 ones do.
-
-    With AVX-512 BF16, oneDNN's of the weights are anything up to infinity where the first axis has two voxels.
-
-    Args:
-        sizes: voxels (X, Y, Z) of what is convolved.
-    """
-    noise = torch.Generator().manual_seed(0)
-    x, outer = (torch.randn((1, 16, *sizes), generator=noise).bfloat16() for _ in range(2))
-    gradients = []
-    for dtype in (torch.float32, torch.bfloat16):
-        weight = torch.zeros((16, 16, 3, 3, 3), dtype=dtype, requires_grad=True)
-        made = F.conv3d(x.to(dtype), weight, padding=1)
-        gradients.append(torch.autograd.grad(made, weight, outer.to(dtype))[0].float())
-    exact, found = gradients
-    return bool((found - exact).norm() < 0.1 * exact.norm())  # nor where it is NaN
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -1,18 +1,14 @@
 """The linear-Gaussian prior of a network that learns what a regression on the conditions does not know."""
 
-from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cwdm.diffusion import PUBLISHED, Schedule, alpha_bars_on
 
-SMALLEST_DEVIATION = 1e-4  # of the regression's errors, so that half precision can hold it
-
-Examples = Iterable[tuple[Tensor, Tensor, Tensor, int]]
-"""Conditions (given, X, Y, Z), what should come out (out, X, Y, Z), where to learn from it, bool (X, Y, Z), and the
-target's number."""
+if TYPE_CHECKING:
+    from cwdm.least_squares import Examples
 
 
 class Regression(nn.Module):
@@ -71,8 +67,11 @@ class Regression(nn.Module):
         return network_input, expected + prior.to(x.dtype) * innovation, left
 
     @torch.no_grad()
-    def fit(self, examples: Examples) -> None:
+    def fit(self, examples: "Examples") -> None:
         """Least squares."""
+        # Here, as only training needs it.
+        from cwdm.least_squares import SMALLEST_DEVIATION, cross_products, root_mean_squares
+
         given = self.weight.shape[2]
         sums, voxels = cross_products(examples, *self.weight.shape)
         squares, products = sums[:, : given + 1, : given + 1], sums[:, : given + 1, given + 1 :]
@@ -98,29 +97,3 @@ def linear(weight: Tensor, bias: Tensor, conditions: Tensor) -> Tensor:
     """
     expected = torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
     return expected * conditions.any(1, keepdim=True)  # nothing outside the head
-
-
-def cross_products(examples: Examples, groups: int, out: int, given: int) -> tuple[Tensor, Tensor]:
-    """Sums over the voxels of each group of examples, and in how many voxels each condition was there.
-
-    Args:
-        examples: with the number of their group, such as the target's.
-
-    Returns:
-        Products of conditions, a constant and what should come out, each with each, (groups, given + 1 + out,
-        given + 1 + out) float64; (given,).
-    """
-    sums = torch.zeros(groups, given + 1 + out, given + 1 + out, dtype=torch.float64)
-    voxels = torch.zeros(given, dtype=torch.float64)
-    for conditions, wanted, inside, group in examples:
-        x = F.pad(conditions[:, inside].double(), (0, 0, 0, 1), value=1.0)
-        rows = torch.cat((x, wanted[:, inside].double()))
-        sums[group] += rows @ rows.mT
-        voxels += inside.sum() * conditions.flatten(1).any(1)
-    return sums, voxels
-
-
-def root_mean_squares(squares: Tensor, voxels: Tensor) -> Tensor:
-    """Of each condition, where it was there: (given,); 1 where it never was."""
-    found = (squares.diagonal(dim1=1, dim2=2)[:, :-1].sum(0) / voxels).sqrt()
-    return found.where(found > 0, 1)

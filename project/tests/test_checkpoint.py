@@ -14,6 +14,7 @@ from cwdm import checkpoint
 from cwdm.checkpoint import Record, load_published
 from cwdm.diffusion import SCHEDULES
 from cwdm.errors import WeightsError
+from cwdm.safetensors_file import write_tensors
 from cwdm.unet import UNet, UNetConfig
 from cwdm.weights.untrained import untrained_state
 
@@ -349,6 +350,6 @@ def test_our_safetensors_are_those_of_the_library(tmp_path: Path) -> None:
         "double": torch.randn(3, dtype=torch.float64),
     }
     for length in range(8):
-        checkpoint.write_tensors(tmp_path / "ours", tensors, {"note": "ö" * length})
+        write_tensors(tmp_path / "ours", tensors, {"note": "ö" * length})
         theirs = {name: tensor.contiguous() for name, tensor in tensors.items()}
         assert (tmp_path / "ours").read_bytes() == safetensors.torch.save(theirs, {"note": "ö" * length})

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from cwdm import checkpoint
-from cwdm.checkpoint import ANY, write_tensors
+from cwdm.checkpoint import ANY
 from cwdm.errors import SettingsError
 from cwdm.files import matching, open_file, parse_json
+from cwdm.safetensors_file import write_tensors
 from cwdm.training.launch import on_all_ranks
 from cwdm.training.settings import TrainingSettings
 from cwdm.training.state import RAW, Run, check_identity, describe, identity, load_state, state_tensors, validation

@@ -26,7 +26,7 @@ from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import CwdmError, InputError, OutputError, SettingsError
 from cwdm.images.image import write_nifti
 from cwdm.inference.generate import Generator
-from cwdm.precision import bf16_gradients_are_right
+from cwdm.safetensors_file import write_tensors
 from cwdm.settings import load_settings
 from cwdm.strict import _leaves
 from cwdm.training import TrainingError, loop, saving, train, validate
@@ -40,6 +40,7 @@ from cwdm.training.settings import (
     load_training_settings,
     ready_configurations,
 )
+from cwdm.training.start import bf16_gradients_are_right
 from cwdm.training.start import start as start_run
 from cwdm.training.state import Run, load_state
 from cwdm.unet import UNet, UNetConfig
@@ -324,7 +325,7 @@ def test_a_state_from_before_there_was_a_setting_goes_on_where_it_has_its_defaul
         header = json.loads(file.metadata()["cwdm"])
     del header["settings"]["optimiser"]["clip_norm"], header["settings"]["network"]["wavelet"]
     del header["settings"]["loss"]["schedule"]
-    checkpoint.write_tensors(path, load_file(path), {"cwdm": json.dumps(header)})
+    write_tensors(path, load_file(path), {"cwdm": json.dumps(header)})
     with pytest.raises(SettingsError, match=r'network.wavelet="db2" instead of "haar"\.'):
         train(settings(small, out, "steps=4", "network.wavelet=db2"), resume=True)
     train(settings(small, out, "steps=4"), resume=True)
@@ -422,7 +423,7 @@ def test_a_best_score_counts_only_among_the_same_held_out_cases(
     with safe_open(state, "pt") as file:
         header = json.loads(file.metadata()["cwdm"])
     # A score that no later one can reach.
-    checkpoint.write_tensors(state, load_file(state), {"cwdm": json.dumps({**header, "best": 90.0})})
+    write_tensors(state, load_file(state), {"cwdm": json.dumps({**header, "best": 90.0})})
     best = (out / "best" / "any.safetensors").read_bytes()
     train(settings(small, out, "steps=4", "validation_cases=2", *held_out), resume=True)
     assert (out / "best" / "any.safetensors").read_bytes() == best
