@@ -319,6 +319,8 @@ def _halving(draw: Callable[[list[int]], Tensor], seeds: Sequence[int], batch: i
         try:
             drawn = draw(together)
         except (RuntimeError, MemoryError) as error:
+            from cwdm.out_of_memory import is_out_of_memory  # here, as it seldom comes to this
+
             if len(together) == 1 or not is_out_of_memory(error):
                 raise
             batch = len(together) // 2
@@ -378,26 +380,3 @@ def _name_of(sampler: Sampler) -> str:
         return f"{_name_of(sampler.func)} of {', '.join(sampler.keywords['bands'])}"
     names = {function: name for name, function in (OF_DIFFUSION | FLOW_SAMPLERS).items()}
     return names.get(sampler, getattr(sampler, "__name__", "own"))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory was too small: PyTorch's own, or what its libraries make of it.
-
-    cuDNN says "not supported" or finds no engine where the memory that its algorithms need is not there.
-    """
-    told = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and any(sign in told for sign in _OUT_OF_MEMORY)
-    )
-
-
-_OUT_OF_MEMORY = (
-    "out of memory",
-    "can't allocate memory",
-    "CUDNN_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_NOT_SUPPORTED",
-    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
-    "unable to find an engine to execute this computation",
-    "Unable to find a valid cuDNN algorithm",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-)

@@ -28,6 +28,7 @@ FLOORS = (
         "strict",
         "copies",
         "safetensors_file",
+        "out_of_memory",
     ),
     ("kernels",),
     (

@@ -1,7 +1,7 @@
 from .cohort import Work as Work
 from .cohort import device_works as device_works
-from .cohort import explain as explain
 from .cohort import synthesise_cohort as synthesise_cohort
+from .faults import explain as explain
 from .generate import Generator as Generator
 from .generate import write_samples as write_samples
 from .parallel.processes import count_workers as count_workers

@@ -1,9 +1,7 @@
 """Many cases: reading, computing and writing overlap, failures stay apart, a second run does what is left."""
 
-import gc
 import os
 import time
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -15,7 +13,7 @@ from typing import TypeVar, cast
 
 import torch
 
-from cwdm.errors import CaseError, CwdmError, DeviceLostError, InputError, NameInUseError, OutputError
+from cwdm.errors import CaseError, DeviceLostError, InputError, NameInUseError, OutputError
 from cwdm.files import check_writable, output_errors, remove_stale
 from cwdm.images import MARK, CaseFolder, is_made, output_name, write_volume
 from cwdm.inference.plan import Task, plan_tasks
@@ -31,7 +29,7 @@ from cwdm.inference.records import (
 )
 from cwdm.inference.steps import PreparedCase, Samples, Synthesis, draw, postprocess, prepare
 from cwdm.inference.synthesizer import Synthesizer
-from cwdm.pipeline import Pipeline, is_out_of_memory
+from cwdm.pipeline import Pipeline
 from cwdm.progress import CohortProgress
 from cwdm.samplers import evaluations
 from cwdm.settings import Settings
@@ -326,34 +324,9 @@ class Runner:
         self.end(Outcome(task.name, task.target, "failed", reason))
 
     def _explain(self, error: Exception) -> str:
+        from cwdm.inference.faults import explain  # here, as most runs have no faults
+
         return explain(error, lambda: self.works(self.synthesizer.device), self.progress.log)
-
-
-def explain(error: Exception, works: Callable[[], bool], log: Callable[[str], None]) -> str:
-    """One line about an error; the memory it holds on to is let go.
-
-    Args:
-        works: asked after an error that no one expected, whether the device can still be used.
-        log: told where such an error comes from.
-
-    Raises:
-        DeviceLostError: it cannot.
-    """
-    if isinstance(error, CwdmError):
-        return error.reason if isinstance(error, CaseError) else str(error)
-    if is_out_of_memory(error):
-        error.__traceback__ = None  # its frames keep the network's tensors alive
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return "not enough memory"
-    for line in "".join(traceback.format_exception(error)).splitlines():
-        log(line)
-    error.__traceback__ = None
-    reason = f"unexpected {type(error).__name__}: {error}"
-    if not works():
-        raise DeviceLostError(f"the GPU no longer works: {reason}")
-    return reason
 
 
 def _one_ahead(items: Iterable[T]) -> Iterator[T]:
