@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cwdm import runner
 from cwdm.cli.options import DeviceOption, Overwrite, Settings, data, output
 from cwdm.cli.outcomes import sum_up
 from cwdm.errors import needs_extra
@@ -136,8 +135,6 @@ def _synthesise_on_ray(
 
 def _sum_up(outcomes: "Sequence[Outcome]", output: Path, progress: "CohortProgress") -> int:
     several = len(outcomes) > len({outcome.case for outcome in outcomes})  # of a case
-    ended = [
-        runner.Outcome(f"{one.case} {one.modality}" if several else one.case, one.status, one.reason)
-        for one in outcomes
-    ]
-    return sum_up(ended, output, progress.log, "volumes" if several else "cases", "--overwrite")
+    if not several:
+        return sum_up(outcomes, output, progress.log, "cases", "--overwrite", lambda one: one.case)
+    return sum_up(outcomes, output, progress.log, "volumes", "--overwrite", lambda one: f"{one.case} {one.modality}")

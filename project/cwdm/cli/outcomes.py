@@ -1,16 +1,30 @@
 """The end of a run over many items: how many are done, which failed, and the exit code that says so."""
 
 from collections.abc import Callable, Sequence
+from operator import attrgetter
+from typing import Protocol, TypeVar
 
-from cwdm.runner import Outcome
+
+class Ended(Protocol):
+    """An item that has come to its end: `written`, `skipped` or, for a reason, `failed`."""
+
+    @property
+    def status(self) -> str: ...
+
+    @property
+    def reason(self) -> str: ...
+
+
+Item = TypeVar("Item", bound=Ended)
 
 
 def sum_up(
-    outcomes: Sequence[Outcome],
+    outcomes: Sequence[Item],
     place: object,
     log: Callable[[str], None],
     things: str = "cases",
     again: str = "",
+    name: Callable[[Item], str] = attrgetter("name"),
 ) -> int:
     """Say what became of all items, the failed ones by name.
 
@@ -18,6 +32,7 @@ def sum_up(
         place: where the others are.
         things: what they are, in the plural.
         again: how those from before are made again, if they can be.
+        name: what an item is called.
 
     Returns:
         The exit code: 1 if an item failed, else 0.
@@ -29,5 +44,5 @@ def sum_up(
     counts += [f"{len(failed)} FAILED"] if failed else []
     log(", ".join(counts))
     for outcome in failed:
-        log(f"  {outcome.name}: {outcome.reason}")
+        log(f"  {name(outcome)}: {outcome.reason}")
     return 1 if failed else 0
