@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-import pywt
 import safetensors
 import torch
 from pydantic import (
@@ -42,6 +41,10 @@ _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def orthogonal_wavelet(name: str) -> str:
     """The name, if it is one of an orthogonal wavelet of PyWavelets; raises ValueError."""
+    if name == "haar":
+        return name
+    import pywt  # here, as Haar, which nearly all networks have, needs none of it
+
     if name not in pywt.wavelist(kind="discrete") or not pywt.Wavelet(name).orthogonal:
         raise ValueError(f"{name!r} is no orthogonal wavelet of PyWavelets")
     return name

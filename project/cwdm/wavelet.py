@@ -10,16 +10,14 @@ Haar is sums and differences of neighbours and needs no filter bank; every other
 ptwt's boundary-corrected transform, which keeps the halved size and is as invertible.
 """
 
-from functools import lru_cache
+from types import ModuleType
 
-import ptwt
 import torch
 from torch import Tensor
 
 BANDS = ("LLL", "LLH", "LHL", "LHH", "HLL", "HLH", "HHL", "HHH")
 LLL_DIVISOR = 3.0
 _HAAR_GAIN = 8**-0.5  # 1/sqrt(2) an axis
-_PTWT_BANDS = ("aad", "ada", "add", "daa", "dad", "dda", "ddd")
 
 
 def dwt(x: Tensor, wavelet: str = "haar", lll_divisor: float = LLL_DIVISOR) -> Tensor:
@@ -37,7 +35,7 @@ def dwt(x: Tensor, wavelet: str = "haar", lll_divisor: float = LLL_DIVISOR) -> T
         ValueError: a spatial size is odd, or the wavelet is unknown.
     """
     _check_even(x)
-    lll, *high = haar(x) if wavelet == "haar" else _ptwt_bands(x, wavelet)
+    lll, *high = haar(x) if wavelet == "haar" else _others().bands(x, wavelet)
     return torch.stack([lll / lll_divisor, *high], dim=2).flatten(1, 2)
 
 
@@ -54,7 +52,7 @@ def idwt(coefficients: Tensor, wavelet: str = "haar", lll_divisor: float = LLL_D
         raise ValueError(f"expected (B, 8 C, X, Y, Z) coefficients, got {tuple(coefficients.shape)}")
     lll, *high = coefficients.unflatten(1, (-1, 8)).unbind(2)
     bands = [lll * lll_divisor, *high]
-    return inverse_haar(bands) if wavelet == "haar" else _ptwt_inverse(bands, wavelet)
+    return inverse_haar(bands) if wavelet == "haar" else _others().volume(bands, wavelet)
 
 
 def haar(x: Tensor) -> list[Tensor]:
@@ -77,26 +75,13 @@ def inverse_haar(bands: list[Tensor]) -> Tensor:
     return bands[0] * _HAAR_GAIN
 
 
+def _others() -> ModuleType:
+    """The other wavelets; loaded only where one is asked for, as their library takes half a second."""
+    from cwdm import other_wavelets
+
+    return other_wavelets
+
+
 def _check_even(x: Tensor) -> None:
     if x.ndim != 5 or any(size % 2 for size in x.shape[2:]):
         raise ValueError(f"expected (B, C, X, Y, Z) volumes of even size, got {tuple(x.shape)}")
-
-
-@lru_cache(maxsize=8)
-def _ptwt_transforms(
-    wavelet: str, device: torch.device, dtype: torch.dtype
-) -> tuple[ptwt.MatrixWavedec3, ptwt.MatrixWaverec3]:
-    """They keep the matrices of the last shape they saw, whatever the next volume's device and dtype."""
-    return ptwt.MatrixWavedec3(wavelet, level=1), ptwt.MatrixWaverec3(wavelet)
-
-
-def _ptwt_bands(x: Tensor, wavelet: str) -> list[Tensor]:
-    lll, high = _ptwt_transforms(wavelet, x.device, x.dtype)[0](x.flatten(0, 1))
-    return [band.unflatten(0, x.shape[:2]) for band in (lll, *(high[name] for name in _PTWT_BANDS))]
-
-
-def _ptwt_inverse(bands: list[Tensor], wavelet: str) -> Tensor:
-    lll, *high = [band.flatten(0, 1) for band in bands]
-    transform = _ptwt_transforms(wavelet, lll.device, lll.dtype)[1]
-    volume: Tensor = transform((lll, dict(zip(_PTWT_BANDS, high, strict=True))))
-    return volume.unflatten(0, bands[0].shape[:2])

@@ -32,6 +32,7 @@ FLOORS = (
     ),
     ("kernels",),
     (
+        "other_wavelets",
         "wavelet",
         "diffusion",
         "samplers",
