@@ -56,7 +56,7 @@ def put_files(
     """Link to files, or copy them, under the names given; what else is in the folder stays.
 
     Each name changes at once, and only links and copies that were put there before are replaced. Links are absolute
-    and lead to the file itself. Who else may write there at the same time should be kept out: see `files.locked`.
+    and lead to the file itself. Who else may write there at the same time should be kept out: see `folders.locked`.
 
     Args:
         sources: name in the folder -> file.

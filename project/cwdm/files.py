@@ -116,30 +116,6 @@ def write_json(path: Path, content: Any) -> None:
     write_atomically(path, lambda file: file.write(contents))
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """A folder, made if there is none, for whoever reads in it and then writes by what was read: one at a time.
-
-    Others who ask for the same folder wait until the block has ended. The lock (flock) is on the folder itself, so that
-    it leaves nothing there, and goes with the process. Where the file system has no such locks, nobody waits. Whoever
-    is inside a block asks for other folders alone.
-
-    Raises:
-        OutputError: it cannot be made.
-    """
-    with output_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    descriptor = None
-    with suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
-
-
 # Path.exists and the like raise where a folder may not be entered, a name is too long or links lead to such a name;
 # these answer as the shell does.
 

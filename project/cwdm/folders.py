@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all."""
+"""Folders that appear whole or not at all, and folders that one at a time writes in."""
 
 import fcntl
 import os
@@ -9,6 +9,30 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cwdm.files import HIDDEN_NAME, STALE_SECONDS, hidden_path, machine, output_errors
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """A folder, made if there is none, for whoever reads in it and then writes by what was read: one at a time.
+
+    Others who ask for the same folder wait until the block has ended. The lock (flock) is on the folder itself, so that
+    it leaves nothing there, and goes with the process. Where the file system has no such locks, nobody waits. Whoever
+    is inside a block asks for other folders alone.
+
+    Raises:
+        OutputError: it cannot be made.
+    """
+    with output_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    descriptor = None
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 @contextmanager

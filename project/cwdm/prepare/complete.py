@@ -7,7 +7,8 @@ from typing import Any
 from cwdm import __version__
 from cwdm.copies import check_replaceable, put_files
 from cwdm.errors import CaseError, CwdmError
-from cwdm.files import check_apart, check_no_source_in, is_file, locked, output_errors, read_json, sha256, write_json
+from cwdm.files import check_apart, check_no_source_in, is_file, output_errors, read_json, sha256, write_json
+from cwdm.folders import locked
 from cwdm.images import (
     MARK,
     CaseFolder,

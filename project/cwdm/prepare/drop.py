@@ -7,7 +7,8 @@ import numpy as np
 
 from cwdm.copies import check_replaceable, put_files
 from cwdm.errors import CaseError, InputError, SettingsError
-from cwdm.files import check_apart, check_no_source_in, locked
+from cwdm.files import check_apart, check_no_source_in
+from cwdm.folders import locked
 from cwdm.images import CaseFolder, case_files, find_cases
 
 DRAWN_FROM = ("t1c", "t1n", "t2f", "t2w")

@@ -10,7 +10,7 @@ from typing import Any
 from cwdm import checkpoint
 from cwdm.checkpoint import ANY, Checkpoint
 from cwdm.errors import WeightsError
-from cwdm.files import is_file, locked, read_json, write_json
+from cwdm.files import is_file, read_json, write_json
 
 PUBLISHED_FILES = {"t1n": "t1_gen.pt", "t1c": "t1ce_gen.pt", "t2w": "t2_gen.pt", "t2f": "flair_gen.pt"}
 BUNDLED = "bundled"
@@ -160,6 +160,8 @@ def is_recorded(entry: Mapping[str, Any], sha256: str) -> bool:
 
 def record(folder: Path, name: str, entry: dict[str, Any]) -> None:
     """Add one file's entry to the checksums beside the weights."""
+    from cwdm.folders import locked  # here, as whoever reads weights needs none of it
+
     with locked(folder):
         put_entry(folder, name, entry)
 

@@ -9,7 +9,8 @@ from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[
 
 from cwdm import checkpoint
 from cwdm.errors import WeightsError
-from cwdm.files import exists, is_file, locked, output_errors, sha256
+from cwdm.files import exists, is_file, output_errors, sha256
+from cwdm.folders import locked
 from cwdm.weights.folder import PUBLISHED_FILES, is_recorded, modality_of, put_entry, record, recorded
 from cwdm.weights.listing import KNOWN_SHA256
 
