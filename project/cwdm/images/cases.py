@@ -21,7 +21,7 @@ from cwdm.arrays import Affine, Volume
 from cwdm.errors import CaseError, InputError
 from cwdm.files import is_file
 from cwdm.images.grids import check_same_grid, spacing_mm
-from cwdm.images.nifti import FileError, affine_of, by, has_nifti_name, is_oriented, load, shape_of, write
+from cwdm.images.nifti import FileError, affine_of, by, is_oriented, load, shape_of, write
 
 MODALITIES = ("t1n", "t1c", "t2w", "t2f")
 """In the order in which the networks take them."""
@@ -32,7 +32,7 @@ MOST_SIMILAR = {"t1n": "t1c", "t1c": "t1n", "t2w": "t2f", "t2f": "t2w"}
 _ALIASES = {"t1": "t1n", "t1ce": "t1c", "t1gd": "t1c", "t2": "t2w", "flair": "t2f"}
 _ENDINGS = "|".join((*MODALITIES, *_ALIASES))
 _FILE_NAME = re.compile(rf"(?:(.*)[-_.])?({_ENDINGS})\.nii(?:\.gz)?", re.IGNORECASE | re.DOTALL)
-_NAMES = f"{', '.join(MODALITIES)} or the old {', '.join(_ALIASES)}"
+NAMES = f"{', '.join(MODALITIES)} or the old {', '.join(_ALIASES)}"
 
 _SYSTEM_FOLDERS = {"lost+found", "System Volume Information", "$RECYCLE.BIN"}
 """What systems put into disks and shares, and let nobody read."""
@@ -135,7 +135,9 @@ def find_cases(data_path: Path, flat: bool = True) -> list[CaseFolder]:
     if flat and not any(case.files for case in cases):
         cases = _flat_cases(data_path, entries) or cases
     if not cases:
-        raise InputError(_no_case(data_path, entries))
+        from cwdm.images.no_case import no_case_among  # here, as most folders hold cases
+
+        raise InputError(no_case_among(data_path, entries))
     _name_the_others(entries, cases)
     return cases
 
@@ -154,7 +156,7 @@ def case_folder(folder: Path, name: str = "") -> CaseFolder:
     if name and case is not None:
         case = next((one for one in _flat_cases(folder, list_folder(folder, "images")) if one.name == name), case)
     if case is None or not case.files:
-        expected = f"expected a folder with files like <case>-t1n.nii.gz (one of {_NAMES}, .nii or .nii.gz)"
+        expected = f"expected a folder with files like <case>-t1n.nii.gz (one of {NAMES}, .nii or .nii.gz)"
         raise InputError(f"no case found in {folder}; {(case and case.problem) or expected}")
     return case
 
@@ -270,9 +272,11 @@ def _look_into(entry: Path) -> CaseFolder | None:
             return None
         unreadable = f"the folder {entry} cannot be read ({error.strerror}); check its permissions"
         return CaseFolder(entry.name, entry, {}, unreadable)
-    if any(_split(path.name) for path in paths):
+    if any(split_name(path.name) for path in paths):
         return _case(entry.name, entry, paths)
-    problem = _unrecognised(entry, paths)
+    from cwdm.images.no_case import unrecognised  # here, as most folders are cases
+
+    problem = unrecognised(entry, paths)
     return CaseFolder(entry.name, entry, {}, problem) if problem else None
 
 
@@ -284,7 +288,7 @@ def _case(name: str, folder: Path, paths: Iterable[Path]) -> CaseFolder:
         problem = f"its name is too long for files named after it ({LONGEST_NAME} bytes at most); shorten it"
     patients: dict[str, Path] = {}
     for path in paths:
-        if (split := _split(path.name)) is None:
+        if (split := split_name(path.name)) is None:
             continue
         stem, modality = split
         if stem:
@@ -305,35 +309,20 @@ def _flat_cases(folder: Path, paths: Iterable[Path]) -> list[CaseFolder]:
     """The cases whose files lie together in a folder; none if it is the folder of one case."""
     together: dict[str, list[Path]] = {}
     for path in paths:
-        if (split := _split(path.name)) and split[0]:
+        if (split := split_name(path.name)) and split[0]:
             together.setdefault(split[0], []).append(path)
     if len(together) < 2:
         return []
     return [replace(_case(name, folder, files), flat=True) for name, files in sorted(together.items())]
 
 
-def _split(file_name: str) -> tuple[str, str] | None:
+def split_name(file_name: str) -> tuple[str, str] | None:
     """What the name of an image begins with, and its modality; None for other files."""
     match = _FILE_NAME.fullmatch(file_name)
     if match is None or file_name.startswith("."):  # macOS keeps attributes in ._<name>
         return None
     ending = match[2].lower()
     return match[1] or "", _ALIASES.get(ending, ending)
-
-
-def _unrecognised(folder: Path, paths: Iterable[Path]) -> str | None:
-    """Why a folder without a file of any modality seems to be meant as a case all the same."""
-    if found := [path.name for path in paths if has_nifti_name(path.name)]:
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        return (
-            f"expected files like {output_name(folder.name, 't1n')} (one of {_NAMES}, .nii or .nii.gz), "
-            f"found {', '.join(found[:3])}{more}; rename them"
-        )
-    for below, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        if any(map(has_nifti_name, names)):
-            return f"expected its files in {folder} itself, found some in {below}; give each case one folder"
-    return None
 
 
 def _name_the_others(entries: Iterable[Path], cases: Collection[CaseFolder]) -> None:
@@ -343,23 +332,9 @@ def _name_the_others(entries: Iterable[Path], cases: Collection[CaseFolder]) -> 
     if folders := [entry.name for entry in others if not is_file(entry)]:
         _log.warning("passed over, no folders of a case: %s", ", ".join(folders))
     flat = {case.name for case in cases if case.flat}  # whose doubled files are their own fault
-    splits = {entry.name: _split(entry.name) for entry in others if entry.name not in folders}
+    splits = {entry.name: split_name(entry.name) for entry in others if entry.name not in folders}
     if images := [name for name, split in splits.items() if split and split[0] not in flat]:
         _log.warning("passed over, not in the folder of a case: %s", ", ".join(images))
-
-
-def _no_case(data_path: Path, entries: Iterable[Path]) -> str:
-    if any(_split(entry.name) for entry in entries):
-        return (
-            f"{data_path} holds the files of a case itself; give the folder above it "
-            f"({Path(os.path.realpath(data_path)).parent}), where each case has a folder of its own"
-        )
-    there = [entry.name for entry in entries]
-    found = f"; found {', '.join(there[:3])}{' and more' if len(there) > 3 else ''}" if there else ", found nothing"
-    return (
-        f"no case found in {data_path}; expected folders with files like "
-        f"<case>/<case>-t1n.nii.gz (one of {_NAMES}, .nii or .nii.gz){found}"
-    )
 
 
 def _target(folder: CaseFolder) -> str:
