@@ -115,15 +115,9 @@ class Pipeline:
         modality: str | None = None,
         sampler: Sampler | None = None,
     ) -> "Pipeline":
-        """The pipeline of a loaded checkpoint, whose network is moved to the device and given the precision.
-
-        Raises:
-            SettingsError: the settings, or a sampler of one's own, do not go with what the network was trained for.
-        """
+        """The pipeline of a loaded checkpoint, whose network is moved to the device and given the precision."""
         dtype, gpu = choose_dtype(settings.precision, device), device.type == "cuda"
-        if sampler and checkpoint.record.one_pass:
-            raise SettingsError(f"{checkpoint.path} predicts in one pass, so that there is nothing for a sampler to do")
-        made_by, timesteps = _plan(checkpoint, settings)
+        made_by, timesteps = _plan(checkpoint, settings, sampler)
         # On a GPU the layout of cuDNN's fast kernels; the network keeps it from end to end.
         layout = torch.channels_last_3d if gpu else torch.contiguous_format
         checkpoint.model.to(device, dtype, memory_format=layout)  # type: ignore[call-overload]
@@ -131,7 +125,7 @@ class Pipeline:
             checkpoint=checkpoint,
             device=device,
             dtype=dtype,
-            sampler=sampler or made_by,
+            sampler=made_by,
             timesteps=timesteps,
             target=MODALITIES.index(modality) if modality and checkpoint.model.config.targets else 0,
             batch=GPU_BATCH if gpu and sampler in (None, *OF_DIFFUSION.values()) else 1,
@@ -220,15 +214,18 @@ def _load(path: Path, modality: str | None) -> Checkpoint:
     return loaded
 
 
-def _plan(checkpoint: Checkpoint, settings: Settings) -> tuple[Sampler, tuple[int, ...]]:
+def _plan(checkpoint: Checkpoint, settings: Settings, sampler: Sampler | None) -> tuple[Sampler, tuple[int, ...]]:
     """Sampler and timesteps; a network of one pass is evaluated once, whatever the settings say of samplers."""
     record = checkpoint.record
+    if sampler and record.one_pass:
+        raise SettingsError(f"{checkpoint.path} predicts in one pass, so that there is nothing for a sampler to do")
     if record.objective != "diffusion" and settings.samples > 1:
         raise SettingsError(
             f"samples={settings.samples}: {checkpoint.path} was trained by {record.objective}, which gives one image, "
             "so that there is nothing to average; leave samples at 1"
         )
-    return plan_sampling(record, settings.sampler)
+    named, timesteps = plan_sampling(record, settings.sampler)
+    return sampler or named, timesteps
 
 
 def plan_sampling(record: Record, told: SamplerSettings) -> tuple[Sampler, tuple[int, ...]]:
