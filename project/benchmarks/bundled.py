@@ -51,7 +51,7 @@ def compare(
     """A row a modality: most similar modality, linear regression, network."""
     print_hardware()
     folders = find_cases(cases)[:most]
-    synthesizer = Synthesizer(weights, load_settings(None, ["output.intensity=unit", *(settings or ())]), "cpu")
+    synthesizer = Synthesizer(weights, load_settings(None, settings or ()), "cpu")
     training = find_cases(train)
     fits = fit_regressions(training[:: max(1, len(training) // FIT_CASES)])
     scores: dict[tuple[str, str], list[tuple[float, float, float]]] = defaultdict(list)
@@ -68,7 +68,7 @@ def compare(
             predictions = {
                 "nearest": units[MOST_SIMILAR[target]],
                 "regression": np.tensordot(weights, [units[name] for name in others], 1) + constant,
-                "network": result.volume,
+                "network": normalise(result.volume)[0],
             }
             mask = np.any([volumes[name] != 0 for name in others], axis=0)
             truth = units[target]

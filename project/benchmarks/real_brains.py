@@ -5,10 +5,10 @@
 
 A CASE is the folder of a real case with all four modalities, none of whose images the weights were trained on
 (`--weights`; `recipes/bundled.py train --without` leaves a patient out). Metrics are those of `bundled.py compare`:
-inside the brain, on [0, 1] by the true image's own percentiles; PSNR as it comes and after the scale and offset that
-fit it to the truth, SSIM as it comes. "copy" is the best of the given modalities by the number in question, each put on
-[0, 1] by its own percentiles. Of a network that predicts its standard deviation, the rank correlation with the size of
-the error over the brain's voxels, and the share of these whose truth lies within one standard deviation.
+inside the brain, each image on [0, 1] by its own percentiles, as evaluators see it; PSNR as it comes and after the
+scale and offset that fit it to the truth, SSIM as it comes. "copy" is the best of the given modalities by the number in
+question. Of a network that predicts its standard deviation, the rank correlation with the size of the error over the
+brain's voxels, and the share of these whose truth lies within one standard deviation.
 """
 
 from collections import defaultdict
@@ -28,7 +28,6 @@ from cwdm import Synthesizer
 from cwdm.arrays import Affine, Mask, Volume
 from cwdm.images import MODALITIES, case_folder, normalise, read_grid
 from cwdm.metrics import psnr, ssim
-from cwdm.settings import load_settings
 from cwdm.training import distort
 from cwdm.weights import BUNDLED
 
@@ -67,7 +66,7 @@ def given(
 ) -> None:
     """A row a target and number of images that are given, the mean over all patients and sets of these."""
     print_hardware()
-    synthesizer, patients = load(weights), [read(path) for path in cases]
+    synthesizer, patients = Synthesizer(weights, device="cpu"), [read(path) for path in cases]
     scores: dict[tuple[str, int], list[tuple[Score, Score]]] = defaultdict(list)
     jobs = [(p, target, some) for p in patients for target in MODALITIES for some in sets_without(target, least)]
     for patient, target, some in shown(jobs, "images"):
@@ -88,7 +87,7 @@ def given(
 def worse(cases: Cases, weights: str = BUNDLED) -> None:
     """A row a distortion, each of the three given images distorted in turn; means over patients and targets."""
     print_hardware()
-    synthesizer, patients = load(weights), [read(path) for path in cases]
+    synthesizer, patients = Synthesizer(weights, device="cpu"), [read(path) for path in cases]
     table = Table("one input", "PSNR", "fitted", "SSIM", "loss after the fit")
     ways = [*(("moved", mm) for mm in MOVES_MM), *(("slices", mm) for mm in SLICES_MM)]
     first: Score | None = None
@@ -107,10 +106,6 @@ def worse(cases: Cases, weights: str = BUNDLED) -> None:
         table.add_row(label, f"{mean.psnr:.2f}", f"{mean.fitted:.2f}", f"{mean.ssim:.3f}", loss)
     print(f"{', '.join(patient.name for patient in patients)}; weights {weights}")
     Console(width=110).print(table)
-
-
-def load(weights: str) -> Synthesizer:
-    return Synthesizer(weights, load_settings(None, ["output.intensity=unit"]), "cpu")
 
 
 def read(path: Path) -> Patient:
@@ -135,10 +130,11 @@ def synthesised(synthesizer: Synthesizer, patient: Patient, images: dict[str, Vo
     """Of the network's image of the target."""
     made = synthesizer.from_arrays(images, patient.affine, target=target)
     mask, truth = brain(images.values()), patient.units[target]
-    score = scored(made.volume, truth, mask)
+    unit, (low, high) = normalise(made.volume)
+    score = scored(unit, truth, mask)
     if made.std is None:
         return score
-    error, std = np.abs(made.volume - truth)[mask], made.std[mask]
+    error, std = np.abs(unit - truth)[mask], made.std[mask] / (high - low)
     correlation = stats.spearmanr(error[::EVERY], std[::EVERY]).statistic
     return score._replace(correlation=correlation, coverage=float(np.mean(error <= std)))
 
