@@ -41,6 +41,7 @@ def run_each(
     *,
     name: Callable[[T], str],
     is_finished: Callable[[T], bool] = lambda item: False,
+    changes: Callable[[T], tuple[str, ...]] = lambda item: (),
     on_outcome: Callable[[Outcome], None] = lambda outcome: None,
 ) -> list[Outcome]:
     """Do the work of every item that is not finished.
@@ -48,6 +49,7 @@ def run_each(
     Args:
         work: makes an item and leaves it whole or not at all; returns warnings, if there are any.
         is_finished: fails an item, as `work` does, by CaseError or InputError.
+        changes: warnings of an item that is finished, as of what has changed since.
         on_outcome: told about each item as it comes to its end.
 
     Raises:
@@ -55,18 +57,22 @@ def run_each(
     """
     outcomes = []
     for item in items:
-        outcome = _run_one(item, work, name(item), is_finished)
+        outcome = _run_one(item, work, name(item), is_finished, changes)
         outcomes.append(outcome)
         on_outcome(outcome)
     return outcomes
 
 
 def _run_one(
-    item: T, work: Callable[[T], tuple[str, ...] | None], name: str, is_finished: Callable[[T], bool]
+    item: T,
+    work: Callable[[T], tuple[str, ...] | None],
+    name: str,
+    is_finished: Callable[[T], bool],
+    changes: Callable[[T], tuple[str, ...]],
 ) -> Outcome:
     try:
         if is_finished(item):
-            return Outcome(name, "skipped")
+            return Outcome(name, "skipped", warnings=changes(item))
         return Outcome(name, "written", warnings=work(item) or ())
     except CaseError as error:
         return Outcome(name, "failed", error.reason)

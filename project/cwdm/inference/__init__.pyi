@@ -4,6 +4,8 @@ from .cohort import synthesise_cohort as synthesise_cohort
 from .faults import explain as explain
 from .generate import Generator as Generator
 from .generate import write_samples as write_samples
+from .kept import changes as changes
+from .kept import provenance_of as provenance_of
 from .parallel.processes import count_workers as count_workers
 from .parallel.processes import synthesise_on_workers as synthesise_on_workers
 from .parallel.ray_workers import synthesise_on_ray as synthesise_on_ray
@@ -11,7 +13,9 @@ from .parallel.shard import select_shard as select_shard
 from .plan import Task as Task
 from .plan import check_labels as check_labels
 from .plan import plan_tasks as plan_tasks
+from .provenance import Provenance as Provenance
 from .provenance import describe as describe
+from .provenance import read_provenance as read_provenance
 from .quality import CHECKS as CHECKS
 from .quality import assess as assess
 from .record_reader import Records as Records

@@ -256,16 +256,12 @@ class Runner:
 
     def _changes(self, modality: str, image: Path) -> tuple[str, ...]:
         """A warning if a finished image was not made with today's weights and settings."""
-        made = read_provenance(image)
-        if made is None:
-            return ("its header does not say what it was made with; --overwrite makes it again",)
-        try:
-            today = provenance(describe(self.synthesizer.pipeline(modality), self.synthesizer.settings))
-        except Exception as error:
-            return (f"cannot tell whether it was made with these weights: {self._explain(error)}",)
-        if made.weights != today.weights:
-            return (f"made with other weights ({made.weights}…, not {today.weights}…); --overwrite makes it again",)
-        return () if made == today else ("made with other settings; --overwrite makes it again",)
+        from cwdm.inference.kept import changes, provenance_of  # most runs meet no finished image
+
+        one = self.synthesizer
+        return changes(
+            read_provenance(image), lambda: provenance_of(one.pipeline(modality), one.settings), self._explain
+        )
 
     def _run_group(self, tasks: Sequence[Task], pipeline: Pipeline) -> None:
         """Read the next case and write the last one while the network works on this one."""

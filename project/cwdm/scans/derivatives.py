@@ -17,6 +17,7 @@ from cwdm.scans.bids import label_of
 from cwdm.scans.patient import Patient, Scan
 
 BIDS_VERSION = "1.10.1"
+_LONGEST_DESCRIPTION = 79
 
 SUFFIXES = {"t1n": "T1w", "t1c": "T1w", "t2w": "T2w", "t2f": "FLAIR"}
 SPACES = {"t1n": "T1w", "t1c": "T1wGd", "t2w": "T2w", "t2f": "FLAIR"}
@@ -48,7 +49,7 @@ class Provenance:
         inputs: modality -> scan that the network was given.
         verdict: ok, review or reject.
         remarks: what its reader should know.
-        settings: what else decides the voxels: sampler, steps, seed, ...
+        settings: what else decides the voxels: sampler, steps, seed, ...; `made_with` is for headers.
     """
 
     weights: str
@@ -115,8 +116,20 @@ def write_with_sidecar(
     # The sidecar first: no image without the word that it is synthetic.
     write_json(name.with_name(f"{name.name}.json"), _sidecar(patient, modality, like, provenance, std))
     stored = volume.astype(np.float32) if std else as_stored(volume)
-    write_nifti(path, stored, like.affine, f"{MARK} {__version__} ({modality}{', std' * std})")
+    made_with = "" if std else provenance.settings.get("made_with", "")
+    write_nifti(path, stored, like.affine, description_of(f"{modality}{', std' * std}", made_with))
     return path
+
+
+def description_of(what: str, made_with: str = "") -> str:
+    """What the header of a synthesised image says, cut where it has no room.
+
+    Args:
+        what: its modality.
+        made_with: stays whole, for it is compared with.
+    """
+    behind = f", {made_with}" if made_with else ""
+    return f"{MARK} {__version__} ({what})"[: _LONGEST_DESCRIPTION - len(behind)] + behind
 
 
 def write_description(out: Path, source: Path | None) -> None:

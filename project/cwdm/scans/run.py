@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -12,14 +13,15 @@ from cwdm.errors import CaseError, DeviceLostError, NameInUseError, OutputError
 from cwdm.files import check_apart, check_writable, remove_stale
 from cwdm.folders import hidden_folder, put_in_place, remove_stale_folders
 from cwdm.images import MARK
-from cwdm.inference import Synthesizer, device_works, explain
+from cwdm.inference import Provenance, Synthesizer, device_works, explain
 from cwdm.pipeline import Pipeline
 from cwdm.progress import CohortProgress
 from cwdm.runner import Outcome, run_each
 from cwdm.samplers import evaluations
 from cwdm.scans.find import read_patient
+from cwdm.scans.kept import changes_of_case, changes_of_synthetic
 from cwdm.scans.patient import Patient, PatientFolder
-from cwdm.scans.steps import InSpace, Synthetic, bring_into, missing_of, synthesise_missing
+from cwdm.scans.steps import InSpace, Synthetic, bring_into, made_with, missing_of, synthesise_missing
 from cwdm.scans.table import ModalityTable
 from cwdm.scans.written import (
     PREPARED,
@@ -95,7 +97,19 @@ def scan_patients(
 
     _check_writable(output, report)
     write_dataset(output, patients, options.keep_atlas)
-    return _each(_Run(patients, output, MARK, place_of, overwrite, report, progress, synthesizer.device), work)
+    on = synthesizer.device
+
+    @cache  # or patients who lack different modalities would load their weights again and again
+    def today(modality: str) -> Provenance:
+        return made_with(synthesizer.pipeline(modality), synthesizer.settings, options.space, options.grid)
+
+    def told(error: Exception) -> str:
+        return explain(error, lambda: device_works(on), progress.log)
+
+    def changed(found: PatientFolder) -> tuple[str, ...]:
+        return changes_of_synthetic(output / place_of(found), today, told)
+
+    return _each(_Run(patients, output, MARK, place_of, overwrite, report, progress, on), work, changed)
 
 
 def prepare_patients(
@@ -127,7 +141,8 @@ def prepare_patients(
             write_case(root / patient.name, scans, transforms=options.keep_atlas)
 
     _check_writable(output, report)
-    return _each(_Run(patients, output, PREPARED, _named_place, overwrite, report, progress, on), work)
+    run = _Run(patients, output, PREPARED, _named_place, overwrite, report, progress, on)
+    return _each(run, work, lambda found: changes_of_case(output / found.name, options.space))
 
 
 def _named_place(found: PatientFolder) -> Path:
@@ -195,8 +210,16 @@ class _Run:
     device: torch.device
 
 
-def _each(run: _Run, work: Callable[[PatientFolder, Path, _Told], None]) -> list[Outcome]:
-    """Each patient's folder made under a hidden name, recorded, and put in place."""
+def _each(
+    run: _Run,
+    work: Callable[[PatientFolder, Path, _Told], None],
+    changes: Callable[[PatientFolder], tuple[str, ...]],
+) -> list[Outcome]:
+    """Each patient's folder made under a hidden name, recorded, and put in place.
+
+    Args:
+        changes: warnings of a finished patient.
+    """
     ended: list[Outcome] = []
 
     def make(found: PatientFolder) -> tuple[str, ...]:
@@ -217,7 +240,14 @@ def _each(run: _Run, work: Callable[[PatientFolder, Path, _Told], None]) -> list
 
     run.progress.expect(len(run.patients))
     with run.progress:
-        return run_each(run.patients, make, name=lambda found: found.name, is_finished=is_settled, on_outcome=end)
+        return run_each(
+            run.patients,
+            make,
+            name=lambda found: found.name,
+            is_finished=is_settled,
+            changes=changes,
+            on_outcome=end,
+        )
 
 
 def _check_writable(output: Path, report: Path | None) -> None:

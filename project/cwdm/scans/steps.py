@@ -15,7 +15,8 @@ from cwdm.device import choose_device
 from cwdm.errors import CaseError, InputError
 from cwdm.files import is_file
 from cwdm.images import MODALITIES, Image, read_grid
-from cwdm.inference import Synthesis, describe
+from cwdm.inference import Provenance as Digest
+from cwdm.inference import Synthesis, describe, provenance_of
 from cwdm.pipeline import Callback, Pipeline
 from cwdm.scans.align import Aligned, Head, align
 from cwdm.scans.back import bring_back
@@ -149,7 +150,7 @@ def synthesise_missing(
         if not image.volume.any():
             reason = f"the synthesised {modality} does not reach the grid of {like}; choose another --grid"
             raise CaseError(patient.name, reason)
-        provenance = _provenance(scans, synthesis, pipeline, synthesizer.settings)
+        provenance = _provenance(scans, synthesis, pipeline, synthesizer.settings, grid)
         made.append(Synthetic(modality, synthesis, image, std, like, provenance))
     return tuple(made)
 
@@ -177,6 +178,15 @@ def missing_of(patient: Patient, weights: Path) -> tuple[str, ...]:
                 "give the others, or weights that take fewer (--weights)",
             )
     return missing
+
+
+def made_with(pipeline: Pipeline, settings: Settings, space: str, grid: str) -> Digest:
+    """What decides an image beside the scans, for its header.
+
+    Args:
+        grid: as asked for; the empty one is whatever is resolved best.
+    """
+    return provenance_of(pipeline, settings, space=space, grid=grid)
 
 
 def masks_of(patient: Patient, brain_mask: str) -> dict[str, Image]:
@@ -214,12 +224,14 @@ def _told_of(patient: Patient, what: str = "") -> Iterator[None]:
         raise CaseError(patient.name, f"{about}: {error.reason}" if about else error.reason) from error
 
 
-def _provenance(scans: InSpace, synthesis: Synthesis, pipeline: Pipeline, settings: Settings) -> Provenance:
+def _provenance(scans: InSpace, synthesis: Synthesis, pipeline: Pipeline, settings: Settings, grid: str) -> Provenance:
     checkpoint, quality, judgement = pipeline.checkpoint, synthesis.quality, scans.judgement
     verdict = max(judgement.verdict, OF_IMAGES[quality.verdict], key=VERDICTS.index)
     remarks = (*scans.patient.remarks, *judgement.reasons, *quality.reasons, *synthesis.warnings)
     told = describe(pipeline, settings)
     how = {name: told[name] for name in ("sampler", "timesteps", "precision", "settings")}
-    how |= {"space": scans.aligned.space.name, "masks": dict(scans.masked_by), "made_with": synthesis.made_with}
+    space = scans.aligned.space.name
+    made = str(made_with(pipeline, settings, space, grid))
+    how |= {"space": space, "masks": dict(scans.masked_by), "made_with": made}
     weights = f"{checkpoint.path.name} (sha256 {checkpoint.sha256[:12]})"
     return Provenance(weights, scans.patient.scans, verdict, tuple(dict.fromkeys(remarks)), how)

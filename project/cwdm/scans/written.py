@@ -6,9 +6,9 @@ from pathlib import Path
 from cwdm import __version__
 from cwdm.errors import CaseError, InputError
 from cwdm.files import exists, files_below, is_file, output_errors, write_atomically
-from cwdm.images import MARK, output_name, read_description, write_nifti
+from cwdm.images import output_name, read_description, write_nifti
 from cwdm.scans.back import write_transforms
-from cwdm.scans.derivatives import as_stored, write_derivative, write_description, write_with_sidecar
+from cwdm.scans.derivatives import as_stored, description_of, write_derivative, write_description, write_with_sidecar
 from cwdm.scans.derived_series import write_derived_series
 from cwdm.scans.patient import Patient, PatientFolder
 from cwdm.scans.steps import InSpace, Synthetic
@@ -81,7 +81,8 @@ def write_synthetic(root: Path, scans: InSpace, made: Iterable[Synthetic], dicom
         for one in made:
             path = atlas / output_name(patient.name, one.modality)
             stored = as_stored(one.synthesis.volume)
-            write_nifti(path, stored, scans.aligned.space.affine, f"{MARK} {__version__} ({one.modality})")
+            description = description_of(one.modality, one.provenance.settings["made_with"])
+            write_nifti(path, stored, scans.aligned.space.affine, description)
 
 
 def _write_images(root: Path, patient: Patient, one: Synthetic) -> None:

@@ -170,6 +170,26 @@ def test_a_second_run_does_what_is_left(root: Path, done: Result) -> None:
     assert not left.exists()
 
 
+def test_a_finished_patient_says_what_else_it_was_made_with(root: Path, done: Result) -> None:
+    made = image_of(root).read_bytes()
+
+    def again(*more: object) -> str:
+        return command("scan", root / "in" / "B-dicom", "-o", root / "out", *options(root), *more).output
+
+    assert "made with" not in again()
+    for more in (["samples=2"], ["--grid", "t2w"], ["--space", "mni152"]):
+        told = again(*more)
+        assert "B-dicom is there already" in told
+        assert "warning: t1c: made with other settings; --overwrite makes it again" in told
+    (none := root / "none").mkdir()
+    assert "warning: t1c: cannot tell whether it was made with these weights: " in again("--weights", none)
+    assert image_of(root).read_bytes() == made
+
+
+def image_of(root: Path) -> Path:
+    return root / "out" / "B-dicom" / "B-dicom-t1c.nii.gz"
+
+
 def test_other_folders_are_never_replaced(root: Path, tmp_path: Path) -> None:
     (tmp_path / "out" / "A").mkdir(parents=True)
     (tmp_path / "out" / "A" / "notes.txt").write_text("mine")
@@ -221,6 +241,9 @@ def test_prepared_scans_are_case_folders(root: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out" / "A-alone" / "transforms").iterdir())) == 2
     again = command("prepare", "scans", tmp_path / "in", tmp_path / "out", *masks)
     assert "A-alone is there already" in again.output
+    assert "warning" not in again.output
+    other = command("prepare", "scans", tmp_path / "in", tmp_path / "out", "--space", "sri24")
+    assert "warning: prepared in the space native, not sri24; --overwrite makes it again" in other.output
 
 
 def test_a_rejected_registration_goes_on_only_if_a_person_says_so(root: Path, tmp_path: Path) -> None:
