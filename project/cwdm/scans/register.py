@@ -37,6 +37,9 @@ _POWELL_ITERATIONS = 6
 _THREADS = 2
 """Threads, each of which sums a part; the number decides the last digits, from which Powell's method goes on."""
 
+_HALF = 1e-4
+"""By how much a share of a voxel may miss the half and count as one."""
+
 _TURNS_DEG = (-30.0, -15.0, 15.0, 30.0)
 _FEW = 3
 """Starts that are followed, of all that are tried."""
@@ -92,7 +95,7 @@ def prepare(image: Image, mask: Mask, biased: bool = True) -> Brain:
     corner[:3, 3] += corner[:3, :3] @ [side.start for side in box]
     whole = sitk.Cast(to_itk(image.volume[box], corner), sitk.sitkFloat32)
     inside = to_itk(mask[box], corner)
-    factors = [max(1, round(LEVELS_MM[-1] / mm)) for mm in whole.GetSpacing()]
+    factors = _voxels(LEVELS_MM[-1], whole)
     small = sitk.BinShrink(whole, factors)
     brain = sitk.BinShrink(sitk.Cast(inside, sitk.sitkFloat32), factors) >= 0.5
     return Brain(_without_outliers(_without_bias(small, brain) if biased else small, brain), brain)
@@ -102,7 +105,7 @@ def _without_bias(image: sitk.Image, mask: sitk.Image) -> sitk.Image:
     """The image divided by its bias field, which is fitted at `_N4_MM`."""
     lowest = float(sitk.GetArrayViewFromImage(image).min())
     positive = image - min(lowest, 0.0) + 1.0  # N4 takes logarithms
-    factors = [max(1, round(_N4_MM / mm)) for mm in image.GetSpacing()]
+    factors = _voxels(_N4_MM, image)
     filter_ = sitk.N4BiasFieldCorrectionImageFilter()
     filter_.SetMaximumNumberOfIterations([20, 20, 20])
     filter_.SetConvergenceThreshold(1e-3)
@@ -214,7 +217,7 @@ def _method(mask: sitk.Image, share: float = 1.0) -> sitk.ImageRegistrationMetho
 
 
 def _grown(mask: sitk.Image) -> sitk.Image:
-    return sitk.BinaryDilate(mask, [max(1, round(_MARGIN_MM / mm)) for mm in mask.GetSpacing()])
+    return sitk.BinaryDilate(mask, _voxels(_MARGIN_MM, mask))
 
 
 def _inner(mask: sitk.Image) -> sitk.Image:
@@ -223,11 +226,19 @@ def _inner(mask: sitk.Image) -> sitk.Image:
 
 def coarser(brain: Brain, level_mm: float) -> Brain:
     """The same at a coarser resolution, smoothed accordingly."""
-    factors = [max(1, round(level_mm / mm)) for mm in brain.image.GetSpacing()]
+    factors = _voxels(level_mm, brain.image)
     if max(factors) == 1:
         return brain
     mask = sitk.BinShrink(sitk.Cast(brain.mask, sitk.sitkFloat32), factors) >= 0.5
     return Brain(sitk.BinShrink(brain.image, factors), mask)
+
+
+def _voxels(length_mm: float, image: sitk.Image) -> list[int]:
+    """How many voxels come nearest to a length along each axis, at least one; the more, where two are as near.
+
+    Headers hold spacings as float32, so the half is met a little early: voxels of 0.8 and of 0.80000001 mm count alike.
+    """
+    return [max(1, int(length_mm / mm + 0.5 + _HALF)) for mm in image.GetSpacing()]
 
 
 def centre_of(mask: sitk.Image) -> npt.NDArray[np.float64]:

@@ -7,7 +7,7 @@ from scans.conftest import Patient
 
 from cwdm.scans import Aligned
 from cwdm.scans.itk import RAS_LPS, Matrix
-from cwdm.scans.register import prepare, quarter_turns, register
+from cwdm.scans.register import Brain, coarser, prepare, quarter_turns, register
 
 
 def distance_mm(found: Matrix, true: Matrix, patient: Patient) -> float:
@@ -52,3 +52,18 @@ def test_there_are_23_quarter_turns() -> None:
     turns = quarter_turns()
     assert len({turn.tobytes() for turn in turns}) == 23
     assert all(np.linalg.det(turn) == 1 for turn in turns)
+
+
+@pytest.mark.parametrize("off", [-1e-7, 0.0, 1e-7])
+@pytest.mark.parametrize(
+    ("edge_mm", "level_mm", "expected"),
+    [(0.8, 2.0, 3), (4.0, 6.0, 2), (1.6, 4.0, 3), (4 / 3, 6.0, 5), (0.9, 2.0, 2), (4.0, 1.0, 1)],
+)
+def test_a_half_voxel_more_is_a_voxel_whatever_the_header_rounds(
+    edge_mm: float, level_mm: float, expected: int, off: float
+) -> None:
+    image = sitk.Image([30, 24, 18], sitk.sitkFloat32)
+    image.SetSpacing([edge_mm * (1 + off), 50.0, 50.0])
+    shrunk = coarser(Brain(image, image > -1), level_mm)
+    assert shrunk.image.GetSize() == (30 // expected, 24, 18)
+    assert shrunk.image.GetSpacing()[0] == pytest.approx(expected * edge_mm)
