@@ -28,8 +28,8 @@ _log = logging.getLogger(__name__)
 def find_patients(scans: Path) -> list[PatientFolder]:
     """The patients in a folder, by name; no image is read.
 
-    They are the sessions of a BIDS dataset, the folders in it, or, where it holds the images or the DICOM series of
-    one study itself, the folder.
+    They are the sessions of a BIDS dataset, the folders in it, or, where it holds NIfTI files, DICOM files or the DICOM
+    series of one study itself, the folder, with all that lies below it in either format.
 
     Raises:
         InputError: the folder is missing, not readable, or holds no image.
@@ -111,6 +111,7 @@ def _one_each(patient: str, named: list[tuple[FoundImage, Naming]]) -> tuple[dic
     """Modality -> its one image, and the duplicates."""
     chosen: dict[str, FoundImage] = {}
     passed: list[PassedOver] = []
+    _check_one_format(patient, named)
     for modality in MODALITIES:
         group = [(image, naming) for image, naming in named if naming.modality == modality]
         if len(group) > 1:
@@ -121,6 +122,18 @@ def _one_each(patient: str, named: list[tuple[FoundImage, Naming]]) -> tuple[dic
         if group:
             chosen[modality] = group[0][0]
     return chosen, passed
+
+
+def _check_one_format(patient: str, named: list[tuple[FoundImage, Naming]]) -> None:
+    """Refuse modalities that are there as NIfTI and as DICOM, which may be the same and may not; all in one message."""
+    groups = {modality: [image for image, naming in named if naming.modality == modality] for modality in MODALITIES}
+    twice = [modality for modality, group in groups.items() if len({image.series is None for image in group}) > 1]
+    if twice:
+        which = ", ".join(twice)
+        examples = " and ".join(image.source for image in groups[twice[0]])
+        remedy = f"take the NIfTI files or the DICOM series away, or {_TABLE}"
+        are = "is" if len(twice) == 1 else "are"
+        raise CaseError(patient, f"{which} {are} there as NIfTI and as DICOM (such as {examples}); {remedy}")
 
 
 def _without_copies(
@@ -151,8 +164,6 @@ def _remarks(chosen: Mapping[str, FoundImage], named: Iterable[tuple[FoundImage,
 
 def _why_ambiguous(modality: str, group: list[tuple[FoundImage, Naming]]) -> str:
     sources = " and ".join(image.source for image, _ in group)
-    if {image.series is None for image, _ in group} == {True, False}:
-        return f"{modality} is there as NIfTI and as DICOM ({sources}); take one of them away"
     if modality == "t1n" and not all(naming.said for _, naming in group):
         return f"{len(group)} T1 of which none says whether contrast agent was given ({sources}); {_TABLE}"
     return f"{len(group)} images are {modality} ({sources}); take the others away or skip them: {_TABLE}"

@@ -263,9 +263,36 @@ def test_same_voxels_under_names_of_two_modalities(nifti: Path, read: Callable[.
 
 def test_nifti_and_dicom_of_the_same_series(dicom: Path, read: Callable[..., Patient]) -> None:
     write_head(dicom / "t2.nii.gz", "t2w", 2)
-    assert reason_of(read, dicom.parent) == (
-        "t2w is there as NIfTI and as DICOM (t2.nii.gz and series 4 'AX T2 TSE'); take one of them away"
+    assert reason_of(read, dicom.parent).startswith(
+        "t2w is there as NIfTI and as DICOM (such as t2.nii.gz and series 4 'AX T2 TSE'); take the NIfTI files or the "
+        "DICOM series away, or say it in a table"
     )
+    assert read(dicom.parent, "scan,modality\nt2.nii.gz,skip\n").scans["t2w"].series is not None
+
+
+def test_whole_patient_as_nifti_and_as_dicom(nifti: Path, dicom: Path, read: Callable[..., Patient]) -> None:
+    assert reason_of(read, nifti.parent).startswith(
+        "t1n, t1c, t2w, t2f are there as NIfTI and as DICOM (such as t1.nii.gz and series 3 'AX T1 SE'); take the "
+    )
+    (nifti / "converted").mkdir()  # mixed in other folders: below the patient's, all counts
+    for name in SOURCES.values():
+        (nifti / name).rename(nifti / "converted" / name)
+    assert [found.name for found in find_patients(nifti.parent)] == ["A"]
+    assert reason_of(read, nifti.parent).startswith("t1n, t1c, t2w, t2f are there as NIfTI and as DICOM (such as con")
+
+
+def test_modalities_of_one_patient_in_two_formats(nifti: Path, dicom: Path, read: Callable[..., Patient]) -> None:
+    for name in ("t1.nii.gz", "t1_gd.nii"):
+        (nifti / name).unlink()
+    for number in (2, 3):
+        shutil.rmtree(dicom / str(number))
+    for scans in (nifti.parent, nifti):  # the folder of the patient, and the patient's folder
+        patient = read(scans)
+        assert patient.name == "A"
+        assert {modality: scan.series is not None for modality, scan in patient.scans.items()} == {
+            **{"t1n": True, "t1c": True},
+            **{"t2w": False, "t2f": False},
+        }
 
 
 def test_ambiguous_name(nifti: Path, read: Callable[..., Patient]) -> None:
