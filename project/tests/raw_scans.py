@@ -1,5 +1,9 @@
 """Phantoms as a scanner gives them: skull on, tilted, in thick slices, and as DICOM."""
 
+import json
+import shutil
+import subprocess
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -8,6 +12,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import pydicom
+import pytest
 from pydicom.dataset import Dataset, FileDataset, FileMetaDataset
 from pydicom.uid import EnhancedMRImageStorage, ExplicitVRLittleEndian, MRImageStorage, generate_uid
 from scipy import ndimage
@@ -227,3 +232,23 @@ def _dataset(**attributes: Any) -> Dataset:
     for name, value in attributes.items():
         setattr(dataset, name, value)
     return dataset
+
+
+# Validators of others
+
+
+def program(name: str, comes_with: str) -> str:
+    """A program on the path; without it the test is skipped."""
+    if (path := shutil.which(name)) is None:
+        pytest.skip(f"{name} is not installed ({comes_with})")
+    return path
+
+
+def told_by_validator(dataset: Path) -> dict[str, set[str]]:
+    """Severity -> codes of what the official validator of BIDS says of a dataset."""
+    checker = program("bids-validator-deno", "pip install bids-validator-deno")
+    done = subprocess.run([checker, "--json", dataset], capture_output=True, text=True, check=False, timeout=300)
+    told = defaultdict(set)
+    for issue in json.loads(done.stdout)["issues"]["issues"]:
+        told[issue["severity"]].add(issue["code"])
+    return told

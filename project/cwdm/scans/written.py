@@ -52,7 +52,8 @@ def write_dataset(out: Path, patients: Iterable[PatientFolder], with_atlas: bool
     write_description(out, datasets.pop())
     ignored = out / ".bidsignore"
     if with_atlas and not is_file(ignored):
-        write_atomically(ignored, lambda file: file.write(f"**/{ATLAS}/\n".encode()))
+        # No slash behind the name: the validator asks for the folder without one.
+        write_atomically(ignored, lambda file: file.write(f"**/{ATLAS}\n".encode()))
 
 
 def write_synthetic(root: Path, scans: InSpace, made: Iterable[Synthetic], dicom: bool, with_atlas: bool) -> None:

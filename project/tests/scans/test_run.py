@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pydicom
 import pytest
-from raw_scans import head, scanned, small, tilt, write_dicom, write_head, write_study
+from raw_scans import head, scanned, small, tilt, told_by_validator, write_dicom, write_head, write_study
 from scipy import ndimage
 from typer.testing import CliRunner, Result
 
@@ -202,19 +202,31 @@ def test_other_folders_are_never_replaced(root: Path, tmp_path: Path) -> None:
     assert "where nothing else may be written" in str(inside.exception)
 
 
-def test_bids_gives_derivatives_with_std_on_the_grid_that_is_asked_for(root: Path, tmp_path: Path) -> None:
-    out, synthesizer = root / "bids" / "derivatives" / "cwdm", Synthesizer("bundled", Settings(), "cpu")
+def derive(root: Path, work: Path, out: Path, with_atlas: bool) -> None:
+    """Derivatives of the BIDS dataset, with scans that lie where their headers say."""
+    synthesizer = Synthesizer("bundled", Settings(), "cpu")
     (found,) = find_patients(root / "bids")
     check_places(root / "bids", [found], out, None)
-    patient = read_patient(found, tmp_path)
+    patient = read_patient(found, work)
     heads = {name: Head(read_grid(scan.path), brain(GIVEN.index(name))[0]) for name, scan in patient.scans.items()}
     space = find_space("native", heads["t1n"].image)
-    still = compose(space, "t1n", heads, dict.fromkeys(heads, np.eye(4)), {}, {})  # they lie where their headers say
+    still = compose(space, "t1n", heads, dict.fromkeys(heads, np.eye(4)), {}, {})
     scans = InSpace(patient, still, dict.fromkeys(heads, "given"), Judgement("review", ("thick slices",), {}))
     made = synthesise_missing(scans, synthesizer, "t2w")
     assert [one.provenance.verdict for one in made] == ["review"]
-    write_dataset(out, [found], with_atlas=False)
-    write_synthetic(out, scans, made, dicom=False, with_atlas=False)
+    write_dataset(out, [found], with_atlas)
+    write_synthetic(out, scans, made, dicom=False, with_atlas=with_atlas)
+
+
+def test_validator_of_bids_finds_no_error_in_all_that_a_run_leaves(root: Path, tmp_path: Path) -> None:
+    derive(root, tmp_path, tmp_path / "out", with_atlas=True)
+    assert (tmp_path / "out" / "sub-07" / "ses-2" / "atlas" / "transforms").is_dir()
+    assert told_by_validator(tmp_path / "out") == {"warning": {"TOO_FEW_AUTHORS"}}
+
+
+def test_bids_gives_derivatives_with_std_on_the_grid_that_is_asked_for(root: Path, tmp_path: Path) -> None:
+    out = root / "bids" / "derivatives" / "cwdm"
+    derive(root, tmp_path, out, with_atlas=False)
     anat = out / "sub-07" / "ses-2" / "anat"
     names = [f"sub-07_ses-2_ce-gadolinium_space-T2w_desc-{what}_T1w" for what in ("std", "synthetic")]
     assert sorted(path.name for path in anat.iterdir()) == [
