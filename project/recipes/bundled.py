@@ -4,6 +4,7 @@
     python bundled.py train WORK SHARED --without MS-07   # without a real patient, who can then be made a test of
     python bundled.py data WORK SHARED                    # what is trained on, alone: 2 GB in a quarter of an hour
     python bundled.py pack RUN                            # the run's weights -> cwdm/weights/bundled/any.safetensors
+    python bundled.py calibrate WORK                      # these, by the runs that left a patient out, each on that one
 
 WORK is a folder for all of it and SHARED that of the real data, see `real_data.py`; RUN is WORK/run. Trained is on
 phantoms, on the real patients that may be trained on, and on these imaged anew by other scanners; on a real patient
@@ -15,12 +16,15 @@ import os
 from pathlib import Path
 from typing import Annotated
 
+import calibrate as calibration
 import real_data
 import torch
 import typer
+from rich.console import Console
 
 from cwdm import checkpoint
 from cwdm.checkpoint import ANY
+from cwdm.images import MODALITIES, find_cases
 from cwdm.phantoms import WIDE, reimage_cases, write_phantoms
 from cwdm.training import load_training_settings
 from cwdm.training import train as run_training
@@ -76,6 +80,20 @@ def pack(run: Path) -> None:
     checkpoint.save(target, loaded.model, loaded.record, torch.float16)
     record(target.parent, target.name, {"sha256": checkpoint.sha256(target), "recipe": "recipes/bundled.py"})
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
+
+
+@app.command()
+def calibrate(work: Work) -> None:
+    """Write into the packed weights by what their standard deviations are multiplied."""
+    measured = []
+    for run in sorted(work.glob("run-*")):
+        loaded = checkpoint.load(run / "newest" / f"{ANY}.safetensors")
+        left_out = [case for case in find_cases(work / "real") if case.name.startswith(run.name.removeprefix("run-"))]
+        todo = [(case, modality) for case in left_out for modality in MODALITIES if modality in case.files]
+        measured += [calibration.measure(loaded, *one) for one in todo]
+    factors = calibration.factors_of(measured)
+    Console().print(calibration.table(measured, factors))
+    calibration.write(folder_of(BUNDLED) / f"{ANY}.safetensors", factors)
 
 
 def link(case: Path, folder: Path) -> None:
