@@ -2,6 +2,7 @@
 
     python real_brains.py given CASE [CASE ...]    # every target from one, two and three of the others
     python real_brains.py worse CASE [CASE ...]    # one of three inputs moved by 1, 2, 4 mm, or in slices of 3, 5 mm
+    python real_brains.py own CASE [CASE ...]      # what a regression that was fitted to the truth itself reaches
 
 A CASE is the folder of a real case with all four modalities, none of whose images the weights were trained on
 (`--weights`; `recipes/bundled.py train --without` leaves a patient out). Metrics are those of `bundled.py compare`:
@@ -13,7 +14,7 @@ brain's voxels, and the share of these whose truth lies within one standard devi
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from itertools import combinations
+from itertools import combinations, combinations_with_replacement
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -115,6 +116,34 @@ def read(path: Path) -> Patient:
     return Patient(
         path.name, grids["t1n"].affine, volumes, {name: normalise(volume)[0] for name, volume in volumes.items()}
     )
+
+
+@app.command()
+def own(cases: Cases) -> None:
+    """A row a patient and target: polynomials of the three others in the same voxel, fitted to the truth itself."""
+    degrees = {"linear": 1, "quadratic": 2, "cubic": 3}
+    table = Table("patient", "target", *degrees)
+    for patient in shown([read(path) for path in cases], "patients"):
+        rows = []
+        for target in MODALITIES:
+            others = [patient.units[name] for name in MODALITIES if name != target]
+            mask, truth = brain(others), patient.units[target]
+            scores = [scored(polynomial(others, truth, mask, degree), truth, mask) for degree in degrees.values()]
+            rows.append([(score.psnr, score.ssim) for score in scores])
+            table.add_row(patient.name, target, *(f"{a:.2f} dB, {b:.3f}" for a, b in rows[-1]))
+        table.add_row("", "all", *(f"{a:.2f} dB, {b:.3f}" for a, b in np.mean(rows, axis=0)), end_section=True)
+    Console(width=110).print(table)
+
+
+def polynomial(images: Sequence[Volume], truth: Volume, mask: Mask, degree: int) -> Volume:
+    """The least-squares polynomial of the images' intensities in a voxel."""
+    values = np.stack([image[mask] for image in images]).astype(np.float64)
+    terms = [some for n in range(1, degree + 1) for some in combinations_with_replacement(range(len(images)), n)]
+    features = np.stack([np.ones(values.shape[1]), *(values[list(some)].prod(0) for some in terms)], axis=1)
+    weights = np.linalg.lstsq(features[::EVERY], truth[mask][::EVERY], rcond=None)[0]
+    volume = np.zeros_like(truth)
+    volume[mask] = features @ weights
+    return volume
 
 
 def sets_without(target: str, least: int) -> Iterable[tuple[str, ...]]:
