@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from cwdm.cli import app as module
 from cwdm.cli.app import PANELS, app, said
 
-MOST_LINES_OF_THE_COMMAND_LINE_FOR_INFER = 360
+MOST_LINES_OF_THE_COMMAND_LINE_FOR_INFER = 370
 
 
 def commands() -> dict[str, Any]:
