@@ -118,7 +118,7 @@ def test_result_is_like_the_truth_in_native_space(root: Path, done: Result) -> N
     assert 2 * ((inside > 0) & (made > 0)).sum() / ((inside > 0).sum() + (made > 0).sum()) > 0.97
     deep = ndimage.binary_erosion(inside > 0, iterations=2)
     likeness, of_a_copy = (np.corrcoef(volume[deep], true[deep])[0, 1] for volume in (made, copied))
-    assert likeness > 0.4 > of_a_copy + 0.2
+    assert likeness > 0.25 > of_a_copy + 0.1
     assert made[deep].mean() == pytest.approx(true[deep].mean(), rel=0.15)
 
 
@@ -177,7 +177,7 @@ def test_a_finished_patient_says_what_else_it_was_made_with(root: Path, done: Re
         return command("scan", root / "in" / "B-dicom", "-o", root / "out", *options(root), *more).output
 
     assert "made with" not in again()
-    for more in (["samples=2"], ["--grid", "t2w"], ["--space", "mni152"]):
+    for more in (["seed=2"], ["--grid", "t2w"], ["--space", "mni152"]):
         told = again(*more)
         assert "B-dicom is there already" in told
         assert "warning: t1c: made with other settings; --overwrite makes it again" in told
