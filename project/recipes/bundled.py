@@ -4,7 +4,7 @@
     python bundled.py train WORK SHARED --without MS-07   # without a real patient, who can then be made a test of
     python bundled.py data WORK SHARED                    # what is trained on, alone: 2 GB in a quarter of an hour
     python bundled.py pack RUN                            # the run's weights -> cwdm/weights/bundled/any.safetensors
-    python bundled.py calibrate WORK                      # these, by the runs that left a patient out, each on that one
+    python bundled.py calibrate WORK                      # these, by the validation case and runs that left one out
 
 WORK is a folder for all of it and SHARED that of the real data, see `real_data.py`; RUN is WORK/run. Trained is on
 phantoms, on the real patients that may be trained on, and on these imaged anew by other scanners; on a real patient
@@ -86,10 +86,12 @@ def pack(run: Path) -> None:
 def calibrate(work: Work) -> None:
     """Write into the packed weights by what their standard deviations are multiplied."""
     measured = []
-    for run in sorted(work.glob("run-*")):
+    for run in sorted(work.glob("run*")):
         loaded = checkpoint.load(run / "newest" / f"{ANY}.safetensors")
-        left_out = [case for case in find_cases(work / "real") if case.name.startswith(run.name.removeprefix("run-"))]
-        todo = [(case, modality) for case in left_out for modality in MODALITIES if modality in case.files]
+        _, _, name = run.name.partition("-")
+        cases = find_cases(work / ("real" if name else "validation"))
+        unseen = [case for case in cases if case.name.startswith(name)]
+        todo = [(case, modality) for case in unseen for modality in MODALITIES if modality in case.files]
         measured += [calibration.measure(loaded, *one) for one in todo]
     factors = calibration.factors_of(measured)
     Console().print(calibration.table(measured, factors))
