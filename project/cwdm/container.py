@@ -27,7 +27,7 @@ SUFFIXES = (".safetensors", ".pt")
 
 NO_WEIGHTS = """\
 no weights are built into this image or mounted at /weights, so it takes the small ones that come with cwdm:
-they were trained on synthetic brains and are not for clinical use"""
+they were trained on synthetic brains and a few real ones and are not for clinical use"""
 
 HELP = """\
 Give no arguments, with the cases mounted at /input and a writable folder at /output:
