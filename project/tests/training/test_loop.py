@@ -357,7 +357,13 @@ def test_slurms_warning_and_a_closed_terminal_save_and_leave(
 ) -> None:
     out = tmp_path / "run"
     command = [*COMMAND, str(small), f"out={out}", "steps=100000", "save_every=100000", "data.workers=1", "log_every=1"]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),  # ignored under nohup
+    )
     for line in process.stderr or ():
         if "step 3:" in line:
             break
