@@ -377,7 +377,7 @@ def test_no_input_mounted(engine: Engine, image: str, output: Path):
 
 
 def test_killed_half_way_and_started_again(engine: Engine, image: str, cases: Path, tiny_weights: Path, output: Path):
-    slow = ("infer", "sampler.name=ddpm", "sampler.steps=60")
+    slow = ("infer", "sampler.name=ddpm", "sampler.steps=30")
     volumes = (f"--volume={cases}:/input:ro", f"--volume={output}:/output", f"--volume={tiny_weights}:/weights:ro")
     started = engine.docker("run", "--detach", "--network=none", *volumes, image, *slow)
     assert started.returncode == 0, started.stderr
