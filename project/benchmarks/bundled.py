@@ -73,20 +73,24 @@ def compare(
             mask = np.any([volumes[name] != 0 for name in others], axis=0)
             truth = units[target]
             for name, prediction in predictions.items():
-                inside = np.where(mask, np.clip(prediction, 0, 1), 0).astype(np.float32)
-                fitted = psnr(fit_to(inside, truth, mask), truth, mask)
-                scores[target, name].append((psnr(inside, truth, mask), ssim(inside, truth, mask), fitted))
+                scores[target, name].append(scored(prediction, truth, mask))
     columns = ("modality", "nearest, rescaled", "linear regression", "network")
     table, fitted_table = Table(*columns, "seconds a case"), Table(*columns, title="each fitted to the truth first")
     for target in MODALITIES:
         means = [np.mean(scores[target, name], axis=0) for name in ("nearest", "regression", "network")]
-        cells = (f"{a:.2f} dB  {b:.3f}" for a, b, _ in means)
+        cells = (f"{a:.2f} dB  {b:.3f}" for a, _, b in means)
         table.add_row(target, *cells, f"{mean(seconds[target]):.1f}")
-        fitted_table.add_row(target, *(f"{c:.2f} dB" for _, _, c in means))
+        fitted_table.add_row(target, *(f"{c:.2f} dB" for _, c, _ in means))
     pipeline = synthesizer.pipeline("t1n")
     print(f"{len(folders)} cases of {cases}, {pipeline.sampler_name}, {len(pipeline.timesteps)} steps")
     Console(width=110).print(table)
     Console(width=110).print(fitted_table)
+
+
+def scored(prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> tuple[float, float, float]:
+    """PSNR as it comes and after the scale and offset that fit it to the truth, and SSIM, inside the mask."""
+    inside = np.where(mask, np.clip(prediction, 0, 1), 0).astype(np.float32)
+    return psnr(inside, truth, mask), psnr(fit_to(inside, truth, mask), truth, mask), ssim(inside, truth, mask)
 
 
 def fit_to(prediction: np.ndarray, truth: np.ndarray, mask: np.ndarray) -> np.ndarray:

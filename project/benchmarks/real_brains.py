@@ -20,15 +20,14 @@ from typing import Annotated, NamedTuple
 
 import numpy as np
 import typer
-from bundled import fit_to, print_hardware, shown
+from bundled import print_hardware, scored, shown
 from rich.console import Console
 from rich.table import Table
-from scipy import stats
 
 from cwdm import Synthesizer
 from cwdm.arrays import Affine, Mask, Volume
+from cwdm.calibration import coverage, rank_correlation
 from cwdm.images import MODALITIES, case_folder, normalise, read_grid
-from cwdm.metrics import psnr, ssim
 from cwdm.training import distort
 from cwdm.weights import BUNDLED
 
@@ -129,7 +128,7 @@ def own(cases: Cases) -> None:
             others = [patient.units[name] for name in MODALITIES if name != target]
             mask, truth = brain(others), patient.units[target]
             scores = [scored(polynomial(others, truth, mask, degree), truth, mask) for degree in degrees.values()]
-            rows.append([(score.psnr, score.ssim) for score in scores])
+            rows.append([(score, likeness) for score, _, likeness in scores])
             table.add_row(patient.name, target, *(f"{a:.2f} dB, {b:.3f}" for a, b in rows[-1]))
         table.add_row("", "all", *(f"{a:.2f} dB, {b:.3f}" for a, b in np.mean(rows, axis=0)), end_section=True)
     Console(width=110).print(table)
@@ -160,23 +159,17 @@ def synthesised(synthesizer: Synthesizer, patient: Patient, images: dict[str, Vo
     made = synthesizer.from_arrays(images, patient.affine, target=target)
     mask, truth = brain(images.values()), patient.units[target]
     unit, (low, high) = normalise(made.volume)
-    score = scored(unit, truth, mask)
+    score = Score(*scored(unit, truth, mask))
     if made.std is None:
         return score
-    error, std = np.abs(unit - truth)[mask], made.std[mask] / (high - low)
-    correlation = stats.spearmanr(error[::EVERY], std[::EVERY]).statistic
-    return score._replace(correlation=correlation, coverage=float(np.mean(error <= std)))
+    error, std = (unit - truth)[mask], made.std[mask] / (high - low)
+    return score._replace(correlation=rank_correlation(error[::EVERY], std[::EVERY]), coverage=coverage(error, std))
 
 
 def copied(patient: Patient, some: Sequence[str], target: str) -> Score:
     """The best of each number that copying one of the given images reaches."""
     mask, truth = brain(patient.volumes[name] for name in some), patient.units[target]
     return Score(*np.max([scored(patient.units[name], truth, mask) for name in some], axis=0))
-
-
-def scored(volume: Volume, truth: Volume, mask: Mask) -> Score:
-    inside = np.where(mask, volume.clip(0, 1), 0).astype(np.float32)
-    return Score(psnr(inside, truth, mask), psnr(fit_to(inside, truth, mask), truth, mask), ssim(inside, truth, mask))
 
 
 def brain(volumes: Iterable[Volume]) -> Mask:
