@@ -5,7 +5,8 @@ The blocks of a page run from top to bottom in one folder of its own, which hold
 a patient's raw scans (`scans`), pairs of images (`pairs`, `new_pairs`), a segmenter (`segment.py`) and the repository's
 `project` and `workspace`.
 
-- `sh`: a line a command; `cwdm` runs in this process, and `cwdm train` gets settings of a small run behind its own.
+- `sh`: a line a command; `cwdm` and scripts of Python run in this process, which has imported PyTorch already, and
+  `cwdm train` gets settings of a small run behind its own.
 - `python`: runs; later blocks see the names of earlier ones.
 - A block with a title, such as ```` ```yaml title="ct.yaml" ````, is written to a file of that name instead.
 - `text`: neither.
@@ -14,11 +15,12 @@ a patient's raw scans (`scans`), pairs of images (`pairs`, `new_pairs`), a segme
 """
 
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -55,8 +57,9 @@ DROPS_T2F_FIRST = 6
 
 SMALL_RUN = (
     "data.workers=0",
-    "network.model_channels=32",
-    "network.channel_mult=[1,2]",
+    "network.model_channels=16",
+    "network.channel_mult=[1,1]",
+    "network.groups=8",
     "network.num_res_blocks=1",
     "data.window=[32,32,24]",
     "data.crop=null",
@@ -162,6 +165,9 @@ def commands(code: str) -> Iterator[str]:
 
 def run(command: str, where: str, folder: Path) -> None:
     words = shlex.split(command)
+    if words[0] == "python":
+        run_here(lambda: run_script(folder / words[1]), words[1:], where)
+        return
     if words[0] != "cwdm":
         done = subprocess.run(command, shell=True, cwd=folder, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{where}\n{done.stdout}{done.stderr}"
@@ -170,15 +176,33 @@ def run(command: str, where: str, folder: Path) -> None:
         options = [word for word in words if word.startswith("-")]
         words = [word for word in words if word not in options] + [*SMALL_RUN, *options]
     (main,) = entry_points(group="console_scripts", name="cwdm")
+    run_here(main.load(), words, where)
+
+
+def run_here(program: Callable[[], object], words: list[str], where: str) -> None:
+    """A program with these arguments, in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", words)
         try:
-            main.load()()
+            program()
         except SystemExit as stop:
             code = stop.code
         else:
             code = 0
     assert not code, f"{where}\nended with {code}"
+
+
+def run_script(path: Path) -> None:
+    """A script, which finds the modules beside it and leaves none of them behind."""
+    before, folder = set(sys.modules), path.resolve().parent
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        finally:
+            for name in set(sys.modules) - before:
+                if Path(getattr(sys.modules[name], "__file__", None) or ".").parent == folder:
+                    del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
