@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.ready
+# Python compiles what is imported; pip would compile everything, which takes longer than all else that it does.
+INSTALL := $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: setup demo test test-full container-test lint bench docs clean
 
@@ -10,8 +12,8 @@ setup: $(STAMP)
 $(STAMP): requirements.txt requirements-scans.txt project/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with: make setup PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) -m venv $(VENV) || { echo "the venv module is needed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-scans.txt
-	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -e 'project[test]'
+	$(INSTALL) -r requirements.txt -r requirements-scans.txt
+	$(INSTALL) -e 'project[test]'
 	@touch $@
 
 demo: $(STAMP)
