@@ -14,7 +14,7 @@ from engine import ROOT, Engine
 
 from cwdm.unet import UNetConfig
 
-TINY = UNetConfig(in_channels=32, model_channels=32, channel_mult=(1, 2))
+TINY = UNetConfig(in_channels=32, model_channels=32, channel_mult=(1, 1), num_res_blocks=1)
 REAL = ROOT.parent / "shared/cases"
 CWDM = Path(sys.executable).with_name("cwdm")
 
@@ -22,7 +22,7 @@ CWDM = Path(sys.executable).with_name("cwdm")
 def infer_bare(cases: Path, out: Path, *options: str) -> Path:
     """Run the command line of this checkout with the bundled weights."""
     command = [CWDM, "infer", f"--data_path={cases}", f"--output_path={out}", *(options or ["--weights=bundled"])]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     return out
 
@@ -31,7 +31,8 @@ def _environment(folder: Path, *packages: list[str]) -> Path:
     if not (folder / "ready").exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
         for wanted in packages:
-            subprocess.run([folder / "bin/pip", "install", "--quiet", *wanted], check=True, stderr=subprocess.DEVNULL)
+            command = [folder / "bin/pip", "install", "--quiet", "--no-compile", *wanted]
+            subprocess.run(command, check=True, stderr=subprocess.DEVNULL)
         (folder / "ready").touch()
     return folder / "bin"
 

@@ -32,7 +32,7 @@ def context(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def image(engine: Engine, context: Path) -> str:
+def shipped(engine: Engine, context: Path) -> str:
     """The project's own image, built with the weights that come with it."""
     built = build_image(engine, context, IMAGE)
     assert built.returncode == 0, built.stderr[-5000:]
@@ -40,10 +40,20 @@ def image(engine: Engine, context: Path) -> str:
 
 
 @pytest.fixture(scope="session")
+def image(engine: Engine, shipped: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same with one thread: two that wait for each other beside other tests take three times as long as one."""
+    folder = tmp_path_factory.mktemp("one-thread")
+    (folder / "Dockerfile").write_text(f"FROM {shipped}\nENV OMP_NUM_THREADS=1\n")
+    built = engine.docker("build", f"--tag={shipped}-one-thread", folder)
+    assert built.returncode == 0, built.stderr[-5000:]
+    return f"{shipped}-one-thread"
+
+
+@pytest.fixture(scope="session")
 def cases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three phantoms, each without another contrast, and where they are at hand the real cases; only read."""
     complete, folder = tmp_path_factory.mktemp("complete"), tmp_path_factory.mktemp("cases")
-    write_phantoms(complete, 3, seed=4, shape=(44, 52, 40), spacing_mm=4.5)
+    write_phantoms(complete, 3, seed=4, shape=(31, 32, 25), spacing_mm=6.5)
     drop_modalities(complete, folder, seed=1, copy=True)
     assert len({case.missing for case in find_cases(folder)}) > 1
     return readable(folder)

@@ -42,10 +42,10 @@ def attempt(
 # ---------------------------------------------------------------------------------------------------------- Docker
 
 
-def test_plain_docker_as_organisers_run_it(engine: Engine, image: str, cases: Path, expected: Path, output: Path):
+def test_plain_docker_as_organisers_run_it(engine: Engine, shipped: str, cases: Path, expected: Path, output: Path):
     before = fingerprint(cases)
     options = ("--read-only", "--user=12345:12345", "--tmpfs=/tmp")
-    said = run(engine, image, options=options, input=cases, output=output)
+    said = run(engine, shipped, options=options, input=cases, output=output)
     assert_same_images(output, expected)
     assert fingerprint(cases) == before
     assert "synthetic brains" in said
@@ -61,8 +61,11 @@ def test_without_writable_tmp_and_as_the_images_own_user(
 
 @pytest.mark.skipif(not REAL.is_dir(), reason="real cases stand beside the repository in development and CI only")
 def test_real_cases(engine: Engine, image: str, output: Path, tmp_path: Path):
-    cases = tmp_path / "real"
-    drop_modalities(REAL, cases, seed=3, copy=True)
+    cases, complete = tmp_path / "real", tmp_path / "complete"
+    complete.mkdir()
+    for name in ("BraTS-GLI-00001-000", "MS-07"):  # one of each grid, orientation and type
+        (complete / name).symlink_to(REAL / name)
+    drop_modalities(complete, cases, seed=3, copy=True)
     readable(cases)
     run(engine, image, options=("--user=12345:12345",), input=cases, output=output)
     assert_same_images(output, infer_bare(cases, tmp_path / "expected"))
@@ -410,38 +413,38 @@ def test_stopped_politely(engine: Engine, image: str, cases: Path, tiny_weights:
 # --------------------------------------------------------------------------------------------------------- building
 
 
-def test_image_says_what_it_is(engine: Engine, image: str):
-    config = json.loads(engine.docker("image", "inspect", image).stdout)[0]
+def test_image_says_what_it_is(engine: Engine, shipped: str):
+    config = json.loads(engine.docker("image", "inspect", shipped).stdout)[0]
     labels = config["Config"]["Labels"]
     assert labels["org.opencontainers.image.licenses"] == "MIT"
     assert config["Config"]["User"] == "10001:10001"
-    licence = engine.docker("run", "--rm", "--entrypoint=cat", image, "/licenses/cwdm/LICENSE")
+    licence = engine.docker("run", "--rm", "--entrypoint=cat", shipped, "/licenses/cwdm/LICENSE")
     assert licence.stdout == (ROOT / "LICENSE").read_text()
-    assert "mlcube" not in engine.docker("run", "--rm", "--entrypoint=ls", image, "/opt/cwdm/bin").stdout
+    assert "mlcube" not in engine.docker("run", "--rm", "--entrypoint=ls", shipped, "/opt/cwdm/bin").stdout
     # What Triton needs on a GPU.
     headers = "python3 -c 'import sysconfig; print(sysconfig.get_path(\"include\"))'"
     compiler = f"echo '#include <Python.h>' | cc -fsyntax-only -x c -I$({headers}) -"
-    compiled = engine.docker("run", "--rm", "--entrypoint=sh", image, "-c", compiler)
+    compiled = engine.docker("run", "--rm", "--entrypoint=sh", shipped, "-c", compiler)
     assert compiled.returncode == 0, compiled.stderr
 
 
 def test_own_weights_are_built_in(
-    engine: Engine, image: str, context: Path, cases: Path, expected_tiny: Path, tiny_weights: Path, output: Path
+    engine: Engine, shipped: str, context: Path, cases: Path, expected_tiny: Path, tiny_weights: Path, output: Path
 ):
     with_weights(context, tiny_weights)
     try:
-        built = build_image(engine, context, f"{image}-own", WEIGHTS="own")
+        built = build_image(engine, context, f"{shipped}-own", WEIGHTS="own")
     finally:
         with_weights(context, None)
     assert built.returncode == 0, built.stderr
-    said = run(engine, f"{image}-own", input=cases, output=output)
+    said = run(engine, f"{shipped}-own", input=cases, output=output)
     assert_same_images(output, expected_tiny)
     assert "synthetic brains" not in said
 
 
 @pytest.mark.parametrize("fault", ["none there", "damaged", "a contrast short", "no such choice"])
 def test_no_image_without_usable_weights(
-    engine: Engine, image: str, context: Path, tiny_weights: Path, tmp_path: Path, fault: str
+    engine: Engine, shipped: str, context: Path, tiny_weights: Path, tmp_path: Path, fault: str
 ):
     weights = tmp_path / "weights"
     shutil.copytree(tiny_weights, weights)
@@ -452,7 +455,7 @@ def test_no_image_without_usable_weights(
         (weights / "t2f.safetensors").unlink()
     with_weights(context, None if fault == "none there" else weights)
     try:
-        built = build_image(engine, context, f"{image}-bad", WEIGHTS="my" if fault == "no such choice" else "own")
+        built = build_image(engine, context, f"{shipped}-bad", WEIGHTS="my" if fault == "no such choice" else "own")
     finally:
         with_weights(context, None)
     assert built.returncode != 0
