@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import psutil
 import pytest
 from support import TINY
@@ -33,9 +34,22 @@ def command(cohort: tuple[Path, Path], output: Path, *options: str) -> list[str]
     return [sys.executable, "-m", "cwdm", "infer", "--device=cpu", *paths, *options]
 
 
+def words(cohort: tuple[Path, Path], output: Path, *options: str) -> list[str]:
+    """The same for `forked.start`."""
+    return command(cohort, output, *options)[3:]
+
+
+def infer(cohort: tuple[Path, Path], output: Path, *options: str, code: int = 0) -> str:
+    """What a run that ends with this code says."""
+    process = forked.start(*words(cohort, output, *options))
+    said = process.communicate(timeout=300)
+    assert process.returncode == code, said
+    return said
+
+
 def test_a_run_in_one_process_loads_nothing_of_workers(cohort: tuple[Path, Path], tmp_path: Path) -> None:
     code = "import sys\nfrom cwdm.cli.app import app\ntry:\n    app()\nfinally:\n    print(*sys.modules)"
-    start = [sys.executable, "-c", code, *command(cohort, tmp_path)[3:]]
+    start = [sys.executable, "-c", code, *words(cohort, tmp_path)]
     loaded = subprocess.run(start, capture_output=True, text=True, check=True).stdout.split()
     assert "cwdm.inference.cohort" in loaded
     workers = ("cwdm.inference.parallel", "ray", "cwdm.training", "cwdm.inference.translate", "cwdm.inference.generate")
@@ -49,37 +63,31 @@ def images(folder: Path) -> dict[str, bytes]:
 def test_two_workers_do_what_one_does(cohort: tuple[Path, Path], tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run(command(cohort, one), check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    done = subprocess.run(command(cohort, two, "--devices=2"), capture_output=True, text=True, check=True)
+    said = infer(cohort, two, "--devices=2")
     assert images(one) == images(two)
-    assert "[0] " in done.stderr
-    assert "[1] " in done.stderr
+    assert "[0] " in said
+    assert "[1] " in said
 
 
 @pytest.mark.full
 def test_a_share_is_shared_again(cohort: tuple[Path, Path], tmp_path: Path) -> None:
-    done = [
-        subprocess.run(command(cohort, tmp_path / shard[0], "--devices=2", f"--shard={shard}"), check=True)
-        for shard in ("0/2", "1/2")
-    ]
-    assert len(done) == 2
+    for shard in ("0/2", "1/2"):
+        infer(cohort, tmp_path / shard[0], "--devices=2", f"--shard={shard}")
     assert not images(tmp_path / "0").keys() & images(tmp_path / "1").keys()
     assert len(images(tmp_path / "0")) + len(images(tmp_path / "1")) == 3
 
 
 def test_unusable_settings_end_the_run(cohort: tuple[Path, Path], tmp_path: Path) -> None:
-    done = subprocess.run(command(cohort, tmp_path, "--devices=2", "sampler.steps=0"), capture_output=True, text=True)
-    assert done.returncode == 2
-    assert "sampler.steps" in done.stderr
+    assert "sampler.steps" in infer(cohort, tmp_path, "--devices=2", "sampler.steps=0", code=2)
 
 
 def test_a_run_of_workers_is_recorded_once_and_skips_what_is_there(cohort: tuple[Path, Path], tmp_path: Path) -> None:
     options = ("--devices=2", f"--report_path={tmp_path / 'report'}")
-    subprocess.run(command(cohort, tmp_path / "out", *options), check=True)
+    infer(cohort, tmp_path / "out", *options)
     (record,) = (tmp_path / "report").glob("run-*.json")
     assert [case["status"] for case in json.loads(record.read_text())["cases"]] == ["written"] * 3
     assert (tmp_path / "report" / "report.html").is_file()
-    again = subprocess.run(command(cohort, tmp_path / "out", "--devices=1"), capture_output=True, text=True, check=True)
-    assert again.stderr.count("is there already") == 3
+    assert infer(cohort, tmp_path / "out", "--devices=1").count("is there already") == 3
 
 
 def test_nothing_is_imported_from_the_folder_that_a_run_starts_in(cohort: tuple[Path, Path], tmp_path: Path) -> None:
@@ -96,13 +104,10 @@ def test_nothing_is_imported_from_the_folder_that_a_run_starts_in(cohort: tuple[
 
 
 def running(
-    cohort: tuple[Path, Path], output: Path, steps: int = 400
-) -> tuple[subprocess.Popen[str], list[psutil.Process]]:
+    cohort: tuple[Path, Path], output: Path, steps: int = 400, heard: tuple[int, ...] = ()
+) -> tuple[forked.Forked, list[psutil.Process]]:
     """A slow run of two workers in the middle of cases, and these."""
-    process = subprocess.Popen(
-        command(cohort, output, "--devices=2", f"sampler.steps={steps}"), stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
+    process = forked.start(*words(cohort, output, "--devices=2", f"sampler.steps={steps}"), heard=heard)
     begun = {line[:4] for line in itertools.islice(process.stderr, 3)}  # then how many cases, and each worker's summary
     workers = psutil.Process(process.pid).children()
     assert len(workers) == 2, begun
@@ -117,9 +122,9 @@ def end_of(workers: list[psutil.Process]) -> list[psutil.Process]:
 
 @pytest.mark.full
 def test_a_killed_worker_is_replaced(cohort: tuple[Path, Path], tmp_path: Path) -> None:
-    process, workers = running(cohort, tmp_path, steps=50)
+    process, workers = running(cohort, tmp_path, steps=20)
     workers[0].kill()
-    _, said = process.communicate(timeout=300)
+    said = process.communicate(timeout=300)
     assert process.returncode == 0, said
     assert "was lost (killed by signal 9); back to the others with BraTS-PHANTOM" in said
     assert len(images(tmp_path)) == 3
@@ -135,9 +140,9 @@ def test_a_killed_worker_is_replaced(cohort: tuple[Path, Path], tmp_path: Path) 
     ],
 )
 def test_workers_end_with_their_parent(how: signal.Signals, cohort: tuple[Path, Path], tmp_path: Path) -> None:
-    process, workers = running(cohort, tmp_path)
+    process, workers = running(cohort, tmp_path, heard=() if how == signal.SIGKILL else (how,))
     process.send_signal(how)
-    _, said = process.communicate(timeout=60)
+    said = process.communicate(timeout=60)
     assert process.returncode == (128 + how if how in (signal.SIGTERM, signal.SIGINT) else -how), said
     assert not end_of(workers)
     assert images(tmp_path) == {}
