@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import nibabel as nib
 import numpy as np
 import pytest
@@ -677,17 +678,12 @@ def test_killed_at_any_moment_then_run_again(
     out = tmp_path / "out"
     paths = ["--data_path", str(cohort), "--output_path", str(out), "--weights", str(weights_folder)]
     more = ["--device", "cpu", "sampler.timesteps=[3, 2, 1, 0]"]
-    process = subprocess.Popen(
-        [*CWDM, "infer", *paths, *more],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored in background jobs
-    )
+    process = forked.start("infer", *paths, *more, heard=(signal.SIGINT,))
     while not (out.is_dir() and names(out)):
-        assert process.poll() is None, process.stderr and process.stderr.read()
+        assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.send_signal(kind)
-    _, stderr = process.communicate(timeout=60)
+    stderr = process.communicate(timeout=60)
     if kind != signal.SIGKILL:
         assert process.returncode == 128 + kind
         assert "run the same command again" in stderr
@@ -695,5 +691,5 @@ def test_killed_at_any_moment_then_run_again(
     assert set(done) <= set(EXPECTED)
     for name in done:
         nib.load(out / name).get_fdata()
-    assert subprocess.run([*CWDM, "infer", *paths, *more], capture_output=True, check=False).returncode == 0
+    assert command("infer", *paths, *more).returncode == 0
     assert names(out) == EXPECTED
