@@ -24,8 +24,8 @@ from torch import Tensor
 
 from cwdm.checkpoint import Checkpoint, Record, load_published
 from cwdm.diffusion import PUBLISHED
-from cwdm.pipeline import clamped_denoiser
 from cwdm.samplers import OF_DIFFUSION, Denoise, evaluations, planned_timesteps
+from cwdm.sampling import clamped_denoiser
 from cwdm.unet import UNetConfig
 from cwdm.wavelet import BANDS, dwt, idwt
 from cwdm.weights.untrained import untrained_state

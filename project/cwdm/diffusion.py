@@ -28,13 +28,14 @@ class Schedule:
 
 def linear_schedule() -> Schedule:
     """Betas rise evenly from 1e-4 to 0.02 (Ho et al., 2020), as published."""
-    betas = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64)
+    # On the CPU also where a network without memory for its weights is the first to ask for a schedule.
+    betas = torch.linspace(1e-4, 0.02, TIMESTEPS, dtype=torch.float64, device="cpu")
     return Schedule("linear", torch.cumprod(1 - betas, dim=0))
 
 
 def cosine_schedule() -> Schedule:
     """ᾱ falls as a squared cosine, betas at most 0.999 (Nichol and Dhariwal, 2021, eq. 17, s = 0.008)."""
-    times = torch.linspace(0, 1, TIMESTEPS + 1, dtype=torch.float64)
+    times = torch.linspace(0, 1, TIMESTEPS + 1, dtype=torch.float64, device="cpu")
     curve = ((times + 0.008) / 1.008 * math.pi / 2).cos().square()
     betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
     return Schedule("cosine", torch.cumprod(1 - betas, dim=0))

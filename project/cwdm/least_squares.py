@@ -1,4 +1,4 @@
-"""What training data tell a linear prior: the sums over voxels that a regression is solved from."""
+"""A linear prior: what it says of each voxel, and the sums over voxels of training data that it is solved from."""
 
 from collections.abc import Iterable
 
@@ -37,3 +37,15 @@ def root_mean_squares(squares: Tensor, voxels: Tensor) -> Tensor:
     """Of each condition, where it was there: (given,); 1 where it never was."""
     found = (squares.diagonal(dim1=1, dim2=2)[:, :-1].sum(0) / voxels).sqrt()
     return found.where(found > 0, 1)
+
+
+def linear(weight: Tensor, bias: Tensor, conditions: Tensor) -> Tensor:
+    """W c + b of every voxel, or 0 where all its conditions are 0: (B, out, X, Y, Z).
+
+    Args:
+        weight: (B, out, given).
+        bias: (B, out).
+        conditions: (B, given, X, Y, Z).
+    """
+    expected = torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
+    return expected * conditions.any(1, keepdim=True)  # nothing outside the head

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cwdm.least_squares import SMALLEST_DEVIATION, Examples, cross_products, root_mean_squares
-from cwdm.regression import linear
+from cwdm.least_squares import SMALLEST_DEVIATION, Examples, cross_products, linear, root_mean_squares
 from cwdm.unet import UNet, UNetConfig, check_shape
 from cwdm.wavelet import LLL_DIVISOR, dwt, idwt
 

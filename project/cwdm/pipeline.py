@@ -10,13 +10,11 @@ A network of one pass makes no samples, but their mean and standard deviation:
 >>> mean, std = pipeline.predict(condition)       # (1, 1, X, Y, Z) each              # doctest: +SKIP
 """
 
-import gc
-import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -24,25 +22,16 @@ from torch import Tensor
 from cwdm import checkpoint as checkpoints
 from cwdm.checkpoint import Checkpoint, Record
 from cwdm.device import choose_device, device_name
-from cwdm.diffusion import PUBLISHED, SCHEDULES
 from cwdm.errors import SettingsError, WeightsError
 from cwdm.files import is_folder
 from cwdm.images import MODALITIES
 from cwdm.precision import choose_dtype, exact_float32
-from cwdm.samplers import (
-    FLOW_SAMPLERS,
-    OF_DIFFUSION,
-    Denoise,
-    Sampler,
-    evaluations,
-    flow_timesteps,
-    normal_noise,
-    planned_timesteps,
-    texture,
-)
-from cwdm.settings import TAU, TEXTURE_STEPS, SamplerSettings, Settings
+from cwdm.settings import SamplerSettings, Settings
 from cwdm.wavelet import dwt, idwt
 from cwdm.weights import folder_of, load_for
+
+if TYPE_CHECKING:
+    from cwdm.samplers import Sampler
 
 GPU_BATCH = 4
 """Samples in a network pass on a GPU. On a CPU a batch is no faster and rounds differently."""
@@ -72,7 +61,7 @@ class Pipeline:
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
-    sampler: Sampler
+    sampler: "Sampler"
     timesteps: tuple[int, ...]
     target: int = 0
     batch: int = 1
@@ -85,7 +74,7 @@ class Pipeline:
         modality: str | None = None,
         settings: Settings | None = None,
         device: str = "auto",
-        sampler: Sampler | None = None,
+        sampler: "Sampler | None" = None,
     ) -> "Pipeline":
         """The pipeline of a file of weights, or of the file for a modality in a folder.
 
@@ -113,7 +102,7 @@ class Pipeline:
         settings: Settings,
         device: torch.device,
         modality: str | None = None,
-        sampler: Sampler | None = None,
+        sampler: "Sampler | None" = None,
     ) -> "Pipeline":
         """The pipeline of a loaded checkpoint, whose network is moved to the device and given the precision."""
         dtype, gpu = choose_dtype(settings.precision, device), device.type == "cuda"
@@ -128,14 +117,14 @@ class Pipeline:
             sampler=made_by,
             timesteps=timesteps,
             target=MODALITIES.index(modality) if modality and checkpoint.model.config.targets else 0,
-            batch=GPU_BATCH if gpu and sampler in (None, *OF_DIFFUSION.values()) else 1,
+            batch=GPU_BATCH if gpu and (sampler is None or sampler in _sampling().OF_DIFFUSION.values()) else 1,
             noise_device=device if settings.noise == "device" else torch.device("cpu"),
         )
 
     @property
     def sampler_name(self) -> str:
         """Name of the sampler's function."""
-        return "one-pass" if self.checkpoint.record.one_pass else _name_of(self.sampler)
+        return "one-pass" if self.checkpoint.record.one_pass else _sampling().name_of(self.sampler)
 
     def describe(self) -> dict[str, Any]:
         """What decides the samples beside conditions, seeds and weights, for a record."""
@@ -192,7 +181,7 @@ class Pipeline:
         if condition is None and size is None:
             raise ValueError("how large a sample? Give a condition or a size")
         sizes = condition.shape[2:] if size is None and condition is not None else [n // 2 for n in size or ()]
-        return _halving(lambda some: _draw(self, condition, sizes, some, callback), seeds, self.batch)
+        return _batches(self, condition, sizes, seeds, callback)
 
     def predict(self, condition: Tensor, given: Sequence[bool] | None = None) -> tuple[Tensor, Tensor]:
         """Mean and calibrated standard deviation of each voxel, by one pass: (1, 1, X, Y, Z) each, units of [0, 1].
@@ -202,6 +191,21 @@ class Pipeline:
             given: which of the N images are; None: those that are not 0 everywhere.
         """
         return _predict(self, condition, given)
+
+
+def evaluations(pipeline: Pipeline) -> int:
+    """How often the network is asked for a sample."""
+    if pipeline.checkpoint.record.one_pass:
+        return 1
+    count: int = _sampling().evaluations(pipeline.sampler, pipeline.timesteps)
+    return count
+
+
+def _sampling() -> ModuleType:
+    """How samples are drawn; loaded only where they are, as networks of one pass need none of it."""
+    from cwdm import sampling
+
+    return sampling
 
 
 def _load(path: Path, modality: str | None) -> Checkpoint:
@@ -214,7 +218,7 @@ def _load(path: Path, modality: str | None) -> Checkpoint:
     return loaded
 
 
-def _plan(checkpoint: Checkpoint, settings: Settings, sampler: Sampler | None) -> tuple[Sampler, tuple[int, ...]]:
+def _plan(checkpoint: Checkpoint, settings: Settings, sampler: "Sampler | None") -> tuple["Sampler", tuple[int, ...]]:
     """Sampler and timesteps; a network of one pass is evaluated once, whatever the settings say of samplers."""
     record = checkpoint.record
     if sampler and record.one_pass:
@@ -228,33 +232,30 @@ def _plan(checkpoint: Checkpoint, settings: Settings, sampler: Sampler | None) -
     return sampler or named, timesteps
 
 
-def plan_sampling(record: Record, told: SamplerSettings) -> tuple[Sampler, tuple[int, ...]]:
+def plan_sampling(record: Record, told: SamplerSettings) -> tuple["Sampler", tuple[int, ...]]:
     """Sampler and timesteps by the settings, and where these say nothing as the record recommends.
 
     Raises:
         SettingsError: the sampler is none of the record's objective.
     """
     if record.one_pass:
-        return OF_DIFFUSION[record.sampler], (0,)
-    usable, name = FLOW_SAMPLERS if record.objective == "flow" else OF_DIFFUSION, told.name or record.sampler
-    if name not in usable or (told.timesteps and usable is FLOW_SAMPLERS):
-        raise SettingsError(
-            f"sampler {name}: weights that were trained by {record.objective} take {', '.join(usable)}"
-            + (", and steps instead of timesteps" if usable is FLOW_SAMPLERS else "")
-        )
-    steps = told.steps or (TEXTURE_STEPS if told.name == "texture" else record.steps)
-    if usable is FLOW_SAMPLERS:
-        return usable[name], tuple(flow_timesteps(steps))
-    timesteps = tuple(told.timesteps or planned_timesteps(name, steps, told.tau or TAU))
-    return (usable[name] if told.bands is None else partial(texture, bands=tuple(told.bands))), timesteps
+        return _no_samples, (0,)
+    planned: tuple[Sampler, tuple[int, ...]] = _sampling().planned(record, told)
+    return planned
+
+
+def _no_samples(*_: object, **__: object) -> Tensor:
+    """The sampler of a network of one pass."""
+    raise ValueError("a network of one pass makes no samples: predict gives their mean and standard deviation")
 
 
 @torch.inference_mode()
 def _predict(pipeline: Pipeline, condition: Tensor, given: Sequence[bool] | None) -> tuple[Tensor, Tensor]:
     from cwdm.onepass import voxel_std  # here, as networks that denoise need none of it
 
-    if not pipeline.checkpoint.record.one_pass:
-        raise ValueError(f"a network trained by {pipeline.checkpoint.record.objective} makes samples: use sample")
+    record = pipeline.checkpoint.record
+    if not record.one_pass:
+        raise ValueError(f"a network trained by {record.objective} makes samples: use sample")
     condition = condition.to(pipeline.device)
     shown = condition.unflatten(1, (-1, 8)).flatten(2).any(2)
     if given is not None:
@@ -262,118 +263,25 @@ def _predict(pipeline: Pipeline, condition: Tensor, given: Sequence[bool] | None
     number = torch.tensor([pipeline.target], device=pipeline.device)
     with exact_float32():
         found = pipeline.checkpoint.model(condition, shown, number)
-    record = pipeline.checkpoint.record
     low, high = record.value_range
     factor = record.calibration.get(MODALITIES[pipeline.target], 1.0) / (high - low)
     std = factor * voxel_std(found.variance * condition.any(1, keepdim=True))
     return pipeline.decode(found.mean).clamp_(0, 1), std
 
 
-@torch.inference_mode()
-def _draw(
+def _batches(
     pipeline: Pipeline,
     condition: Tensor | None,
     sizes: Sequence[int],
     seeds: Sequence[int],
     callback: Callback | None,
-) -> Tensor:
-    """Coefficients of a batch, in one network pass a step; `sizes` are theirs."""
+) -> Iterator[Tensor]:
+    """What `Pipeline.sample_batches` gives; `sizes` are those of coefficients."""
     loaded, device = pipeline.checkpoint, pipeline.device
-    if loaded.record.one_pass:
-        raise ValueError("a network of one pass makes no samples: predict gives their mean and standard deviation")
     condition = None if condition is None else condition.to(device)
-    if loaded.record.objective == "flow" and condition is not None:
-        return _follow(pipeline, condition, callback).expand(len(seeds), -1, -1, -1, -1)
-    generators = [torch.Generator(pipeline.noise_device).manual_seed(seed) for seed in seeds]
-    noise = normal_noise((len(seeds), loaded.model.config.out_channels, *sizes), generators, device)
-    denoise = clamped_denoiser(loaded, condition, pipeline.dtype, pipeline.target)
-    if callback:
-        denoise = _telling(denoise, evaluations(pipeline.sampler, pipeline.timesteps), callback)
-    schedule = SCHEDULES[loaded.record.schedule]
-    options = {} if schedule is PUBLISHED else {"schedule": schedule}
-    generator = generators if len(generators) > 1 else generators[0]
-    with exact_float32():
-        return pipeline.sampler(denoise, noise, list(pipeline.timesteps), generator=generator, **options)
-
-
-def _follow(pipeline: Pipeline, condition: Tensor, callback: Callback | None) -> Tensor:
-    """The end of a flow from the conditions, clamped to the value range: the same for every seed."""
-    from cwdm.flow import source  # here, as networks that denoise need none of it
-
-    record = pipeline.checkpoint.record
-    velocity = network_of(pipeline.checkpoint, condition, pipeline.dtype, pipeline.target)
-    if callback:
-        velocity = _telling(velocity, evaluations(pipeline.sampler, pipeline.timesteps), callback)
-    with exact_float32():
-        return clamped(pipeline.sampler(velocity, source(condition), list(pipeline.timesteps)), record)
-
-
-def _halving(draw: Callable[[list[int]], Tensor], seeds: Sequence[int], batch: int) -> Iterator[Tensor]:
-    """What is drawn for the seeds, `batch` at a time, and half as many from where they do not fit into memory."""
-    rest = list(seeds)
-    while rest:
-        drawn, together = None, rest[:batch]
-        try:
-            drawn = draw(together)
-        except (RuntimeError, MemoryError) as error:
-            from cwdm.out_of_memory import is_out_of_memory  # here, as it seldom comes to this
-
-            if len(together) == 1 or not is_out_of_memory(error):
-                raise
-            batch = len(together) // 2
-        if drawn is None:  # only here is the error gone, whose frames keep the network's tensors alive
-            gc.collect()
-            torch.cuda.empty_cache()
-            continue
-        del rest[: len(together)]
-        yield drawn
-
-
-def _telling(denoise: Denoise, total: int, callback: Callback) -> Denoise:
-    """The same, with a callback after each evaluation."""
-    steps = itertools.count(1)
-
-    def denoise_and_tell(x: Tensor, t: int) -> Tensor:
-        x0 = denoise(x, t)
-        callback(next(steps), total, x0)
-        return x0
-
-    return denoise_and_tell
-
-
-def clamped_denoiser(
-    checkpoint: Checkpoint, condition: Tensor | None, dtype: torch.dtype = torch.float32, target: int = 0
-) -> Denoise:
-    """`denoise(x, t)` of a network: the predicted volume is clamped to the value range at every step, as published.
-
-    Args:
-        condition: coefficients (B, 8 N, X, Y, Z) that go beside the noisy ones; None for an unconditional network.
-        target: number of the volume to make, for a network of several.
-    """
-    network = network_of(checkpoint, condition, dtype, target)
-    return lambda x, t: clamped(network(x, t), checkpoint.record)
-
-
-def network_of(checkpoint: Checkpoint, condition: Tensor | None, dtype: torch.dtype, target: int) -> Denoise:
-    """What a network itself says of x at t."""
-    model = checkpoint.model
-
-    def network(x: Tensor, t: int) -> Tensor:
-        inputs = x if condition is None else torch.cat((x, condition.expand(x.shape[0], -1, -1, -1, -1)), dim=1)
-        steps = torch.full((x.shape[0],), t, device=x.device)
-        targets = (torch.full_like(steps, target),) if model.config.targets else ()
-        return cast(Tensor, model(inputs.to(dtype), steps, *targets)).float()
-
-    return network
-
-
-def clamped(coefficients: Tensor, record: Record) -> Tensor:
-    """Coefficients of a volume that stays in the value range."""
-    return dwt(idwt(coefficients, record.wavelet).clamp_(*record.value_range), record.wavelet)
-
-
-def _name_of(sampler: Sampler) -> str:
-    if isinstance(sampler, partial):
-        return f"{_name_of(sampler.func)} of {', '.join(sampler.keywords['bands'])}"
-    names = {function: name for name, function in (OF_DIFFUSION | FLOW_SAMPLERS).items()}
-    return names.get(sampler, getattr(sampler, "__name__", "own"))
+    network = loaded, pipeline.dtype, pipeline.target
+    drawing = _sampling().Drawing(*network, condition, pipeline.sampler, pipeline.timesteps, callback)
+    batches: Iterator[Tensor] = _sampling().halving(
+        lambda some: drawing.of(some, sizes, device, pipeline.noise_device), seeds, pipeline.batch
+    )
+    return batches

@@ -7,7 +7,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from cwdm.blocks import ResBlock
 from cwdm.errors import WeightsError, listed
 from cwdm.unet import SkipBody, UNet, UNetConfig
-from cwdm.wavunet import WaveletBody
+
+if TYPE_CHECKING:
+    from cwdm.wavunet import WaveletBody
 
 PUBLISHED_CT = "lidc-idri_"
 """How the names of WDM's files begin that were trained on CT, those to download and those of its training code."""
@@ -80,7 +82,7 @@ def _published_modules(model: UNet) -> Iterator[tuple[str, str]]:
     yield from (("time_embed.0", "time_embed.0"), ("time_embed.2", "time_embed.1"))
     yield "input_blocks.0.0", "stem"
     body = model.body
-    blocks = _wavelet_blocks(body) if isinstance(body, WaveletBody) else _skip_blocks(body)
+    blocks = _skip_blocks(body) if isinstance(body, SkipBody) else _wavelet_blocks(body)
     for published, ours in blocks:
         module = model.get_submodule(ours)
         yield from _res_block(published, ours, module) if isinstance(module, ResBlock) else [(published, ours)]
@@ -112,7 +114,7 @@ def _skip_blocks(body: SkipBody) -> Iterator[tuple[str, str]]:
                 entry += 1
 
 
-def _wavelet_blocks(body: WaveletBody) -> Iterator[tuple[str, str]]:
+def _wavelet_blocks(body: "WaveletBody") -> Iterator[tuple[str, str]]:
     entry = 1
     for level, encoder in enumerate(body.encoder):
         ours = f"body.encoder.{level}"

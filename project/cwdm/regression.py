@@ -1,14 +1,10 @@
 """The linear-Gaussian prior of a network that learns what a regression on the conditions does not know."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from cwdm.diffusion import PUBLISHED, Schedule, alpha_bars_on
-
-if TYPE_CHECKING:
-    from cwdm.least_squares import Examples
+from cwdm.least_squares import SMALLEST_DEVIATION, Examples, cross_products, linear, root_mean_squares
 
 
 class Regression(nn.Module):
@@ -26,12 +22,12 @@ class Regression(nn.Module):
         out: coefficients of a voxel, one for each band.
         given: coefficients of its conditions.
         targets: kinds of volume, each with a model of its own.
-        schedule: of the noise.
+        schedule: of the noise; None for the published one.
     """
 
-    def __init__(self, out: int, given: int, targets: int, schedule: Schedule = PUBLISHED) -> None:
+    def __init__(self, out: int, given: int, targets: int, schedule: Schedule | None = None) -> None:
         super().__init__()
-        self.schedule = schedule
+        self.schedule = schedule or PUBLISHED
         mean = torch.zeros(targets, out, given)
         for band in range(out):  # not torch.eye, which on the meta device loads PyTorch's compiler
             mean[:, band, band::out] = out / given
@@ -67,11 +63,8 @@ class Regression(nn.Module):
         return network_input, expected + prior.to(x.dtype) * innovation, left
 
     @torch.no_grad()
-    def fit(self, examples: "Examples") -> None:
+    def fit(self, examples: Examples) -> None:
         """Least squares."""
-        # Here, as only training needs it.
-        from cwdm.least_squares import SMALLEST_DEVIATION, cross_products, root_mean_squares
-
         given = self.weight.shape[2]
         sums, voxels = cross_products(examples, *self.weight.shape)
         squares, products = sums[:, : given + 1, : given + 1], sums[:, : given + 1, given + 1 :]
@@ -85,15 +78,3 @@ class Regression(nn.Module):
         deviation = (left.clamp(min=0) / count).sqrt().clamp(min=SMALLEST_DEVIATION)
         self.deviation.copy_(deviation.where(count > 0, 1))
         self.magnitude.copy_(root_mean_squares(squares, voxels))
-
-
-def linear(weight: Tensor, bias: Tensor, conditions: Tensor) -> Tensor:
-    """W c + b of every voxel, or 0 where all its conditions are 0: (B, out, X, Y, Z).
-
-    Args:
-        weight: (B, out, given).
-        bias: (B, out).
-        conditions: (B, given, X, Y, Z).
-    """
-    expected = torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
-    return expected * conditions.any(1, keepdim=True)  # nothing outside the head

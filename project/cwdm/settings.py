@@ -6,7 +6,6 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
-from cwdm.samplers import falling_timesteps, known_sampler
 from cwdm.strict import StrictSettings, read_settings
 from cwdm.wavelet import BANDS
 
@@ -23,6 +22,18 @@ TAU, TEXTURE_STEPS = 300, 5
 """What `texture` does unless it is told."""
 
 
+def _known_sampler(name: str) -> str:
+    from cwdm.samplers import known_sampler  # here and below, as networks of one pass need no samplers
+
+    return known_sampler(name)
+
+
+def _falling(timesteps: list[int]) -> list[int]:
+    from cwdm.samplers import falling_timesteps
+
+    return falling_timesteps(timesteps)
+
+
 class SamplerSettings(StrictSettings):
     """How noise becomes an image; None leaves it to what the checkpoint recommends.
 
@@ -36,9 +47,9 @@ class SamplerSettings(StrictSettings):
         bands: of texture: the subbands that get it; None: all but LLL.
     """
 
-    name: Annotated[str, AfterValidator(known_sampler)] | None = None
+    name: Annotated[str, AfterValidator(_known_sampler)] | None = None
     steps: int | None = Field(default=None, ge=1, le=1000)
-    timesteps: Annotated[list[int], AfterValidator(falling_timesteps)] | None = None
+    timesteps: Annotated[list[int], AfterValidator(_falling)] | None = None
     tau: int | None = Field(default=None, ge=1, le=998)
     bands: list[Literal[BANDS]] | None = Field(default=None, min_length=1)  # type: ignore[valid-type]
 

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 
 from cwdm.blocks import NormSiLUConv, ResBlock, new_conv3
 from cwdm.blocks import UNetConfig as UNetConfig
-from cwdm.diffusion import PUBLISHED, Schedule
 from cwdm.kernels import Features, concatenate, conv3
-from cwdm.regression import Regression
 
 if TYPE_CHECKING:
+    from cwdm.diffusion import Schedule
     from cwdm.wavunet import WaveletBody
 
 
@@ -29,10 +28,10 @@ class UNet(nn.Module):
     `UNet(config)(x, t)`: x (B, in_channels, X, Y, Z), t (B,) integer timesteps -> (B, out_channels, X, Y, Z).
     X, Y and Z must be multiples of `config.size_multiple`. A network of several targets takes their numbers (B,)
     as a third argument and adds their embedding to the timestep's (Dhariwal and Nichol, 2021, as for classes).
-    The noise schedule matters to a regression alone.
+    The noise schedule, None for the published one, matters to a regression alone.
     """
 
-    def __init__(self, config: UNetConfig, schedule: Schedule = PUBLISHED) -> None:
+    def __init__(self, config: UNetConfig, schedule: "Schedule | None" = None) -> None:
         super().__init__()
         self.config = config
         width = config.model_channels
@@ -47,6 +46,8 @@ class UNet(nn.Module):
         self.body = new_body(config)
         self.head = NormSiLUConv(width, config.out_channels, config, zero=True)
         if config.regression:
+            from cwdm.regression import Regression  # here, as the other networks need none of it
+
             given = config.in_channels - config.out_channels
             self.regression = Regression(config.out_channels, given, max(config.targets, 1), schedule)
 

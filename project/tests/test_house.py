@@ -47,7 +47,7 @@ FLOORS = (
         "calibration",
     ),
     ("published", "checkpoint", "settings"),
-    ("images", "weights", "pipeline"),
+    ("images", "weights", "sampling", "pipeline"),
     ("phantoms", "inference", "training", "evaluation", "prepare", "report", "scans"),
     ("cli",),
     ("container", "__main__", "brats_segmenter"),
@@ -57,7 +57,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_CLASS = 60, 150
-MOST_LINES_FOR_INFER = 6350  # on small volumes, where the Winograd sweep is not loaded; 3,600 is the aim
+MOST_LINES_FOR_INFER = 5780  # on small volumes, where the Winograd sweep is not loaded; 3,600 is the aim
 
 
 def modules() -> list[Path]:

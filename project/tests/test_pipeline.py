@@ -11,8 +11,9 @@ from cwdm import Pipeline, checkpoint
 from cwdm.checkpoint import ANY, Record, load_published
 from cwdm.diffusion import SCHEDULES
 from cwdm.errors import SettingsError, WeightsError
-from cwdm.pipeline import clamped_denoiser, plan_sampling
+from cwdm.pipeline import plan_sampling
 from cwdm.samplers import SAMPLERS, ddim, ddpm, euler
+from cwdm.sampling import clamped_denoiser
 from cwdm.settings import SamplerSettings, load_settings
 from cwdm.unet import UNetConfig
 from cwdm.weights.untrained import untrained_state

@@ -9,7 +9,6 @@ from support import GOLDEN, golden, golden_model
 
 from cwdm.checkpoint import Checkpoint, Record
 from cwdm.diffusion import PUBLISHED, SCHEDULES, Schedule
-from cwdm.pipeline import clamped_denoiser
 from cwdm.samplers import (
     FLOW_SAMPLERS,
     SAMPLERS,
@@ -26,6 +25,7 @@ from cwdm.samplers import (
     spaced_timesteps,
     texture,
 )
+from cwdm.sampling import clamped_denoiser
 from cwdm.wavelet import BANDS, dwt, idwt
 
 

@@ -29,9 +29,8 @@ from cwdm.inference.records import (
 )
 from cwdm.inference.steps import PreparedCase, Samples, Synthesis, draw, postprocess, prepare
 from cwdm.inference.synthesizer import Synthesizer
-from cwdm.pipeline import Pipeline
+from cwdm.pipeline import Pipeline, evaluations
 from cwdm.progress import CohortProgress
-from cwdm.samplers import evaluations
 from cwdm.settings import Settings
 from cwdm.weights import BUNDLED, folder_of
 
@@ -291,8 +290,7 @@ class Runner:
 
         try:
             prepared, settings = reading.result(), self.synthesizer.settings
-            evaluated = evaluations(pipeline.sampler, pipeline.timesteps)
-            self.progress.start_case(task.name, evaluated * settings.samples)
+            self.progress.start_case(task.name, evaluations(pipeline) * settings.samples)
             return prepared, draw(prepared, pipeline, settings, after_step)
         except (OutputError, DeviceLostError):
             raise

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy.typing as npt
 
@@ -16,9 +17,11 @@ from cwdm.inference.provenance import describe, provenance
 from cwdm.inference.steps import Synthesis, draw, postprocess, prepare
 from cwdm.pipeline import Callback, Pipeline
 from cwdm.precision import choose_dtype
-from cwdm.samplers import Sampler
 from cwdm.settings import Settings
 from cwdm.weights import find, folder_of, load_for, modality_of
+
+if TYPE_CHECKING:
+    from cwdm.samplers import Sampler
 
 
 class Synthesizer:
@@ -48,7 +51,7 @@ class Synthesizer:
         weights: Path | str | None = None,
         settings: Settings | None = None,
         device: str = "auto",
-        sampler: Sampler | None = None,
+        sampler: "Sampler | None" = None,
     ) -> None:
         self.weights = folder_of(weights)
         if not exists(self.weights):

@@ -12,8 +12,8 @@ from cwdm.checkpoint import Checkpoint, Record, load_published
 from cwdm.cli.app import app
 from cwdm.errors import CwdmError, SettingsError, WeightsError
 from cwdm.inference.generate import Generator, check_same_origin, trained_grid, write_samples
-from cwdm.pipeline import clamped_denoiser
 from cwdm.samplers import ddpm, spaced_timesteps
+from cwdm.sampling import clamped_denoiser
 from cwdm.settings import load_settings
 from cwdm.unet import UNetConfig
 from cwdm.wavelet import idwt

@@ -1,0 +1,11 @@
+from .published import load_published as load_published
+from .reading import Checkpoint as Checkpoint
+from .reading import load as load
+from .reading import new_network as new_network
+from .record import ANY as ANY
+from .record import Objective as Objective
+from .record import Record as Record
+from .record import orthogonal_wavelet as orthogonal_wavelet
+from .record import read_record as read_record
+from .writing import save as save
+from .writing import save_tensors as save_tensors
