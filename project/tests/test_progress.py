@@ -17,7 +17,7 @@ from cwdm.cli.outcomes import sum_up
 from cwdm.errors import CaseError, SettingsError
 from cwdm.evaluation import Score
 from cwdm.evaluation.tables import write_evaluation
-from cwdm.inference.records import Outcome
+from cwdm.inference.outcome import Outcome
 from cwdm.progress import CohortProgress, make_logs_printable, print_error, print_line, print_notice
 
 FORGED = "error: all is well"

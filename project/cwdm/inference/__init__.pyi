@@ -6,6 +6,10 @@ from .generate import Generator as Generator
 from .generate import write_samples as write_samples
 from .kept import changes as changes
 from .kept import provenance_of as provenance_of
+from .outcome import VERDICTS as VERDICTS
+from .outcome import Outcome as Outcome
+from .outcome import Quality as Quality
+from .outcome import Verdict as Verdict
 from .parallel.processes import count_workers as count_workers
 from .parallel.processes import synthesise_on_workers as synthesise_on_workers
 from .parallel.ray_workers import synthesise_on_ray as synthesise_on_ray
@@ -20,12 +24,8 @@ from .quality import CHECKS as CHECKS
 from .quality import assess as assess
 from .record_reader import Records as Records
 from .record_reader import read_records as read_records
-from .records import VERDICTS as VERDICTS
 from .records import CaseRecord as CaseRecord
-from .records import Outcome as Outcome
-from .records import Quality as Quality
 from .records import RunRecord as RunRecord
-from .records import Verdict as Verdict
 from .records import error_map_paths as error_map_paths
 from .selftest import self_test as self_test
 from .steps import PreparedCase as PreparedCase

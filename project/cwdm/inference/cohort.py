@@ -1,11 +1,10 @@
 """Many cases: reading, computing and writing overlap, failures stay apart, a second run does what is left."""
 
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, groupby, pairwise
 from pathlib import Path
@@ -14,20 +13,12 @@ from typing import TypeVar, cast
 import torch
 
 from cwdm.errors import CaseError, DeviceLostError, InputError, NameInUseError, OutputError
-from cwdm.files import check_writable, output_errors, remove_stale
-from cwdm.images import MARK, CaseFolder, is_made, output_name, write_volume
+from cwdm.files import check_writable, remove_stale
+from cwdm.images import MARK, CaseFolder, is_made, output_name
+from cwdm.inference.outcome import Outcome
 from cwdm.inference.plan import Task, plan_tasks
 from cwdm.inference.provenance import describe, provenance, read_provenance
-from cwdm.inference.records import (
-    PROGRAM,
-    CaseRecord,
-    Outcome,
-    case_record_path,
-    error_map_paths,
-    write_case_record,
-    write_run_record,
-)
-from cwdm.inference.steps import PreparedCase, Samples, Synthesis, draw, postprocess, prepare
+from cwdm.inference.steps import PreparedCase, Samples, draw, postprocess, prepare
 from cwdm.inference.synthesizer import Synthesizer
 from cwdm.pipeline import Pipeline, evaluations
 from cwdm.progress import CohortProgress
@@ -129,6 +120,8 @@ def cohort_run(
             yield tally
     finally:
         if report:
+            from cwdm.inference.records import write_run_record  # here and below, as others leave no records
+
             write_run_record(report, started, settings.model_dump(mode="json"), tally.outcomes)
 
 
@@ -161,36 +154,11 @@ def write(
     seconds = round(result.seconds, 3)
     outcome = Outcome(case.name, case.target, "written", "", seconds, result.warnings, result.quality)
     if report:
-        places = {"input": str(folder.absolute()), "output": str(path.absolute())}
-        told = {**asdict(outcome), **places, "given": tuple(case.volumes), **described}
-        write_case_record(report, CaseRecord(program=PROGRAM, **told))
-        _write_std(error_map_paths(report, case.name, case.target), result)
+        from cwdm.inference.reported import write_report
+
+        write_report(report, outcome, folder, path, result, described)
     result.save(path)
     return outcome
-
-
-def check_report_replaceable(report: Path, case: str, modality: str) -> None:
-    """Refuse a report folder where what a case writes there would replace or delete something of somebody else's.
-
-    Raises:
-        InputError: it would.
-    """
-    record = case_record_path(report, case, modality)
-    if os.path.lexists(record):  # not where the name is too long, which whoever writes there will say
-        from cwdm.inference.record_reader import check_record_replaceable  # most runs have no use for it
-
-        check_record_replaceable(record)
-    for path in error_map_paths(report, case, modality):
-        is_made(path, MARK)
-
-
-def _write_std(paths: tuple[Path, Path], result: Synthesis) -> None:
-    for path, predicted in zip(paths, (False, True), strict=True):
-        if result.std is not None and predicted == result.predicted:
-            write_volume(path, result.std, result.case, native=False)
-            continue
-        with output_errors(path.parent):  # that of an earlier run says nothing about this image
-            path.unlink(missing_ok=True)
 
 
 @dataclass
@@ -245,6 +213,8 @@ class Runner:
         try:
             if not is_made(path, MARK) or self.overwrite:
                 if self.report:
+                    from cwdm.inference.reported import check_report_replaceable
+
                     check_report_replaceable(self.report, task.name, task.target)
                 return False
         except InputError as error:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cwdm.arrays import Mask, Volume, block_means, bounding_box
-from cwdm.inference.records import VERDICTS, Quality, Verdict
+from cwdm.inference.outcome import VERDICTS, Quality, Verdict
 
 AnyVolume = TypeVar("AnyVolume", Volume, Mask)
 Measured = float | list[tuple[float, str]] | None

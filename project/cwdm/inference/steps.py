@@ -32,8 +32,8 @@ from cwdm.images import (
     with_usual_tail,
     write_volume,
 )
+from cwdm.inference.outcome import Quality
 from cwdm.inference.quality import assess
-from cwdm.inference.records import Quality
 from cwdm.pipeline import Callback, Pipeline
 from cwdm.settings import OutputSettings, Settings
 

@@ -5,8 +5,8 @@ import pytest
 from scipy import ndimage
 
 from cwdm.images.intensity import brain_mask, normalise
+from cwdm.inference.outcome import Quality
 from cwdm.inference.quality import CHECKS, assess
-from cwdm.inference.records import Quality
 from cwdm.phantoms import make_phantom
 
 Volume = np.ndarray

@@ -9,8 +9,9 @@ from support import spoil
 
 from cwdm.errors import InputError
 from cwdm.files import write_json
+from cwdm.inference.outcome import Outcome, Quality
 from cwdm.inference.record_reader import check_record_replaceable, read_records
-from cwdm.inference.records import CaseRecord, Outcome, Quality, WeightsOfCase, write_case_record, write_run_record
+from cwdm.inference.records import CaseRecord, WeightsOfCase, write_case_record, write_run_record
 
 OUTCOME = Outcome(
     "P-1", "t2f", "written", "", 1.5, ("voxels of 2×2×2 mm",), Quality("look", ("noisy",), {"roughness": 0.4})

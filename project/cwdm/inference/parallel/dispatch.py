@@ -15,8 +15,8 @@ import torch
 from cwdm.errors import CwdmError, DeviceLostError
 from cwdm.images import CaseFolder
 from cwdm.inference.cohort import Runner, Work, cohort_run, device_works
+from cwdm.inference.outcome import Outcome
 from cwdm.inference.plan import Task, plan_tasks
-from cwdm.inference.records import Outcome
 from cwdm.inference.synthesizer import Synthesizer
 from cwdm.precision import warn_of_precision
 from cwdm.progress import CohortProgress

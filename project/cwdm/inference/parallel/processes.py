@@ -20,9 +20,9 @@ from cwdm.device import choose_device
 from cwdm.errors import CwdmError, DeviceLostError, SettingsError
 from cwdm.images import CaseFolder
 from cwdm.inference.cohort import Work
+from cwdm.inference.outcome import Outcome
 from cwdm.inference.parallel.dispatch import Lost, Message, serve, synthesise_among
 from cwdm.inference.plan import Task
-from cwdm.inference.records import Outcome
 from cwdm.progress import CohortProgress
 
 DEVICE_LOST = 4

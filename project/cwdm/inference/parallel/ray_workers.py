@@ -19,9 +19,9 @@ from ray.exceptions import RayError as AnyRayError
 from cwdm.errors import CwdmError, DeviceLostError, SettingsError
 from cwdm.images import CaseFolder
 from cwdm.inference.cohort import Runner, Work
+from cwdm.inference.outcome import Outcome
 from cwdm.inference.parallel.dispatch import IDLE, Lost, Message, start_synthesizer, synthesise_among
 from cwdm.inference.plan import Task
-from cwdm.inference.records import Outcome
 from cwdm.progress import CohortProgress
 from cwdm.signals import deferred, handled
 

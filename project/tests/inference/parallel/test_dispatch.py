@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from cwdm.errors import CwdmError, DeviceLostError, OutputError
 from cwdm.images.cases import CaseFolder
 from cwdm.inference.cohort import Work
+from cwdm.inference.outcome import Outcome
 from cwdm.inference.parallel import processes
 from cwdm.inference.parallel.dispatch import ATTEMPTS, IDLE, STARTS, Lost, Message, synthesise_among
 from cwdm.inference.parallel.processes import ProcessGroup
 from cwdm.inference.plan import Task
-from cwdm.inference.records import Outcome
 from cwdm.progress import CohortProgress
 from cwdm.settings import Settings
 
