@@ -253,10 +253,27 @@ def remove_stale(folder: Path) -> None:
     Raises:
         OutputError: the folder cannot be read.
     """
+    for path, status in left_behind(folder):
+        with suppress(OSError):  # a process holds it or has just finished it, or it is another user's
+            if stat.S_ISREG(status.st_mode):
+                with path.open("r+b") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    path.unlink()
+
+
+def left_behind(folder: Path) -> Iterator[tuple[Path, os.stat_result]]:
+    """Hidden files and folders whose makers may be gone: those of this machine, of others the old ones.
+
+    Raises:
+        OutputError: the folder cannot be read.
+    """
     with output_errors(folder), os.scandir(folder) as entries:
-        for entry in entries:
-            if match := HIDDEN_NAME.fullmatch(entry.name):
-                _remove_if_abandoned(Path(entry.path), match["machine"] == machine())
+        found = [(Path(entry), match) for entry in entries if (match := HIDDEN_NAME.fullmatch(entry.name))]
+    for path, match in found:
+        with suppress(OSError):
+            status = path.lstat()
+            if match["machine"] == machine() or time.time() - status.st_mtime > STALE_SECONDS:
+                yield path, status
 
 
 def _open_unnamed(folder: Path) -> BinaryIO | None:
@@ -318,17 +335,6 @@ def _lock(descriptor: int) -> BinaryIO:
     with suppress(OSError):  # without locks remove_stale deletes nothing
         fcntl.flock(descriptor, fcntl.LOCK_EX)
     return os.fdopen(descriptor, "w+b")
-
-
-def _remove_if_abandoned(path: Path, made_here: bool) -> None:
-    # An error leaves the file: a process holds it or has just finished it, or it is another user's.
-    with suppress(OSError):
-        status = path.lstat()
-        old = time.time() - status.st_mtime > STALE_SECONDS
-        if stat.S_ISREG(status.st_mode) and (made_here or old):
-            with path.open("r+b") as file:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
 
 
 def hidden_path(folder: Path) -> Path:

@@ -3,12 +3,11 @@
 import fcntl
 import os
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cwdm.files import HIDDEN_NAME, STALE_SECONDS, hidden_path, machine, output_errors
+from cwdm.files import hidden_path, left_behind, output_errors
 
 
 @contextmanager
@@ -85,13 +84,9 @@ def remove_stale_folders(parent: Path) -> None:
     Raises:
         OutputError: the folder cannot be read.
     """
-    with output_errors(parent), os.scandir(parent) as entries:
-        found = [(Path(entry), match) for entry in entries if (match := HIDDEN_NAME.fullmatch(entry.name))]
-    for path, match in found:
+    for path, _ in left_behind(parent):
         with suppress(OSError):  # a process holds it, it is no folder, or it is another user's
-            old = time.time() - path.lstat().st_mtime > STALE_SECONDS
-            if match["machine"] == machine() or old:
-                _remove_if_unlocked(path)
+            _remove_if_unlocked(path)
 
 
 def _remove_if_unlocked(path: Path) -> None:
