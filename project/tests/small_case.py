@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from cwdm.errors import CaseError
-from cwdm.images.cases import MODALITIES, Case, case_folder, read_case
+from cwdm.images import MODALITIES, Case, case_folder, read_case
 
 SHAPE = (12, 10, 9)
 AFFINE = np.array([[-1.0, 0, 0, 5], [0, -1, 0, 239], [0, 0, 1, -7], [0, 0, 0, 1]])

@@ -4,8 +4,6 @@ from .cases import MODALITIES as MODALITIES
 from .cases import MOST_SIMILAR as MOST_SIMILAR
 from .cases import Case as Case
 from .cases import CaseFolder as CaseFolder
-from .cases import case_files as case_files
-from .cases import case_folder as case_folder
 from .cases import find_cases as find_cases
 from .cases import list_folder as list_folder
 from .cases import nearest_of as nearest_of
@@ -37,10 +35,10 @@ from .intensity import foreground as foreground
 from .intensity import normalise as normalise
 from .intensity import with_usual_tail as with_usual_tail
 from .memory import case_of_arrays as case_of_arrays
-from .nifti import has_nifti_name as has_nifti_name
 from .nifti import is_made as is_made
-from .nifti import is_nifti as is_nifti
 from .nifti import read_description as read_description
+from .one_case import case_files as case_files
+from .one_case import case_folder as case_folder
 from .pairs import DecodedFile as DecodedFile
 from .pairs import Grid as Grid
 from .pairs import ImageSettings as ImageSettings
@@ -57,3 +55,5 @@ from .pairs import decode_file as decode_file
 from .pairs import in_window as in_window
 from .pairs import list_subjects as list_subjects
 from .pairs import with_absent as with_absent
+from .recognise import has_nifti_name as has_nifti_name
+from .recognise import is_nifti as is_nifti

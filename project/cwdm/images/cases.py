@@ -131,55 +131,15 @@ def find_cases(data_path: Path, flat: bool = True) -> list[CaseFolder]:
         InputError: `data_path` is missing, not readable, or holds no case.
     """
     entries = [entry for entry in list_folder(data_path, "cases", "input ") if not entry.name.startswith(".")]
-    cases = [case for entry in entries if (case := _look_into(entry))]
+    cases = [case for entry in entries if (case := look_into(entry))]
     if flat and not any(case.files for case in cases):
-        cases = _flat_cases(data_path, entries) or cases
+        cases = flat_cases(data_path, entries) or cases
     if not cases:
         from cwdm.images.no_case import no_case_among  # here, as most folders hold cases
 
         raise InputError(no_case_among(data_path, entries))
     _name_the_others(entries, cases)
     return cases
-
-
-def case_folder(folder: Path, name: str = "") -> CaseFolder:
-    """The case in one folder, whose faults wait in `CaseFolder.problem`.
-
-    Args:
-        name: of the case, where the folder may hold several, flat.
-
-    Raises:
-        InputError: the folder holds no file of any modality, or is none.
-    """
-    folder = folder.absolute()  # "." has no name
-    case = _look_into(folder)
-    if name and case is not None:
-        case = next((one for one in _flat_cases(folder, list_folder(folder, "images")) if one.name == name), case)
-    if case is None or not case.files:
-        expected = f"expected a folder with files like <case>-t1n.nii.gz (one of {NAMES}, .nii or .nii.gz)"
-        raise InputError(f"no case found in {folder}; {(case and case.problem) or expected}")
-    return case
-
-
-def case_files(case: CaseFolder) -> dict[str, Path]:
-    """Name -> file, of all that belongs to a case: what its folder holds or, in a flat one, images and segmentation.
-
-    Raises:
-        CaseError: the case cannot be used, or there is nothing behind the name of one of its images.
-        InputError: the folder cannot be read.
-    """
-    if case.problem is not None:
-        raise CaseError(case.name, case.problem)
-    if broken := [path for path in case.files.values() if not is_file(path)]:
-        raise CaseError(
-            case.name, f"{broken[0]} is no file, leads nowhere or may not be looked at; repair it or take it away"
-        )
-    if case.flat:
-        segmentations = (case.folder / f"{case.name}{join}seg.nii{gz}" for join in "-_." for gz in (".gz", ""))
-        paths = [*case.files.values(), *segmentations]
-    else:
-        paths = [path for path in list_folder(case.folder, "images") if not path.name.startswith(".")]
-    return {path.name: path for path in paths if is_file(path)}
 
 
 def read_case(folder: CaseFolder) -> Case:
@@ -261,7 +221,7 @@ def list_folder(folder: Path, holds: str, name: str = "") -> list[Path]:
         raise InputError(f"the {name}folder {folder} cannot be read: {error.strerror}") from error
 
 
-def _look_into(entry: Path) -> CaseFolder | None:
+def look_into(entry: Path) -> CaseFolder | None:
     """The case in a folder, or None for what is no folder and for a folder that has nothing to do with cases."""
     try:
         paths = sorted(entry.iterdir(), key=lambda path: path.name)
@@ -305,7 +265,7 @@ def _case(name: str, folder: Path, paths: Iterable[Path]) -> CaseFolder:
     return CaseFolder(name, folder, files, problem)
 
 
-def _flat_cases(folder: Path, paths: Iterable[Path]) -> list[CaseFolder]:
+def flat_cases(folder: Path, paths: Iterable[Path]) -> list[CaseFolder]:
     """The cases whose files lie together in a folder; none if it is the folder of one case."""
     together: dict[str, list[Path]] = {}
     for path in paths:

@@ -36,28 +36,11 @@ class FileError(Exception):
     """A file cannot be used; the message says what was expected and found."""
 
 
-def has_nifti_name(file_name: str) -> bool:
-    """Whether a file is called as NIfTI files are, and not hidden."""
-    return file_name.lower().endswith((".nii", ".nii.gz")) and not file_name.startswith(".")
-
-
-def is_nifti(path: Path) -> bool:
-    """Whether a file begins as a NIfTI file does; the rest is not read."""
-    try:
-        if not stat.S_ISREG(path.stat().st_mode):  # opening a pipe would wait for ever
-            return False
-        with _open(path) as stream:
-            _parse_header(stream)
-    except (FileError, EOFError, OSError, isal_zlib.IsalError):  # type: ignore[misc]  # its stubs name an instance
-        return False
-    return True
-
-
 def read_description(path: Path) -> str:
     """What the header of a file says in words; empty where it says nothing or cannot be read."""
     try:
-        with _open(path) as stream:
-            text = bytes(_parse_header(stream)["descrip"].tobytes())
+        with open_nifti(path) as stream:
+            text = bytes(parse_header(stream)["descrip"].tobytes())
     except (FileError, EOFError, OSError, isal_zlib.IsalError):  # type: ignore[misc]  # its stubs name an instance
         return ""
     return text.rstrip(b"\0").decode("ascii", "replace")
@@ -110,7 +93,7 @@ def load(path: Path) -> tuple[Volume, nib.Nifti1Header]:
         # A gzip file may hold any number of empty members and zeros, through which its reader must go.
         if (size := path.stat().st_size) > _MAX_FILE:
             raise FileError(f"expected at most {_MAX_FILE:,} bytes, found {size:,}; store the modality as a 3D volume")
-        with _open(path) as stream:
+        with open_nifti(path) as stream:
             header = _read_header(stream)
             volume = _read_voxels(stream, header)
             # Reading on to the end makes gzip compare its checksum.
@@ -125,7 +108,8 @@ def load(path: Path) -> tuple[Volume, nib.Nifti1Header]:
     return volume, _as_nifti1(header, volume.shape)
 
 
-def _open(path: Path) -> IO[bytes]:
+def open_nifti(path: Path) -> IO[bytes]:
+    """A file's contents, unpacked if its name says that they are packed; raises FileError, OSError."""
     if path.name.lower().endswith(".gz"):
         with open_file(path) as file:
             if (start := file.read(2)) not in (b"\x1f\x8b", b""):  # of other files igzip says that they end too early
@@ -137,7 +121,7 @@ def _open(path: Path) -> IO[bytes]:
 
 def _read_header(stream: IO[bytes]) -> Header:
     """Read the header and check whatever decides how much will be read."""
-    header = _parse_header(stream)
+    header = parse_header(stream)
     shape = shape_of(header)
     if len(shape) < 3 or any(length != 1 for length in shape[3:]):
         raise FileError(f"expected one 3D volume, found {by(shape)} voxels; store each modality as a 3D volume")
@@ -161,7 +145,8 @@ def _read_header(stream: IO[bytes]) -> Header:
     return header
 
 
-def _parse_header(stream: IO[bytes]) -> Header:
+def parse_header(stream: IO[bytes]) -> Header:
+    """The header at the beginning, unchecked; raises FileError, EOFError, OSError, IsalError."""
     size = stream.read(4)
     for kind, magic in ((nib.Nifti1Header, b"n+1\0"), (nib.Nifti2Header, b"n+2\0\r\n\x1a\n")):
         for order in "<>":

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from cwdm.images.cases import NAMES, output_name, split_name
-from cwdm.images.nifti import has_nifti_name
+from cwdm.images.recognise import has_nifti_name
 
 
 def no_case_among(data_path: Path, entries: Iterable[Path]) -> str:

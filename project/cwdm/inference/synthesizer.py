@@ -11,7 +11,7 @@ from cwdm.checkpoint import ANY, Checkpoint
 from cwdm.device import choose_device, device_name
 from cwdm.errors import WeightsError
 from cwdm.files import exists
-from cwdm.images import Case, CaseFolder, case_folder
+from cwdm.images import Case, CaseFolder
 from cwdm.inference.plan import Task
 from cwdm.inference.provenance import describe, provenance
 from cwdm.inference.steps import Synthesis, draw, postprocess, prepare
@@ -78,6 +78,8 @@ class Synthesizer:
             CaseError: the case cannot be used.
             WeightsError: there are no usable weights for the missing modality.
         """
+        from cwdm.images import case_folder  # here, as cohorts find their own
+
         folder = case if isinstance(case, CaseFolder) else case_folder(Path(case))
         return self._synthesise(Task(folder, target or folder.target).read(), callback)
 

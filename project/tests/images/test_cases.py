@@ -14,13 +14,12 @@ from small_case import AFFINE, NAME, SHAPE, brain, edited, fault, make_case, rea
 
 from cwdm import __version__
 from cwdm.errors import CaseError, InputError
+from cwdm.images import case_files, case_folder
 from cwdm.images.cases import (
     MODALITIES,
     MOST_SIMILAR,
     Case,
     CaseFolder,
-    case_files,
-    case_folder,
     find_cases,
     output_name,
     read_case,

@@ -10,8 +10,8 @@ from support import CASES, SHAPE, SHARED, TINY, golden, link_case, needs_cases
 from cwdm import Settings, Synthesizer, checkpoint
 from cwdm.checkpoint import Record, load_published
 from cwdm.errors import CaseError, WeightsError
+from cwdm.images import case_folder as find_case
 from cwdm.images.cases import MODALITIES, MOST_SIMILAR, Case, read_case
-from cwdm.images.cases import case_folder as find_case
 from cwdm.images.geometry import choose_window
 from cwdm.images.intensity import as_published, normalise, with_usual_tail
 from cwdm.inference.provenance import describe
