@@ -1,9 +1,8 @@
 """Settings of which every key must be known and of the right type, with messages that say what was meant."""
 
-import difflib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -38,9 +37,11 @@ def read_settings(model: type[Model], path: Path | None, overrides: Iterable[str
     except RecursionError as error:
         raise SettingsError(f"{source}: keys or values are nested too deeply") from error
     except ValidationError as error:
+        from cwdm.refused import explain  # here, as most settings are right
+
         # A default that follows from a value of which the fault is told already is none of its own.
         faults = [fault for fault in error.errors() if fault["type"] != "default_factory_not_called"]
-        raise SettingsError(*(f"{source}: {_explain(model, fault)}" for fault in faults)) from error
+        raise SettingsError(*(f"{source}: {explain(model, fault)}" for fault in faults)) from error
 
 
 def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
@@ -50,31 +51,3 @@ def _without_nulls(values: dict[str, Any]) -> dict[str, Any]:
         for key, value in values.items()
         if value is not None
     }
-
-
-def _explain(model: type[BaseModel], fault: Any) -> str:
-    keys = [str(key) for key in fault["loc"]]
-    where = ".".join(keys)
-    if fault["type"] == "missing":
-        return f"{where} is needed; give it in the file or as {where}=VALUE"
-    if fault["type"] != "extra_forbidden":
-        found = "" if isinstance(fault["input"], dict) else f", found {fault['input']!r}"
-        return f"{where or 'settings'}: {fault['msg'].removeprefix('Value error, ')}{found}"
-    known = list(_group(model, keys[:-1]).model_fields)
-    guess = difflib.get_close_matches(keys[-1], known, n=1)
-    hint = f"did you mean '{guess[0]}'?" if guess else f"known here: {', '.join(known)}"
-    return f"unknown key '{where}'; {hint}"
-
-
-def _group(model: type[BaseModel], keys: list[str]) -> type[BaseModel]:
-    """The model of the settings under these keys, lists and unions passed through."""
-    for key in keys:
-        annotation = None if key.isdecimal() else model.model_fields[key].annotation
-        models = [kind for kind in _leaves(annotation) if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        model = models[0] if models else model
-    return model
-
-
-def _leaves(annotation: Any) -> list[Any]:
-    inside = get_args(annotation)
-    return [leaf for part in inside for leaf in _leaves(part)] if inside else [annotation]

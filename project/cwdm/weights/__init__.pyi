@@ -1,6 +1,5 @@
 from .folder import BUNDLED as BUNDLED
 from .folder import PUBLISHED_FILES as PUBLISHED_FILES
-from .folder import check_usable as check_usable
 from .folder import default_folder as default_folder
 from .folder import find as find
 from .folder import folder_of as folder_of
@@ -11,6 +10,7 @@ from .folder import recorded as recorded
 from .hub import convert as convert
 from .hub import download as download
 from .listing import WeightsFile as WeightsFile
+from .listing import check_usable as check_usable
 from .listing import inspect as inspect
 from .untrained import untrained_state as untrained_state
 from .untrained import write_untrained as write_untrained

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -107,24 +107,6 @@ def load_for(weights: Path, modality: str) -> Checkpoint:
     unknown = f"{path.name} does not say which modality it synthesises; taken for {modality}"
     notice = loaded.record.notice
     return replace(loaded, warnings=(*([] if known else [unknown]), *([notice] if notice else [])))
-
-
-def check_usable(weights: Path, modalities: Iterable[str]) -> None:
-    """Weights for at least one of the modalities.
-
-    Raises:
-        WeightsError: those of every modality are missing or cannot be used.
-    """
-    faults = []
-    for modality in modalities:
-        try:
-            load_for(weights, modality)
-        except WeightsError as error:
-            faults.append(str(error))
-        else:
-            return
-    if faults:
-        raise WeightsError("no case can be done with these weights:", *dict.fromkeys(faults))
 
 
 def modality_of(path: Path) -> str | None:

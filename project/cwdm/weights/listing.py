@@ -1,6 +1,6 @@
-"""What is in a folder of weights, each file loaded and compared with its recorded checksum."""
+"""What is in a folder of weights, each file loaded and compared with its recorded checksum, and what it is good for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from cwdm import checkpoint
 from cwdm.checkpoint import Checkpoint
 from cwdm.errors import WeightsError
 from cwdm.files import exists, is_file
-from cwdm.weights.folder import CHECKSUMS, PUBLISHED_FILES, files_of, is_recorded, recorded, trained
+from cwdm.weights.folder import CHECKSUMS, PUBLISHED_FILES, files_of, is_recorded, load_for, recorded, trained
 
 KNOWN_SHA256 = {
     "brats_unet_128_1200k.pt": "01346a0ab8e406c0cbe7be43d383dffd3885c212b36ecd2aa8c315f54cc73d48",
@@ -55,3 +55,21 @@ def _inspect_one(path: Path) -> WeightsFile:
         return WeightsFile(path, loaded, None)
     same = is_recorded({**entry, "sha256": expected}, loaded.sha256)
     return WeightsFile(path, loaded, same, "" if same else f"{path}: sha256 {loaded.sha256}, recorded {expected}")
+
+
+def check_usable(weights: Path, modalities: Iterable[str]) -> None:
+    """Weights for at least one of the modalities.
+
+    Raises:
+        WeightsError: those of every modality are missing or cannot be used.
+    """
+    faults = []
+    for modality in modalities:
+        try:
+            load_for(weights, modality)
+        except WeightsError as error:
+            faults.append(str(error))
+        else:
+            return
+    if faults:
+        raise WeightsError("no case can be done with these weights:", *dict.fromkeys(faults))
