@@ -59,7 +59,7 @@ def infer(
     from cwdm.inference import Work, check_labels, plan_tasks
     from cwdm.progress import CohortProgress
     from cwdm.settings import load_settings
-    from cwdm.weights import check_usable, folder_of
+    from cwdm.weights import folder_of
 
     loaded = load_settings(parameters_file, settings or ())
     # A cluster's workers are not in this folder.
@@ -83,6 +83,8 @@ def infer(
 
         report_on_run(report_path, data_path, output_path, progress.log)
     if code and not any(outcome.status == "written" for outcome in outcomes):
+        from cwdm.weights import check_usable
+
         # Of the whole cohort, not of this share, so that every worker says the same.
         check_usable(folder_of(weights), sorted(missing))
     raise typer.Exit(code)

@@ -62,8 +62,8 @@ class Views:
     Attributes:
         output, conditions, brain: inside the box around the brain.
         mask: the brain in the whole volume.
-        values, spread: (N,) of the output and of the standard deviation over samples inside the brain.
-        std: the predicted standard deviation.
+        values: (N,) of the output inside the brain.
+        std: standard deviation; `predicted` or over samples.
     """
 
     def __init__(
@@ -78,8 +78,7 @@ class Views:
         box = bounding_box(mask, margin=1)
         self.output, self.brain, self.mask, self.target = output[box], mask[box], mask, target
         self.conditions = {name: volume[box] for name, volume in conditions.items()}
-        self.std = std[box] if std is not None and predicted else None
-        self.spread = std[box][self.brain] if std is not None and not predicted else None
+        self.std, self.predicted = None if std is None else std[box], predicted
         self.values = self.output[self.brain]
         self.p5, self.median, self.p95, self.p99 = map(float, np.percentile(self.values, (5, 50, 95, 99)))
 
@@ -152,20 +151,9 @@ class Views:
         where = (f"{2 * abs(step)} to the {ENDS[axis][step > 0]}" for axis, step in enumerate(shift) if step)
         return [(distance if moved else 0.0, ", ".join(where))]
 
-    def median_spread(self) -> Measured:
-        return None if self.spread is None else float(np.median(self.spread))
-
-    def wide_spread(self) -> Measured:
-        return None if self.spread is None else float(np.mean(self.spread >= WIDE))
-
-    def median_std(self) -> Measured:
-        return None if self.std is None else float(np.median(self.std[self.brain]))
-
-    def mean_std(self) -> Measured:
-        return None if self.std is None else float(np.mean(self.std[self.brain]))
-
-    def wide_std(self) -> Measured:
-        return None if self.std is None else float(np.mean(self.std[self.brain] >= WIDE))
+    def doubt(self, predicted: bool, measure: Callable[[Volume], float]) -> Measured:
+        """A measure of the standard deviation inside the brain, if that is of this kind."""
+        return float(measure(self.std[self.brain])) if self.std is not None and self.predicted == predicted else None
 
     def doubtful_region(self) -> Measured:
         """How many times the brain's the predicted std is where it is largest, and where that is.
@@ -173,7 +161,7 @@ class Views:
         Over means of blocks that are at least half brain, against their median, or against a third of `WIDE` where
         that is less: so three times means a region of that size in which the std reaches `WIDE`.
         """
-        if self.std is None:
+        if self.std is None or not self.predicted:
             return None
         share = block_means(self.brain, REGION)
         means = block_means(np.where(self.brain, self.std, 0), REGION)[share >= 0.5] / share[share >= 0.5]
@@ -281,6 +269,10 @@ def _best_shift(output: Volume, conditions: Volume, reach: int = 8) -> tuple[flo
     return float(near[0, 0, 0]), float(near.max()), (x, y, z)
 
 
+def _share_of_wide(std: Volume) -> float:
+    return float(np.mean(std >= WIDE))
+
+
 # What is measured, and from where on it is a fault
 
 
@@ -358,14 +350,14 @@ CHECKS = (
     # Noise is 0.01 to 0.03, grey and white matter differ by 0.1.
     Check(
         "spread",
-        Views.median_spread,
+        lambda v: v.doubt(False, np.median),
         (0.05, 0.15),
         "the samples disagree by {percent} of the range in half of the brain",
     ),
     # 5 % is a large tumour's worth.
     Check(
         "spread_share",
-        Views.wide_spread,
+        lambda v: v.doubt(False, _share_of_wide),
         (0.05, 0.50),
         "in {percent} of the brain the samples disagree as much as tissues differ",
         "spread",
@@ -374,12 +366,12 @@ CHECKS = (
     # by 0.1, and one grey value all over a brain is off by 0.15 to 0.3.
     Check(
         "std",
-        Views.median_std,
+        lambda v: v.doubt(True, np.median),
         (float(WIDE), 0.20),
         "half of the brain is predicted to be off by {percent} of the range or more",
     ),
-    Check("std_mean", Views.mean_std),
-    Check("std_share", Views.wide_std),
+    Check("std_mean", lambda v: v.doubt(True, np.mean)),
+    Check("std_share", lambda v: v.doubt(True, _share_of_wide)),
     Check(
         "std_region",
         Views.doubtful_region,

@@ -97,12 +97,10 @@ class Synthesizer:
         Args:
             volumes: modality -> (X, Y, Z) skull-stripped intensities, 0 outside the brain.
             affine: (4, 4), voxel indices to RAS mm, as nibabel's; None for volumes stored like those of BraTS.
-            callback: called after each evaluation of the network; see `cwdm.pipeline.Callback`.
-            target: which modality, where several are missing.
+            callback, target: as for a case in a folder.
 
         Raises:
-            CaseError: the volumes cannot be used.
-            WeightsError: there are no usable weights for the missing modality.
+            CaseError, WeightsError: as for a case in a folder.
         """
         from cwdm.images import case_of_arrays  # here, as cases that are files need none of it
 
