@@ -24,6 +24,7 @@ from rich.console import Console
 
 from cwdm import checkpoint
 from cwdm.checkpoint import ANY
+from cwdm.files import sha256
 from cwdm.images import MODALITIES, find_cases
 from cwdm.phantoms import WIDE, reimage_cases, write_phantoms
 from cwdm.training import load_training_settings
@@ -78,7 +79,7 @@ def pack(run: Path) -> None:
     target = folder_of(BUNDLED) / f"{ANY}.safetensors"
     target.parent.mkdir(exist_ok=True)
     checkpoint.save(target, loaded.model, loaded.record, torch.float16)
-    record(target.parent, target.name, {"sha256": checkpoint.sha256(target), "recipe": "recipes/bundled.py"})
+    record(target.parent, target.name, {"sha256": sha256(target), "recipe": "recipes/bundled.py"})
     print(f"{target}: {target.stat().st_size / 1e6:.1f} MB")
 
 

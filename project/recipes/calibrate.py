@@ -25,6 +25,7 @@ from cwdm import Pipeline, Settings, checkpoint
 from cwdm.calibration import Values, calibration_factor, coverage, rank_correlation
 from cwdm.checkpoint import Checkpoint
 from cwdm.device import choose_device
+from cwdm.files import sha256
 from cwdm.images import MODALITIES, CaseFolder, Image, find_cases, in_order_of, normalise, read_case, read_grid
 from cwdm.inference import draw, prepare
 from cwdm.weights import record, recorded
@@ -112,7 +113,7 @@ def write(weights: Path, factors: Mapping[str, float]) -> None:
 
     checkpoint.save_tensors(weights, dict(tensors(weights)), loaded.model.config, calibrated, announce)
     if entry is not None:
-        record(weights.parent, weights.name, {**entry, "sha256": checkpoint.sha256(weights)})
+        record(weights.parent, weights.name, {**entry, "sha256": sha256(weights)})
 
 
 def tensors(weights: Path) -> Iterator[tuple[str, torch.Tensor]]:

@@ -14,6 +14,7 @@ from cwdm import checkpoint
 from cwdm.checkpoint import Record, load_published
 from cwdm.diffusion import SCHEDULES
 from cwdm.errors import WeightsError
+from cwdm.files import sha256
 from cwdm.safetensors_file import write_tensors
 from cwdm.unet import UNet, UNetConfig
 from cwdm.weights.untrained import untrained_state
@@ -73,7 +74,7 @@ def test_round_trip_through_our_file(tmp_path: Path, name: str) -> None:
     loaded = checkpoint.load(tmp_path / "t2f.safetensors")
     assert (loaded.model.config, loaded.record) == (model.config, record)
     assert all(torch.equal(a, b) for a, b in zip(loaded.model.parameters(), model.parameters(), strict=True))
-    assert loaded.sha256 == checkpoint.sha256(tmp_path / "t2f.safetensors")
+    assert loaded.sha256 == sha256(tmp_path / "t2f.safetensors")
 
 
 def test_half_precision_files_load_as_float32(tmp_path: Path) -> None:

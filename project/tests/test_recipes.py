@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from cwdm import checkpoint
 from cwdm.calibration import ONE_STD, coverage
 from cwdm.checkpoint import ANY, Record, new_network
+from cwdm.files import sha256
 from cwdm.images import find_cases
 from cwdm.unet import UNetConfig
 from cwdm.weights import inspect, record, recorded
@@ -34,7 +35,7 @@ def weights(tmp_path: Path) -> Path:
     path.parent.mkdir()
     told = Record(modality=ANY, objective="one-pass", most_missing=3, notice="small", training={"step": 3})
     checkpoint.save(path, new_network(CONFIG), told, torch.float16)
-    record(path.parent, path.name, {"sha256": checkpoint.sha256(path), "recipe": "recipes/bundled.py"})
+    record(path.parent, path.name, {"sha256": sha256(path), "recipe": "recipes/bundled.py"})
     return path
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, groupby, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -187,7 +188,7 @@ class Runner:
             OutputError: an output folder cannot be written or is full.
             DeviceLostError: the device no longer works; the tasks that have not come to their end are as they were.
         """
-        for modality, group in groupby(sorted(tasks, key=_target), key=_target):
+        for modality, group in groupby(sorted(tasks, key=attrgetter("target")), key=attrgetter("target")):
             todo = [task for task in group if not self._is_settled(task)]
             if not todo:
                 continue
@@ -297,7 +298,3 @@ def _one_ahead(items: Iterable[T]) -> Iterator[T]:
     """The same items, each given away only when the next one has been taken, so that its work has begun."""
     for item, _ in pairwise(chain(items, (None,))):
         yield cast(T, item)
-
-
-def _target(task: Task) -> str:
-    return task.target

@@ -23,6 +23,7 @@ from cwdm import Synthesizer, checkpoint
 from cwdm.checkpoint import ANY, Record, new_network
 from cwdm.cli.app import app, main
 from cwdm.errors import CaseError, DeviceLostError
+from cwdm.files import sha256
 from cwdm.images import cases as brats
 from cwdm.images.cases import find_cases, read_case, write_volume
 from cwdm.inference.cohort import device_works, synthesise_cohort
@@ -183,7 +184,7 @@ def test_the_header_has_room_for_what_an_image_was_made_with(
     infer(cohort, tmp_path, weights_folder)
     made = read_provenance(tmp_path / EXPECTED[0])
     assert made is not None
-    assert checkpoint.sha256(weights_folder / "t1_gen.pt").startswith(made.weights)
+    assert sha256(weights_folder / "t1_gen.pt").startswith(made.weights)
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from support import CASES, SHAPE, SHARED, TINY, golden, link_case, needs_cases
 from cwdm import Settings, Synthesizer, checkpoint
 from cwdm.checkpoint import Record, load_published
 from cwdm.errors import CaseError, WeightsError
+from cwdm.files import sha256
 from cwdm.images import case_folder as find_case
 from cwdm.images.cases import MODALITIES, MOST_SIMILAR, Case, read_case
 from cwdm.images.geometry import choose_window
@@ -297,7 +298,7 @@ def test_real_cases_are_read_prepared_and_written_with_their_geometry(
 def test_record_describes_what_decides_the_result(weights_folder: Path) -> None:
     made = synthesizer(weights_folder)
     described = json.loads(json.dumps(describe(made.pipeline("t1c"), made.settings)))
-    assert described["weights"]["sha256"] == checkpoint.sha256(weights_folder / "t1ce_gen.pt")
+    assert described["weights"]["sha256"] == sha256(weights_folder / "t1ce_gen.pt")
     assert described["timesteps"] == [3, 2, 1, 0]
     assert described["settings"]["seed"] == 42
 

@@ -268,9 +268,7 @@ def test_a_conversion_killed_at_any_point_can_be_repeated(again: bool, published
             assert weights.load_for(folder, "t1c").record.modality == "t1c"
         target = weights.convert(published_file, folder / "t1c.safetensors", "t1c", torch.float16)
         entries = json.loads((folder / "checksums.json").read_text())
-        assert entries == {
-            target.name: {"sha256": checkpoint.sha256(target), "converted_from": checkpoint.sha256(published_file)}
-        }
+        assert entries == {target.name: {"sha256": sha256(target), "converted_from": sha256(published_file)}}
         assert [one.verified for one in inspect(folder)] == [True]
 
 
