@@ -27,9 +27,9 @@ from cwdm.diffusion import SCHEDULES, subband_losses
 from cwdm.errors import CwdmError, InputError, OutputError, SettingsError
 from cwdm.images.image import write_nifti
 from cwdm.inference.generate import Generator
+from cwdm.refused import _leaves
 from cwdm.safetensors_file import write_tensors
 from cwdm.settings import load_settings
-from cwdm.strict import _leaves
 from cwdm.training import TrainingError, loop, saving, train, validate
 from cwdm.training.launch import launch, results_of_all
 from cwdm.training.loader import batches_of_steps
