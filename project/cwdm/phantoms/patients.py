@@ -111,10 +111,12 @@ def write_phantoms(
     variation: Variation | None = None,
     on_case: Callable[[str], None] = lambda name: None,
     first: int = 0,
+    around: Callable[[Phantom], Phantom] | None = None,
 ) -> list[Path]:
     """Write cases BraTS-PHANTOM-00000-000 and on; returns their folders. Files that are there already stay.
 
     Case number i, from `first` on, depends on (seed, i) alone. `on_case` is called with a case's name once it is there.
+    `around` adds what lies around the brain, see `add_skull`.
 
     Raises:
         InputError: another file has the name of an image in a case that is not finished.
@@ -125,7 +127,8 @@ def write_phantoms(
         name = f"BraTS-PHANTOM-{number:05d}-000"
         folder = out / name
         if not all(is_nifti(folder / output_name(name, suffix)) for suffix in (*MODALITIES, "seg")):
-            write_phantom(make_phantom([seed, number], shape, spacing_mm, variation), out, name)
+            phantom = make_phantom([seed, number], shape, spacing_mm, variation)
+            write_phantom(around(phantom) if around else phantom, out, name)
         folders.append(folder)
         on_case(name)
     return folders

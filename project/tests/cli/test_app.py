@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
 
 from cwdm.cli import app as module
 from cwdm.cli.app import PANELS, app, said
+from cwdm.errors import SettingsError
+from cwdm.images import MODALITIES
 
 MOST_LINES_OF_THE_COMMAND_LINE_FOR_INFER = 370
 
@@ -122,3 +125,21 @@ def test_phantoms_are_as_small_as_their_voxels_are_large(tmp_path: Path) -> None
     image = nib.load(tmp_path / "BraTS-PHANTOM-00000-000" / "BraTS-PHANTOM-00000-000-t1n.nii.gz")
     assert image.shape == (35, 35, 23)
     assert image.header.get_zooms() == (7, 7, 7)
+
+
+def test_phantoms_with_their_skulls_on_are_the_same_patients(tmp_path: Path) -> None:
+    for folder, more in (("bare", ()), ("whole", ("--skull",))):
+        result = CliRunner().invoke(app, ["phantom", "-o", str(tmp_path / folder), "--spacing", "7", *more])
+        assert result.exit_code == 0, result.output
+    for suffix in (*MODALITIES, "seg"):
+        name = f"BraTS-PHANTOM-00000-000/BraTS-PHANTOM-00000-000-{suffix}.nii.gz"
+        bare, whole = (nib.load(tmp_path / folder / name).get_fdata() for folder in ("bare", "whole"))
+        brain = bare > 0
+        np.testing.assert_array_equal(whole[brain], bare[brain])
+        assert ((whole[~brain] > 0).mean() > 0.5) == (suffix != "seg")
+
+
+def test_real_cases_get_no_skull(tmp_path: Path) -> None:
+    result = CliRunner().invoke(app, ["phantom", "-o", str(tmp_path / "new"), "--from", str(tmp_path), "--skull"])
+    assert isinstance(result.exception, SettingsError)
+    assert not (tmp_path / "new").exists()
