@@ -33,7 +33,7 @@ from .intensity import clip_range as clip_range
 from .intensity import denormalise as denormalise
 from .intensity import foreground as foreground
 from .intensity import normalise as normalise
-from .intensity import with_usual_tail as with_usual_tail
+from .intensity import with_tail as with_tail
 from .memory import case_of_arrays as case_of_arrays
 from .nifti import is_made as is_made
 from .nifti import read_description as read_description

@@ -21,12 +21,9 @@ BRAIN_QUANTILE, BRAIN_LEVEL = 0.95, 0.5
 TYPICAL_LEVEL = {"t1n": 0.91, "t1c": 0.71, "t2w": 0.71, "t2f": 0.83}
 """Where the same quantile lies, as a rule, in an image that is scaled to [0, 1] as published."""
 
-
-TAIL_QUANTILES = (0.99, 0.995, 0.999)
-"""Of the whole volume; the last two are those by which evaluators scale an image to [0, 1]."""
-
-TYPICAL_TAIL = {"t1n": 0.94, "t1c": 0.73, "t2w": 0.8, "t2f": 0.88}
-"""Where the middle one lies, as a rule, in an image that is scaled to [0, 1] as published."""
+TAIL_QUANTILES = (0.99, 0.998, 0.999)
+"""Of the whole volume: two from which the tail is stretched, the first where an image is even at the second, and that
+by which an image is scaled to [0, 1]."""
 
 
 class ClipRange(NamedTuple):
@@ -106,22 +103,28 @@ def as_published(unit: Volume, modality: str, intensities: Intensities) -> Volum
     return unit * np.float32(TYPICAL_LEVEL[modality] / BRAIN_LEVEL)
 
 
-def with_usual_tail(unit: Volume, modality: str) -> Volume:
-    """A predicted volume whose brightest hundredth is stretched, so that its percentiles lie as an acquired image's.
+def with_tail(unit: Volume, std: Volume | None = None) -> Volume:
+    """A predicted volume whose brightest voxels are stretched, so that its percentiles lie as an acquired image's.
 
     A prediction is the mean of what may be, which is less bright than the truth in its few brightest voxels, for
-    nobody knows where these are. Whoever scales it by its own percentiles would see all of it too bright. Nothing
-    becomes darker, all else stays as it is, and the order of the intensities does too.
+    nobody knows where these are. Whoever scales it by its own percentiles would see all of it too bright. How bright
+    they are is known: as bright as in an acquired image as a rule, and as in the mean with errors of the predicted
+    size, whichever is more. Nothing becomes darker, all else stays as it is, and the order of the intensities does too.
 
     Args:
-        unit: 0 in the background, 1 where the 99.9 percentile of an acquired image lies.
+        unit: 0 in the background, 1 where the 99.9 percentile of an acquired image lies as a rule.
+        std: standard deviation of its voxels' errors, 0 in the background; None: not known.
     """
-    found = np.array(_quantiles(unit, TAIL_QUANTILES))
-    if not (found[0] > 0 and np.all(np.diff(found) > 0)):
+    *starts, found = _quantiles(unit, TAIL_QUANTILES)
+    start = max((value for value in starts if value < found), default=0.0)
+    if not start > 0:
         return unit
-    wanted = np.maximum(found, (found[0], TYPICAL_TAIL[modality], 1.0))
-    top, stretched = unit > found[0], unit.copy()
-    stretched[top] = np.interp(unit[top], found, wanted) + np.maximum(unit[top] - found[-1], 0)
+    wanted = max(1.0, found)
+    if std is not None:
+        errors = std * np.random.default_rng(0).standard_normal(std.shape, np.float32)
+        wanted = max(wanted, *_quantiles(unit + errors, TAIL_QUANTILES[-1:]))
+    top, stretched = unit > start, unit.copy()
+    stretched[top] = np.interp(unit[top], (start, found), (start, wanted)) + np.maximum(unit[top] - found, 0)
     return stretched
 
 

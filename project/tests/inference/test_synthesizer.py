@@ -14,7 +14,7 @@ from cwdm.files import sha256
 from cwdm.images import case_folder as find_case
 from cwdm.images.cases import MODALITIES, MOST_SIMILAR, Case, read_case
 from cwdm.images.geometry import choose_window
-from cwdm.images.intensity import as_published, normalise, with_usual_tail
+from cwdm.images.intensity import as_published, normalise, with_tail
 from cwdm.inference.provenance import describe
 from cwdm.inference.steps import PreparedCase, Samples, postprocess, prepare
 from cwdm.samplers import ddim
@@ -250,7 +250,7 @@ def test_brain_intensities_are_what_the_network_sees_and_what_it_makes(case: Pat
     np.testing.assert_array_equal(unit, np.clip(expected, 0, 1))
     native = postprocess(prepared, nearest, Settings().output).volume
     low, high = normalise(volumes["t1c"])[1]
-    usual = with_usual_tail(np.where(prepared.mask, expected, 0), "t1n")
+    usual = with_tail(np.where(prepared.mask, expected, 0))
     np.testing.assert_allclose(native, np.where(prepared.mask, usual * (high - low) + low, 0), rtol=1e-5, atol=1e-3)
 
 
