@@ -58,7 +58,11 @@ class UNetConfig:
             raise ValueError(f"not a usable number of targets: {self.targets}")
         if self.regression and self.in_channels <= self.out_channels:
             raise ValueError("a regression needs conditions")
-        one_pass = (self.in_channels, self.out_channels, self.targets) == (8 + 8 * self.given, 16, self.given)
+        one_pass = (self.in_channels, self.out_channels, self.targets) == (
+            8 + 8 * self.given,
+            one_pass_outputs(self.given),
+            self.given,
+        )
         if self.given and (self.regression or not one_pass or not 2 <= self.given <= 8):
             raise ValueError(f"not a usable network for one pass over {self.given} images: {self}")
         if self.products and not self.given:
@@ -84,6 +88,12 @@ class UNetConfig:
         """Spatial sizes of the coefficients must be multiples of this."""
         halvings = len(self.channel_mult) - (self.skips != "wavelet")
         return int(2**halvings)
+
+
+def one_pass_outputs(given: int) -> int:
+    """Channels that a network of one pass over so many images answers with, see `cwdm.onepass.OnePassUNet`: a field,
+    three gains of each image and of the prior, and the variances of eight bands."""
+    return 1 + 3 * (given + 1) + 8
 
 
 def new_conv3(in_channels: int, out_channels: int) -> nn.Conv3d:

@@ -1,4 +1,4 @@
-"""A linear prior: what it says of each voxel, and the sums over voxels of training data that it is solved from."""
+"""What training data tell a prior: the sums over voxels that a regression is solved from, and how."""
 
 from collections.abc import Iterable
 
@@ -7,6 +7,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST_DEVIATION = 1e-4  # of the regression's errors, so that half precision can hold it
+
+RIDGE = 1e-2
+"""In units of each input's variance."""
 
 Examples = Iterable[tuple[Tensor, Tensor, Tensor, int]]
 """Conditions (given, X, Y, Z), what should come out (out, X, Y, Z), where to learn from it, bool (X, Y, Z), and the
@@ -39,13 +42,15 @@ def root_mean_squares(squares: Tensor, voxels: Tensor) -> Tensor:
     return found.where(found > 0, 1)
 
 
-def linear(weight: Tensor, bias: Tensor, conditions: Tensor) -> Tensor:
-    """W c + b of every voxel, or 0 where all its conditions are 0: (B, out, X, Y, Z).
+def ridge(within: Tensor, across: Tensor) -> Tensor:
+    """Weights (given,) of standardised inputs' ridge regression, from their covariances with each other, (given,
+    given), and with what should come out, (given,)."""
+    scale = within.diagonal().sqrt().clamp(min=1e-12)
+    within = within / scale / scale[:, None] + RIDGE * torch.eye(len(scale))
+    return torch.linalg.solve(within, across / scale) / scale
 
-    Args:
-        weight: (B, out, given).
-        bias: (B, out).
-        conditions: (B, given, X, Y, Z).
-    """
-    expected = torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
-    return expected * conditions.any(1, keepdim=True)  # nothing outside the head
+
+def covariances(sums: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """Covariances (N, N) and means (N,) from sums of products (N, N), the constant's being 0 and 1."""
+    mean = sums[constant] / sums[constant, constant]
+    return sums / sums[constant, constant] - mean[:, None] * mean, mean

@@ -1,20 +1,22 @@
 """A network that predicts an image in one pass, from any of the other images: its mean and how far off it may be.
 
 One evaluation has the accuracy of the mean of many samples, whose place it takes; what is lost is the texture of a
-single sample. The network learns what the linear-Gaussian prior of the images that are given does not know: by how many
-of its standard deviations the mean lies beside, and how much wider or narrower the truth is spread around it.
+single sample. The network learns what a Gaussian prior of the images that are given does not know: by how many of its
+standard deviations the mean lies beside, and how much wider or narrower the truth is spread around it.
 """
 
 import itertools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cwdm.least_squares import SMALLEST_DEVIATION, Examples, cross_products, linear, root_mean_squares
 from cwdm.unet import UNet, UNetConfig, check_shape
-from cwdm.wavelet import LLL_DIVISOR, dwt, idwt
+from cwdm.wavelet import BANDS, LLL_DIVISOR, dwt, idwt
+
+if TYPE_CHECKING:
+    from cwdm.least_squares import Examples
 
 MOST_LOG_RATIO = 8.0
 """Standard deviations are a 55th to 55 times the prior's."""
@@ -22,132 +24,121 @@ MOST_LOG_RATIO = 8.0
 ROUNDING = 1e-5
 """Of voxels, by the wavelet transform and its inverse."""
 
-RIDGE = 1e-3
-"""Of a prior, in units of each coefficient's variance."""
+ORTHONORMAL = torch.tensor([LLL_DIVISOR] + 7 * [1.0], dtype=torch.float64)
+"""By which coefficients are multiplied to be those of the orthonormal transform."""
+
+VOXEL_OF_LLL = LLL_DIVISOR / 8**0.5
+"""What a voxel is in a block whose coefficients are 1 and seven times 0."""
+
+HIGH_AXES = tuple(band.count("H") for band in BANDS)
+"""Along how many axes each band is high."""
 
 
 class Prior(nn.Module):
-    """A linear Gaussian model of each voxel's clean coefficients for every target and set of images that are given.
+    """A Gaussian model of each voxel for every target and set of images that are given: a polynomial of these.
 
-    Every target is one of the images, and any of the others may be given. A target's coefficients are normal, with the
-    mean W c + b of those that are given, c (or 0 where all of these are 0), and a standard deviation for each band.
-    With `products`, c holds the coefficients of the squares and products of the images too: one contrast follows from
-    another by a curve, which few patients suffice for.
-    Until `fit`, W c is the mean of what is given, and all standard deviations are 1; training leaves them as they are.
+    Every target is one of the images, and any of the others may be given. A target's voxel is normal around b + Σ w v
+    of the voxels v that are given, or 0 where all of these are 0; with `products`, around b + Σ w v + Σ w v v', for one
+    contrast follows from another by a curve, which few patients suffice for. The wavelet coefficients' errors have a
+    standard deviation for each band. Until `fit`, the mean is that of what is given, and all standard deviations are 1;
+    training leaves them as they are.
 
     Args:
         images: how many there are.
-        products: whether c holds those of pairs of images.
-        bands: coefficients of a voxel of each.
+        products: whether the polynomial has those of pairs of images.
     """
 
-    def __init__(self, images: int, products: bool = False, bands: int = 8) -> None:
+    def __init__(self, images: int, products: bool = False) -> None:
         super().__init__()
-        self.images, self.bands = images, bands
+        self.images = images
         self.pairs = list(itertools.combinations_with_replacement(range(images), 2)) if products else []
         # By the target and a number whose bit i says that image i is given.
-        sets, coefficients = 2**images, images * bands
+        sets = 2**images
         with torch.device("cpu"):  # on the meta device, arithmetic loads PyTorch's compiler
             shown = (torch.arange(sets)[:, None] >> torch.arange(images)) & 1
             mean = shown / shown.sum(1, keepdim=True).clamp(min=1)
-            weight = torch.einsum("si,ab->saib", mean, torch.eye(bands)).flatten(2).repeat(images, 1, 1, 1)
-            weight = F.pad(weight, (0, len(self.pairs) * bands))
+            weight = F.pad(mean, (0, len(self.pairs))).repeat(images, 1, 1)
         self.weight = nn.Parameter(weight.to(torch.get_default_device()), requires_grad=False)
-        self.bias = nn.Parameter(torch.zeros(images, sets, bands), requires_grad=False)
-        self.deviation = nn.Parameter(torch.ones(images, sets, bands), requires_grad=False)
-        self.magnitude = nn.Parameter(torch.ones(coefficients), requires_grad=False)  # conditions' root mean square
+        self.bias = nn.Parameter(torch.zeros(images, sets), requires_grad=False)
+        self.deviation = nn.Parameter(torch.ones(images, sets, 8), requires_grad=False)
+        self.magnitude = nn.Parameter(torch.ones(images * 8), requires_grad=False)  # coefficients' root mean square
 
-    def forward(
-        self, conditions: Tensor, given: Tensor, target: Tensor, volumes: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the target's coefficients.
+    def forward(self, volumes: Tensor, given: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean of the target, and standard deviation of its coefficients.
 
         Args:
-            conditions: coefficients (B, images * bands, X, Y, Z), those of images that are not given being 0.
-            given: (B, images) bool.
+            volumes: images (B, N, 2 X, 2 Y, 2 Z), those that are not given being 0.
+            given: (B, N) bool.
             target: (B,) numbers of images.
-            volumes: the images (B, images, 2 X, 2 Y, 2 Z), if there is no need to make them of their coefficients.
 
         Returns:
-            (B, bands, X, Y, Z), (B, bands, 1, 1, 1), float32.
+            (B, 1, 2 X, 2 Y, 2 Z), which is for where any image is not 0, and (B, 8, 1, 1, 1), float32.
         """
         number = (given.long() << torch.arange(self.images, device=given.device)).sum(1)
-        weight, bias = self.weight[target, number].float(), self.bias[target, number].float()
-        deviation = self.deviation[target, number].float()[..., None, None, None]
-        own = self.images * self.bands
-        mean, places = linear(weight[:, :, :own], bias, conditions.float()), weight[:, :, own:].split(self.bands, 2)
-        if self.pairs:
-            volumes = idwt(conditions.float()) if volumes is None else volumes
-            for pair, part in zip(self.pairs, places, strict=True):  # one at a time, for the sake of memory
-                if given[:, list(pair)].all(1).any():
-                    mean = mean + torch.einsum("boi,bixyz->boxyz", part, dwt(product(volumes, pair)))
-        return mean, deviation
+        weight, deviation = self.weight[target, number].float(), self.deviation[target, number].float()
+        mean = torch.zeros_like(volumes[:, :1]) + self.bias[target, number].float()[:, None, None, None, None]
+        for i, volume in enumerate(volumes.split(1, 1)):
+            if given[:, i].any():  # one at a time, for the sake of memory
+                slope = torch.zeros_like(mean) + unit(weight[:, i : i + 1])
+                for place, (first, second) in enumerate(self.pairs, self.images):
+                    if first == i and given[:, second].any():
+                        slope.addcmul_(unit(weight[:, place : place + 1]), volumes[:, second : second + 1])
+                mean.addcmul_(slope, volume)
+        return mean, unit(deviation)
 
     @torch.no_grad()
-    def fit(self, examples: Examples) -> None:
+    def fit(self, examples: "Examples") -> None:
         """Ridge regression for each target and set of images, from all examples that show those and maybe others.
 
-        Few patients give many voxels, yet little variety: so each coefficient is taken in units of its standard
-        deviation, and weights that the data hardly determine are drawn towards 0. Without an example for it, a model
-        stays the mean of what is given.
+        Few patients give many voxels, yet little variety: so each term is taken in units of its standard deviation, and
+        weights that the data hardly determine are drawn towards 0. Without an example for it, a model stays the mean of
+        what is given.
         """
-        images, bands, sets, constant = self.images, self.bands, 2**self.images, self.weight.shape[-1]
-        grouped = (
-            (self._with_products(conditions), *rest, target * sets + shown_in(conditions, images))
-            for conditions, *rest, target in examples
-        )
-        sums, voxels = cross_products(grouped, images * sets, bands, constant)
-        magnitude = root_mean_squares(sums[:, : constant + 1, : constant + 1], voxels)
-        self.magnitude.copy_(magnitude[: len(self.magnitude)])
+        # Here, as only training needs it.
+        from cwdm.least_squares import SMALLEST_DEVIATION, covariances, ridge
+
+        images, sets, terms = self.images, 2**self.images, self.weight.shape[-1]
+        sums, squares, voxels = self._sums(examples)
+        self.magnitude.copy_((squares / voxels.repeat_interleave(8)).sqrt().where(squares > 0, 1))
         needs = [{i} for i in range(images)] + [set(pair) for pair in self.pairs]
         for target, number in itertools.product(range(images), range(1, sets)):
-            with_all = [other for other in range(sets) if other & number == number]
-            found = sums.unflatten(0, (images, sets))[target, with_all].sum(0)
-            if number >> target & 1 or found[constant, constant] == 0:
+            found = sums[target, [other for other in range(sets) if other & number == number]].sum(0)
+            # Products of voxels are those of their orthonormal coefficients; the constant 1 is the last term.
+            whole = (found * ORTHONORMAL.square()[:, None, None]).sum(0)
+            if number >> target & 1 or not whole[terms, terms]:
                 continue
-            covariance, mean = covariances(found, constant)
-            inputs = [i for i in range(constant) if all(number >> image & 1 for image in needs[i // bands])]
-            outputs = slice(constant + 1, None)
-            within, across = covariance[inputs][:, inputs], covariance[inputs][:, outputs]
-            weight = ridge(within, across)
-            left = covariance.diagonal()[outputs] + (weight * (weight @ within - 2 * across.mT)).sum(1)
+            covariance, mean = covariances(whole, terms)
+            inputs = [i for i in range(terms) if all(number >> image & 1 for image in needs[i])]
+            weight = ridge(covariance[inputs][:, inputs], covariance[inputs, -1])
+            bias = mean[-1] - weight @ mean[inputs]
+            error = torch.zeros(terms + 2, dtype=torch.float64)
+            error[[*inputs, terms, terms + 1]] = torch.cat((-weight, torch.stack((-bias, torch.ones_like(bias)))))
+            blocks = whole[terms, terms] / 8
             self.weight[target, number] = 0
-            self.weight[target, number, :, inputs] = weight.float()
-            self.bias[target, number] = mean[outputs] - weight @ mean[inputs]
-            self.deviation[target, number] = left.clamp(min=SMALLEST_DEVIATION**2).sqrt()
+            self.weight[target, number, inputs] = weight.float()
+            self.bias[target, number] = bias
+            self.deviation[target, number] = (error @ found @ error / blocks).sqrt().clamp(min=SMALLEST_DEVIATION)
 
-    def _with_products(self, conditions: Tensor) -> Tensor:
-        """Coefficients of the images, and of their products: (images * bands, X, Y, Z) -> (given, X, Y, Z)."""
-        if not self.pairs:
-            return conditions
-        volumes = idwt(conditions[None])
-        return torch.cat((conditions, *(dwt(product(volumes, pair))[0] for pair in self.pairs)))
+    def _sums(self, examples: "Examples") -> tuple[Tensor, Tensor, Tensor]:
+        """Of each band's coefficients, over the blocks to learn from.
 
-
-def product(volumes: Tensor, pair: tuple[int, int]) -> Tensor:
-    """Of two of the images (B, N, X, Y, Z), or the square of one: (B, 1, X, Y, Z)."""
-    first, second = pair
-    return volumes[:, first, None] * volumes[:, second, None]
-
-
-def shown_in(conditions: Tensor, images: int) -> int:
-    """Number of the set of images that are not 0 everywhere: of coefficients (images * bands, X, Y, Z)."""
-    shown = conditions.unflatten(0, (images, -1)).flatten(1).any(1)
-    return sum(1 << i for i in range(images) if shown[i])
-
-
-def ridge(within: Tensor, across: Tensor) -> Tensor:
-    """Weights (out, given) of standardised inputs' ridge regression, from their covariances with each other, (given,
-    given), and with what should come out, (given, out)."""
-    scale = within.diagonal().sqrt().clamp(min=1e-12)
-    within = within / scale / scale[:, None] + RIDGE * torch.eye(len(scale))
-    return (torch.linalg.solve(within, across / scale[:, None]) / scale[:, None]).mT
-
-
-def covariances(sums: Tensor, constant: int) -> tuple[Tensor, Tensor]:
-    """Covariances (N, N) and means (N,) of what `cross_products` summed up, the constant's being 0 and 1."""
-    mean = sums[constant] / sums[constant, constant]
-    return sums / sums[constant, constant] - mean[:, None] * mean, mean
+        Returns:
+            Products of the terms', of those of the constant 1 and of the target's, each with each, by target and set of
+            images (N, 2^N, 8, terms + 2, terms + 2); squares of the images' (8 N,); blocks with each of these (N,).
+        """
+        images, terms = self.images, self.weight.shape[-1]
+        sums = torch.zeros(images, 2**images, 8, terms + 2, terms + 2, dtype=torch.float64)
+        squares, voxels = torch.zeros(images * 8, dtype=torch.float64), torch.zeros(images, dtype=torch.float64)
+        for conditions, wanted, inside, target in examples:
+            volumes = idwt(conditions[None])
+            places = [*volumes[0], *(volumes[0, first] * volumes[0, second] for first, second in self.pairs)]
+            rows = dwt(torch.stack((*places, torch.ones_like(places[0])))[:, None])
+            rows = torch.cat((rows, wanted[None]))[:, :, inside].double().transpose(0, 1)
+            shown = conditions.unflatten(0, (images, 8)).flatten(1).any(1)
+            sums[target, sum(1 << i for i in range(images) if shown[i])] += rows @ rows.mT
+            squares += conditions[:, inside].double().square().sum(1)
+            voxels += inside.sum() * shown
+        return sums, squares, voxels
 
 
 class Prediction(NamedTuple):
@@ -176,6 +167,11 @@ class OnePassUNet(UNet):
     (B, N) bool, target (B,) -> `Prediction`, the mean that of a volume which is 0 in every voxel where all conditions
     are 0, so that the edge of the brain need not be learned. There is no timestep: blocks are told target and flags in
     its place.
+
+    Of what the prior lacks, the network predicts a smooth field, and how much of the details of each image that is
+    given, and of the prior, come on top. So it makes no detail where no image has one: what it has never seen may come
+    out too bright or too dark, yet not with a pattern of the wavelets' grid. (Within a block that is a guided filter's
+    linear model: He et al., "Guided Image Filtering", 2013.)
     """
 
     def __init__(self, config: UNetConfig) -> None:
@@ -185,20 +181,48 @@ class OnePassUNet(UNet):
 
     def forward(self, conditions: Tensor, given: Tensor, target: Tensor) -> Prediction:  # type: ignore[override]
         check_shape(conditions, 8 * self.config.given, self.config)
+        conditions = conditions.float()
         with torch.autocast(conditions.device.type, enabled=False):  # what is added up to the end stays exact
-            volumes = idwt(conditions.float())
-            expected, deviation = self.prior(conditions, given, target, volumes)
+            volumes = idwt(conditions)
             brain = brain_of(volumes)
+            mean, deviation = self.prior(volumes, given, target)
             del volumes  # whole images, whose memory the network can use
+            expected = dwt(mean * brain)
         magnitude = self.prior.magnitude.float()
         own = magnitude.unflatten(0, (-1, 8))[target]
-        network_input = torch.cat((expected / unit(own), conditions.float() / unit(magnitude[None])), dim=1)
+        network_input = torch.cat((expected / unit(own), conditions / unit(magnitude[None])), dim=1)
         dtype = self.stem.weight.dtype
         emb = self.embed(torch.zeros_like(target), target) + self.given_embed(given.to(dtype))
         output = self.denoise(network_input.to(dtype), emb).float()
-        displacement, log_ratio = output.chunk(2, dim=1)
-        mean = dwt(idwt(expected + deviation * displacement) * brain)
+        field, gains, log_ratio = output.split((1, output.shape[1] - 9, 8), dim=1)
+        with torch.autocast(conditions.device.type, enabled=False):
+            details = with_gains(torch.cat((expected, conditions), dim=1), gains)
+            volume = idwt(expected + details)
+            field = field * deviation[:, :1] * VOXEL_OF_LLL
+            volume += F.interpolate(field, scale_factor=2, mode="trilinear")
+            mean = dwt(volume * brain)
         return Prediction(mean, deviation, MOST_LOG_RATIO * torch.tanh(log_ratio / MOST_LOG_RATIO))
+
+
+def with_gains(coefficients: Tensor, gains: Tensor) -> Tensor:
+    """Sum of the images' details, each times its gain; there is one for bands that are high along one, two and three
+    axes each.
+
+    Args:
+        coefficients: of M images (B, 8 M, X, Y, Z).
+        gains: (B, 3 M, X, Y, Z).
+
+    Returns:
+        (B, 8, X, Y, Z), 0 in LLL.
+    """
+    images = coefficients.shape[1] // 8
+    sums = [torch.zeros_like(coefficients[:, 0])]
+    for band, axes in enumerate(HIGH_AXES[1:], 1):
+        total = gains[:, axes - 1] * coefficients[:, band]
+        for image in range(1, images):
+            total = total.addcmul(gains[:, 3 * image + axes - 1], coefficients[:, 8 * image + band])
+        sums.append(total)
+    return torch.stack(sums, dim=1)
 
 
 def brain_of(volumes: Tensor) -> Tensor:

@@ -1,10 +1,14 @@
 """The linear-Gaussian prior of a network that learns what a regression on the conditions does not know."""
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 
 from cwdm.diffusion import PUBLISHED, Schedule, alpha_bars_on
-from cwdm.least_squares import SMALLEST_DEVIATION, Examples, cross_products, linear, root_mean_squares
+
+if TYPE_CHECKING:
+    from cwdm.least_squares import Examples
 
 
 class Regression(nn.Module):
@@ -63,8 +67,11 @@ class Regression(nn.Module):
         return network_input, expected + prior.to(x.dtype) * innovation, left
 
     @torch.no_grad()
-    def fit(self, examples: Examples) -> None:
+    def fit(self, examples: "Examples") -> None:
         """Least squares."""
+        # Here, as only training needs it.
+        from cwdm.least_squares import SMALLEST_DEVIATION, cross_products, root_mean_squares
+
         given = self.weight.shape[2]
         sums, voxels = cross_products(examples, *self.weight.shape)
         squares, products = sums[:, : given + 1, : given + 1], sums[:, : given + 1, given + 1 :]
@@ -78,3 +85,15 @@ class Regression(nn.Module):
         deviation = (left.clamp(min=0) / count).sqrt().clamp(min=SMALLEST_DEVIATION)
         self.deviation.copy_(deviation.where(count > 0, 1))
         self.magnitude.copy_(root_mean_squares(squares, voxels))
+
+
+def linear(weight: Tensor, bias: Tensor, conditions: Tensor) -> Tensor:
+    """W c + b of every voxel, or 0 where all its conditions are 0: (B, out, X, Y, Z).
+
+    Args:
+        weight: (B, out, given).
+        bias: (B, out).
+        conditions: (B, given, X, Y, Z).
+    """
+    expected = torch.baddbmm(bias[..., None], weight, conditions.flatten(2)).unflatten(2, conditions.shape[2:])
+    return expected * conditions.any(1, keepdim=True)  # nothing outside the head

@@ -145,7 +145,7 @@ for skips, targets, regression in product(("concat", "additive", "wavelet"), (0,
     with torch.device("meta"):
         UNet(UNetConfig(targets=targets, **shape))
 with torch.device("meta"):
-    UNet(UNetConfig(in_channels=40, out_channels=16, model_channels=32, channel_mult=(1, 2), targets=4, given=4))
+    UNet(UNetConfig(in_channels=40, out_channels=24, model_channels=32, channel_mult=(1, 2), targets=4, given=4))
 """
     assert not [name for name in loaded_after(code) if name.startswith("torch._dynamo")]
 

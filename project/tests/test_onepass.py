@@ -12,13 +12,13 @@ from skimage.metrics import structural_similarity
 from cwdm import Pipeline, checkpoint
 from cwdm.checkpoint import ANY, Record, new_network
 from cwdm.errors import SettingsError, WeightsError
-from cwdm.onepass import OnePassUNet, Prediction, Prior, voxel_std
+from cwdm.onepass import OnePassUNet, Prediction, Prior, voxel_std, with_gains
 from cwdm.settings import load_settings
 from cwdm.training.losses import one_pass_losses, structure_loss
 from cwdm.unet import UNetConfig
-from cwdm.wavelet import dwt, idwt
+from cwdm.wavelet import BANDS, dwt, idwt
 
-CONFIG = UNetConfig(40, 16, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, norm="voxel", targets=4, given=4)
+CONFIG = UNetConfig(40, 24, model_channels=8, channel_mult=(1, 2), num_res_blocks=1, norm="voxel", targets=4, given=4)
 PATTERNS = [(t, given) for t in range(4) for given in product((False, True), repeat=4) if any(given) and not given[t]]
 
 
@@ -41,85 +41,97 @@ def conditions(given: tuple[bool, ...] = (True, False, True, True)) -> torch.Ten
     return volumes * torch.tensor(given)[:, None, None, None]
 
 
-def examples(noise: torch.Tensor, joint: torch.Tensor, mean: torch.Tensor, targets=(0, 1, 2, 3)):
-    """Voxels of four images' coefficients with a mean and the covariance joint jointᵀ."""
-    values = (joint @ noise.flatten(1)).unflatten(1, noise.shape[1:]) + mean[:, None, None, None]
-    inside = torch.ones(noise.shape[1:], dtype=torch.bool)
-    return [(values, values[8 * target : 8 * target + 8], inside, target) for target in targets]
+def examples(values: torch.Tensor, targets=(0, 1, 2, 3), shown=0b1111):
+    """Images (4, X, Y, Z) of which some are given, a target at a time."""
+    coefficients = dwt(values[:, None]).flatten(0, 1)
+    inside = torch.ones(coefficients.shape[1:], dtype=torch.bool)
+    given = coefficients * bits(shown)[:, None, None, None]
+    return [(given, coefficients[8 * target : 8 * target + 8], inside, target) for target in targets]
+
+
+def drawn(joint: torch.Tensor, mean: torch.Tensor, *size: int) -> torch.Tensor:
+    """Images whose voxels have a mean and the covariance joint jointᵀ."""
+    return (joint @ torch.randn(len(mean), *size).flatten(1)).unflatten(1, size) + mean[:, None, None, None]
 
 
 @torch.no_grad()
 def test_the_prior_is_the_conditional_normal_for_every_set_of_images() -> None:
     torch.manual_seed(0)
-    joint, mean = torch.randn(32, 32) / 32**0.5 + 0.5 * torch.eye(32), torch.rand(32) + 0.5
-    joint[::8] *= 10  # as LLL is much larger than the other bands
+    joint, mean = torch.randn(4, 4) / 4 + 0.5 * torch.eye(4), torch.rand(4) + 0.5
     prior = Prior(4)
     # Some with everything, some without an image, which says nothing of what that is like.
-    whole, without = (examples(torch.randn(32, *size), joint, mean) for size in ((40, 40, 40), (20, 30, 30)))
-    hidden = [bits(0b1111 - (1 << (target + 1) % 4))[:, None, None, None] for target in range(4)]
-    prior.fit([*whole, *((given * shown, *rest) for shown, (given, *rest) in zip(hidden, without, strict=True))])
-    covariance = (joint @ joint.T).double()
-    x = examples(torch.randn(32, 4, 3, 2), joint, mean)[0][0][None]
+    whole, without = examples(drawn(joint, mean, 40, 40, 40)), drawn(joint, mean, 20, 30, 30)
+    prior.fit([*whole, *(one for k in range(4) for one in examples(without, (k,), 0b1111 - (1 << (k + 1) % 4)))])
+    covariance, x = (joint @ joint.T).double(), drawn(joint, mean, 4, 6, 2)[None]
     for target, given in PATTERNS:
-        shown = torch.tensor(given).repeat_interleave(8)
-        own = slice(8 * target, 8 * target + 8)
-        weight = covariance[own][:, shown] @ torch.linalg.inv(covariance[shown][:, shown])
-        left = covariance[own, own] - weight @ covariance[shown][:, own]
+        shown = torch.tensor(given)
+        weight = covariance[target, shown] @ torch.linalg.inv(covariance[shown][:, shown])
+        left = float(covariance[target, target] - weight @ covariance[shown, target]) ** 0.5
         seen = x[0].flatten(1)[shown].double() - mean[shown, None]
-        expected = (weight @ seen + mean[own, None]).unflatten(1, (4, 3, 2))
-        flags, number = torch.tensor([given]), torch.tensor([target])
+        expected = (weight @ seen + mean[target]).unflatten(0, (4, 6, 2))
+        flags, number = shown[None], torch.tensor([target])
         found, deviation = prior(x * shown[:, None, None, None], flags, number)
-        true_deviation = left.diagonal().sqrt().float()
-        assert ((found[0] - expected).abs().mean((1, 2, 3)) < 0.08 * true_deviation).all(), (target, given)
-        torch.testing.assert_close(deviation.flatten(), true_deviation, rtol=0.03, atol=0)
+        assert (found[0, 0] - expected).abs().mean() < 0.08 * left, (target, given)
+        in_bands = torch.tensor([left / 3] + 7 * [left])  # LLL is divided by 3
+        torch.testing.assert_close(deviation.flatten(), in_bands, rtol=0.03, atol=0)
 
 
 @torch.no_grad()
 def test_a_prior_with_products_knows_curves() -> None:
     torch.manual_seed(0)
-    volumes = torch.rand(1, 4, 24, 20, 16)
-    a, b, c = volumes[:, :1], volumes[:, 2:3], volumes[:, 3:]
-    wanted = dwt(0.5 * a * b - 0.3 * a.square() + 0.2 * b + 0.1)
-    shown = torch.cat((a, torch.zeros_like(a), b, c), dim=1)
-    inside = torch.ones(12, 10, 8, dtype=torch.bool)
+    volumes = torch.rand(4, 24, 20, 16)
+    a, b = volumes[0], volumes[2]
+    volumes[1] = 0.5 * a * b - 0.3 * a.square() + 0.2 * b + 0.1
+    shown = (volumes * torch.tensor([1, 0, 1, 1])[:, None, None, None])[None]
     given, target = torch.tensor([[True, False, True, True]]), torch.tensor([1])
     linear, curved = Prior(4), Prior(4, products=True)
     for prior in (linear, curved):
-        torch.testing.assert_close(prior(dwt(shown), given, target)[0], Prior(4)(dwt(shown), given, target)[0])
-        prior.fit([(dwt(shown)[0], wanted[0], inside, 1)])
-    found, deviation = curved(dwt(shown), given, target)
-    assert (found - wanted).square().mean() < 0.02 * (linear(dwt(shown), given, target)[0] - wanted).square().mean()
-    assert (deviation < linear(dwt(shown), given, target)[1]).all()
+        torch.testing.assert_close(prior(shown, given, target)[0][0, 0], shown[0].sum(0) / 3)
+        prior.fit(examples(volumes, (1,), 0b1101))
+    (found, deviation), (straight, wider) = (prior(shown, given, target) for prior in (curved, linear))
+    assert (found - volumes[1]).square().mean() < 0.02 * (straight - volumes[1]).square().mean()
+    assert (deviation < wider).all()
     # Without b, nothing of what it had a part in is left.
-    without = dwt(torch.cat((a, torch.zeros_like(a), torch.zeros_like(b), c), dim=1))
+    without = shown * torch.tensor([1, 1, 0, 1])[:, None, None, None]
     fewer = torch.tensor([[True, False, False, True]])
-    both = curved(torch.cat((dwt(shown), without)), torch.cat((given, fewer)), target.repeat(2))[0]
+    both = curved(torch.cat((shown, without)), torch.cat((given, fewer)), target.repeat(2))[0]
     torch.testing.assert_close(both[:1], found)
     torch.testing.assert_close(both[1:], curved(without, fewer, target)[0])
-    assert (both[1:] - wanted).square().mean() > 2 * (found - wanted).square().mean()
+    assert (both[1:] - volumes[1]).square().mean() > 2 * (found - volumes[1]).square().mean()
     with pytest.raises(ValueError, match="products belong to the prior"):
         UNetConfig(32, products=True)
+
+
+@torch.no_grad()
+def test_standard_deviations_are_of_each_band() -> None:
+    """Errors that are large along one axis from voxel to voxel, and small in the mean of a block."""
+    torch.manual_seed(0)
+    volumes, deviation = torch.rand(4, 32, 24, 16), torch.rand(8) / 10 + 0.01
+    errors = torch.randn(1, 8, 16, 12, 8) * deviation[:, None, None, None]
+    volumes[1] = 0.4 * volumes[0] + 0.3 + idwt(errors)[0, 0]
+    prior = Prior(4)
+    prior.fit(examples(volumes, (1,), 0b0001))
+    given, target = torch.tensor([[True, False, False, False]]), torch.tensor([1])
+    found = prior(volumes[None] * torch.tensor([1, 0, 0, 0])[:, None, None, None], given, target)[1]
+    torch.testing.assert_close(found.flatten(), deviation, rtol=0.05, atol=0)
 
 
 @torch.no_grad()
 def test_a_prior_of_few_alike_voxels_stays_small() -> None:
     """Fewer voxels than weights, one image the copy of another: what is not determined is not made up."""
     torch.manual_seed(0)
-    joint = torch.eye(32)
-    joint[8:16] = joint[:8]
-    shown = examples(torch.randn(32, 5, 2, 2), joint, torch.rand(32), targets=(0, 1, 3))
-    prior = Prior(4)
-    prior.fit(shown)
+    volumes = torch.rand(4, 4, 2, 2)
+    volumes[1] = volumes[0]
+    prior = Prior(4, products=True)
+    prior.fit(examples(volumes, targets=(0, 1, 3)))
     assert all(parameter.isfinite().all() for parameter in prior.parameters())
     assert prior.weight.abs().max() < 5
     assert prior.deviation.min() >= 1e-4
-    both = 0b0110  # of image 0 and 3, by its copy and another; by its copy alone
-    for number in (both, 0b0010):
-        found = prior(
-            shown[0][0][None] * bits(number)[:, None, None, None], bits(number)[None, ::8] > 0, torch.tensor([0])
-        )
-        torch.testing.assert_close(found[0][0], shown[0][1], atol=0.1, rtol=0)
-    torch.testing.assert_close(prior.weight[2], Prior(4).weight[2])  # of which there were no examples
+    for given in ((False, True, False, True), (False, True, False, False)):  # its copy and another; its copy alone
+        shown = volumes[None] * torch.tensor(given)[:, None, None, None]
+        found = prior(shown, torch.tensor([given]), torch.tensor([0]))[0]
+        torch.testing.assert_close(found[0, 0], volumes[0], atol=0.1, rtol=0)
+    torch.testing.assert_close(prior.weight[2], Prior(4, products=True).weight[2])  # of which there were no examples
 
 
 def bits(number: int) -> torch.Tensor:
@@ -133,14 +145,38 @@ def test_a_new_network_predicts_the_prior_and_the_first_prior_is_a_mean(network:
     torch.testing.assert_close(found.mean, x.unflatten(1, (4, 8)).sum(1) / 3)
     assert (found.variance == 1).all()
     found = network(x, given, target)
-    expected, deviation = network.prior(x, given, target)
-    assert (found.mean - expected).abs().max() > 0.01
+    expected, deviation = network.prior(conditions(), given, target)
+    assert (found.mean - dwt(expected)).abs().max() > 0.01
     assert not found.mean[:, :, 0].any()  # background
     assert torch.equal(found.deviation, deviation)
     for other in (network(x, ~given, target), network(x, given, torch.tensor([0]))):
         assert not torch.equal(other.log_ratio, found.log_ratio)
     with pytest.raises(ValueError, match=r"expected \(B, 32, X, Y, Z\) with X, Y, Z multiples of 2"):
         network(x[:, :24], given, target)
+
+
+@torch.no_grad()
+def test_where_no_image_has_detail_none_is_made_up(network: OnePassUNet) -> None:
+    """Whatever the network says: even images of any brightness come out without a pattern of the wavelets' grid."""
+    given, target = torch.tensor([[True, False, True, True]]), torch.tensor([1])
+    even = torch.tensor([0.9, 0.0, 0.3, 0.7])[:, None, None, None].expand(1, 4, 80, 80, 80)
+    network.head.conv.bias.normal_()
+    mean = network(dwt(even), given, target).mean
+    middle = mean[:, :, 18:-18, 18:-18, 18:-18]  # beyond the reach of the padding at the edges
+    assert (middle[:, 0] - dwt(even)[:, ::8].sum(1)[0, 0, 0, 0] / 3).abs().max() > 0.01
+    assert middle[:, 1:].abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_gains_are_of_bands_alike() -> None:
+    torch.manual_seed(0)
+    coefficients, gains = torch.randn(2, 24, 2, 3, 2), torch.randn(2, 9, 2, 3, 2)
+    found = with_gains(coefficients, gains)
+    images, high = coefficients.unflatten(1, (3, 8)), [BANDS[band].count("H") for band in range(8)]
+    for band in range(1, 8):
+        expected = (images[:, :, band] * gains.unflatten(1, (3, 3))[:, :, high[band] - 1]).sum(1)
+        torch.testing.assert_close(found[:, band], expected)
+    assert not found[:, 0].any()
 
 
 def test_variances_of_voxels_are_those_of_drawn_coefficients() -> None:

@@ -19,7 +19,7 @@ from cwdm.images import find_cases
 from cwdm.unet import UNetConfig
 from cwdm.weights import inspect, record, recorded
 
-CONFIG = UNetConfig(40, 16, model_channels=8, channel_mult=(1, 1), norm="voxel", targets=4, given=4)
+CONFIG = UNetConfig(40, 24, model_channels=8, channel_mult=(1, 1), norm="voxel", targets=4, given=4)
 
 
 @pytest.fixture

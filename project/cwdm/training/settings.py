@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 from pydantic import AfterValidator, Field, create_model, model_validator
 
+from cwdm.blocks import UNetConfig, one_pass_outputs
 from cwdm.checkpoint import ANY, Objective, Record, orthogonal_wavelet
 from cwdm.diffusion import PUBLISHED, known_schedule
 from cwdm.errors import SettingsError
@@ -16,7 +17,6 @@ from cwdm.images import PUBLISHED_WINDOW, ImageSettings, Range, Size
 from cwdm.samplers import FLOW_SAMPLERS, OF_DIFFUSION, known_sampler
 from cwdm.strict import Number, StrictSettings, read_settings
 from cwdm.training.augment import AugmentSettings
-from cwdm.unet import UNetConfig
 
 Errors = Literal["gaussian", "laplace"]
 Positive = Annotated[int, Field(ge=1)]
@@ -323,7 +323,7 @@ class TrainingSettings(StrictSettings):
         targets = 4 if self.data.condition_on == "any" else 0
         shape = self.network.model_dump(exclude={"wavelet"})
         if self.loss.objective == "one-pass":
-            shape.update(out_channels=16, given=targets)
+            shape.update(out_channels=one_pass_outputs(targets), given=targets)
         return UNetConfig(in_channels=8 * (1 + self.channels), targets=targets, **shape)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cwdm import checkpoint
+from cwdm.blocks import one_pass_outputs
 from cwdm.checkpoint import ANY, Checkpoint
 from cwdm.errors import WeightsError
 from cwdm.files import is_file, read_json, write_json
@@ -90,12 +91,13 @@ def load_for(weights: Path, modality: str) -> Checkpoint:
     config = loaded.model.config
     if config.in_channels == config.out_channels:
         raise WeightsError(f"{path}: an unconditional network, which cannot synthesise {modality} of a patient")
-    outputs, any_of = 16 if config.given else 8, len(PUBLISHED_FILES)
+    any_of = len(PUBLISHED_FILES)
+    outputs = one_pass_outputs(any_of) if config.given else 8
     if (config.in_channels, config.out_channels, config.targets) not in ((32, 8, 0), (40, outputs, any_of)):
         raise WeightsError(
             f"{path}: a network of {config.in_channels} inputs, {config.out_channels} outputs and {config.targets} "
             "targets; one that synthesises a modality from three others has 32, 8 and 0, one for any modality 40, 8, 4 "
-            "or, in one pass, 40, 16, 4"
+            f"or, in one pass, 40, {one_pass_outputs(any_of)}, 4"
         )
     known = loaded.record.modality or modality_of(path)
     if (known == ANY) != (config.targets > 0):

@@ -466,7 +466,7 @@ def test_weights_of_one_pass_make_all_that_is_missing_with_their_std(phantoms: P
     shape = {"model_channels": 8, "channel_mult": (1, 1), "norm": "voxel", "targets": 4, "given": 4}
     path = tmp_path / "any.safetensors"
     checkpoint.save(
-        path, new_network(UNetConfig(40, 16, **shape)), Record(modality=ANY, objective="one-pass", most_missing=3)
+        path, new_network(UNetConfig(40, 24, **shape)), Record(modality=ANY, objective="one-pass", most_missing=3)
     )
     source = sorted(phantoms.iterdir())[0]
     three = link_case(source, tmp_path / "in", "t1n", "three")
