@@ -117,7 +117,8 @@ class Prior(nn.Module):
             self.weight[target, number] = 0
             self.weight[target, number, inputs] = weight.float()
             self.bias[target, number] = bias
-            self.deviation[target, number] = (error @ found @ error / blocks).sqrt().clamp(min=SMALLEST_DEVIATION)
+            left = error @ found @ error / blocks
+            self.deviation[target, number] = left.clamp(min=SMALLEST_DEVIATION**2).sqrt()
 
     def _sums(self, examples: "Examples") -> tuple[Tensor, Tensor, Tensor]:
         """Of each band's coefficients, over the blocks to learn from.
