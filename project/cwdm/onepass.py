@@ -6,7 +6,7 @@ standard deviations the mean lies beside, and how much wider or narrower the tru
 """
 
 import itertools
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -15,17 +15,11 @@ from torch import Tensor, nn
 from cwdm.unet import UNet, UNetConfig, check_shape
 from cwdm.wavelet import BANDS, LLL_DIVISOR, dwt, idwt
 
-if TYPE_CHECKING:
-    from cwdm.least_squares import Examples
-
 MOST_LOG_RATIO = 8.0
 """Standard deviations are a 55th to 55 times the prior's."""
 
 ROUNDING = 1e-5
 """Of voxels, by the wavelet transform and its inverse."""
-
-ORTHONORMAL = torch.tensor([LLL_DIVISOR] + 7 * [1.0], dtype=torch.float64)
-"""By which coefficients are multiplied to be those of the orthonormal transform."""
 
 VOXEL_OF_LLL = LLL_DIVISOR / 8**0.5
 """What a voxel is in a block whose coefficients are 1 and seven times 0."""
@@ -40,8 +34,8 @@ class Prior(nn.Module):
     Every target is one of the images, and any of the others may be given. A target's voxel is normal around b + Σ w v
     of the voxels v that are given, or 0 where all of these are 0; with `products`, around b + Σ w v + Σ w v v', for one
     contrast follows from another by a curve, which few patients suffice for. The wavelet coefficients' errors have a
-    standard deviation for each band. Until `fit`, the mean is that of what is given, and all standard deviations are 1;
-    training leaves them as they are.
+    standard deviation for each band. A new one has the mean of what is given, and standard deviations of 1; training
+    leaves all of it as it is, once it is fitted.
 
     Args:
         images: how many there are.
@@ -85,61 +79,6 @@ class Prior(nn.Module):
                         slope.addcmul_(unit(weight[:, place : place + 1]), volumes[:, second : second + 1])
                 mean.addcmul_(slope, volume)
         return mean, unit(deviation)
-
-    @torch.no_grad()
-    def fit(self, examples: "Examples") -> None:
-        """Ridge regression for each target and set of images, from all examples that show those and maybe others.
-
-        Few patients give many voxels, yet little variety: so each term is taken in units of its standard deviation, and
-        weights that the data hardly determine are drawn towards 0. Without an example for it, a model stays the mean of
-        what is given.
-        """
-        # Here, as only training needs it.
-        from cwdm.least_squares import SMALLEST_DEVIATION, covariances, ridge
-
-        images, sets, terms = self.images, 2**self.images, self.weight.shape[-1]
-        sums, squares, voxels = self._sums(examples)
-        self.magnitude.copy_((squares / voxels.repeat_interleave(8)).sqrt().where(squares > 0, 1))
-        needs = [{i} for i in range(images)] + [set(pair) for pair in self.pairs]
-        for target, number in itertools.product(range(images), range(1, sets)):
-            found = sums[target, [other for other in range(sets) if other & number == number]].sum(0)
-            # Products of voxels are those of their orthonormal coefficients; the constant 1 is the last term.
-            whole = (found * ORTHONORMAL.square()[:, None, None]).sum(0)
-            if number >> target & 1 or not whole[terms, terms]:
-                continue
-            covariance, mean = covariances(whole, terms)
-            inputs = [i for i in range(terms) if all(number >> image & 1 for image in needs[i])]
-            weight = ridge(covariance[inputs][:, inputs], covariance[inputs, -1])
-            bias = mean[-1] - weight @ mean[inputs]
-            error = torch.zeros(terms + 2, dtype=torch.float64)
-            error[[*inputs, terms, terms + 1]] = torch.cat((-weight, torch.stack((-bias, torch.ones_like(bias)))))
-            blocks = whole[terms, terms] / 8
-            self.weight[target, number] = 0
-            self.weight[target, number, inputs] = weight.float()
-            self.bias[target, number] = bias
-            left = error @ found @ error / blocks
-            self.deviation[target, number] = left.clamp(min=SMALLEST_DEVIATION**2).sqrt()
-
-    def _sums(self, examples: "Examples") -> tuple[Tensor, Tensor, Tensor]:
-        """Of each band's coefficients, over the blocks to learn from.
-
-        Returns:
-            Products of the terms', of those of the constant 1 and of the target's, each with each, by target and set of
-            images (N, 2^N, 8, terms + 2, terms + 2); squares of the images' (8 N,); blocks with each of these (N,).
-        """
-        images, terms = self.images, self.weight.shape[-1]
-        sums = torch.zeros(images, 2**images, 8, terms + 2, terms + 2, dtype=torch.float64)
-        squares, voxels = torch.zeros(images * 8, dtype=torch.float64), torch.zeros(images, dtype=torch.float64)
-        for conditions, wanted, inside, target in examples:
-            volumes = idwt(conditions[None])
-            places = [*volumes[0], *(volumes[0, first] * volumes[0, second] for first, second in self.pairs)]
-            rows = dwt(torch.stack((*places, torch.ones_like(places[0])))[:, None])
-            rows = torch.cat((rows, wanted[None]))[:, :, inside].double().transpose(0, 1)
-            shown = conditions.unflatten(0, (images, 8)).flatten(1).any(1)
-            sums[target, sum(1 << i for i in range(images) if shown[i])] += rows @ rows.mT
-            squares += conditions[:, inside].double().square().sum(1)
-            voxels += inside.sum() * shown
-        return sums, squares, voxels
 
 
 class Prediction(NamedTuple):

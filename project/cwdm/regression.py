@@ -1,14 +1,9 @@
 """The linear-Gaussian prior of a network that learns what a regression on the conditions does not know."""
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor, nn
 
 from cwdm.diffusion import PUBLISHED, Schedule, alpha_bars_on
-
-if TYPE_CHECKING:
-    from cwdm.least_squares import Examples
 
 
 class Regression(nn.Module):
@@ -19,8 +14,8 @@ class Regression(nn.Module):
     coefficients too: the prior's among pure noise, the coefficients themselves at the end. The network behind it is
     given the innovation, which is what the noisy coefficients add to the prior's mean, in units of the prior's standard
     deviation, and the conditions in units of their root mean square; it answers in units of the standard deviation that
-    is left (after the preconditioning of Karras et al., 2022). Until `fit`, W c is the mean of the conditions, and all
-    standard deviations and root mean squares are 1; training leaves all of these as they are.
+    is left (after the preconditioning of Karras et al., 2022). In a new one, W c is the mean of the conditions, and all
+    standard deviations and root mean squares are 1; training leaves all of it as it is, once it is fitted.
 
     Args:
         out: coefficients of a voxel, one for each band.
@@ -65,26 +60,6 @@ class Regression(nn.Module):
         network_input = torch.cat((innovation, conditions / self.magnitude[:, None, None, None]), dim=1)
         left = (prior * ((1 - alpha_bar) / total).sqrt()).to(x.dtype)
         return network_input, expected + prior.to(x.dtype) * innovation, left
-
-    @torch.no_grad()
-    def fit(self, examples: "Examples") -> None:
-        """Least squares."""
-        # Here, as only training needs it.
-        from cwdm.least_squares import SMALLEST_DEVIATION, cross_products, root_mean_squares
-
-        given = self.weight.shape[2]
-        sums, voxels = cross_products(examples, *self.weight.shape)
-        squares, products = sums[:, : given + 1, : given + 1], sums[:, : given + 1, given + 1 :]
-        # A condition that is always 0, such as the target itself, gets the weight 0.
-        ridge = 1e-9 * squares.diagonal(dim1=1, dim2=2).sum(1)[:, None, None] * torch.eye(given + 1)
-        solution = torch.linalg.solve(squares + ridge + 1e-9 * torch.eye(given + 1), products)
-        self.weight.copy_(solution[:, :-1].mT)
-        self.bias.copy_(solution[:, -1])
-        left = sums.diagonal(dim1=1, dim2=2)[:, given + 1 :] - (solution * products).sum(1)
-        count = squares[:, -1, -1:]
-        deviation = (left.clamp(min=0) / count).sqrt().clamp(min=SMALLEST_DEVIATION)
-        self.deviation.copy_(deviation.where(count > 0, 1))
-        self.magnitude.copy_(root_mean_squares(squares, voxels))
 
 
 def linear(weight: Tensor, bias: Tensor, conditions: Tensor) -> Tensor:

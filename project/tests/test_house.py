@@ -38,7 +38,6 @@ FLOORS = (
         "wavelet",
         "diffusion",
         "samplers",
-        "least_squares",
         "regression",
         "blocks",
         "unet",
@@ -59,7 +58,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 MOST_LINES_OF_A_FUNCTION, MOST_LINES_OF_A_CLASS = 60, 150
-MOST_LINES_FOR_INFER = 5550  # on small volumes, where the Winograd sweep is not loaded; 3,600 is the aim
+MOST_LINES_FOR_INFER = 5470  # on small volumes, where the Winograd sweep is not loaded; 3,600 is the aim
 
 
 def modules() -> list[Path]:

@@ -15,6 +15,7 @@ from cwdm.errors import SettingsError, WeightsError
 from cwdm.onepass import OnePassUNet, Prediction, Prior, voxel_std, with_gains
 from cwdm.settings import load_settings
 from cwdm.training.losses import one_pass_losses, structure_loss
+from cwdm.training.priors import fit_prior
 from cwdm.unet import UNetConfig
 from cwdm.wavelet import BANDS, dwt, idwt
 
@@ -61,7 +62,7 @@ def test_the_prior_is_the_conditional_normal_for_every_set_of_images() -> None:
     prior = Prior(4)
     # Some with everything, some without an image, which says nothing of what that is like.
     whole, without = examples(drawn(joint, mean, 40, 40, 40)), drawn(joint, mean, 20, 30, 30)
-    prior.fit([*whole, *(one for k in range(4) for one in examples(without, (k,), 0b1111 - (1 << (k + 1) % 4)))])
+    fit_prior(prior, [*whole, *(one for k in range(4) for one in examples(without, (k,), 0b1111 - (1 << (k + 1) % 4)))])
     covariance, x = (joint @ joint.T).double(), drawn(joint, mean, 4, 6, 2)[None]
     for target, given in PATTERNS:
         shown = torch.tensor(given)
@@ -87,7 +88,7 @@ def test_a_prior_with_products_knows_curves() -> None:
     linear, curved = Prior(4), Prior(4, products=True)
     for prior in (linear, curved):
         torch.testing.assert_close(prior(shown, given, target)[0][0, 0], shown[0].sum(0) / 3)
-        prior.fit(examples(volumes, (1,), 0b1101))
+        fit_prior(prior, examples(volumes, (1,), 0b1101))
     (found, deviation), (straight, wider) = (prior(shown, given, target) for prior in (curved, linear))
     assert (found - volumes[1]).square().mean() < 0.02 * (straight - volumes[1]).square().mean()
     assert (deviation < wider).all()
@@ -110,7 +111,7 @@ def test_standard_deviations_are_of_each_band() -> None:
     errors = torch.randn(1, 8, 16, 12, 8) * deviation[:, None, None, None]
     volumes[1] = 0.4 * volumes[0] + 0.3 + idwt(errors)[0, 0]
     prior = Prior(4)
-    prior.fit(examples(volumes, (1,), 0b0001))
+    fit_prior(prior, examples(volumes, (1,), 0b0001))
     given, target = torch.tensor([[True, False, False, False]]), torch.tensor([1])
     found = prior(volumes[None] * torch.tensor([1, 0, 0, 0])[:, None, None, None], given, target)[1]
     torch.testing.assert_close(found.flatten(), deviation, rtol=0.05, atol=0)
@@ -123,7 +124,7 @@ def test_a_prior_of_few_alike_voxels_stays_small() -> None:
     volumes = torch.rand(4, 4, 2, 2)
     volumes[1] = volumes[0]
     prior = Prior(4, products=True)
-    prior.fit(examples(volumes, targets=(0, 1, 3)))
+    fit_prior(prior, examples(volumes, targets=(0, 1, 3)))
     assert all(parameter.isfinite().all() for parameter in prior.parameters())
     assert prior.weight.abs().max() < 5
     assert prior.deviation.min() >= 1e-4

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from cwdm.diffusion import PUBLISHED
+from cwdm.training.priors import fit_regression
 from cwdm.unet import UNet, UNetConfig
 
 VOXEL = {"model_channels": 8, "channel_mult": (1, 2), "norm": "voxel"}
@@ -67,7 +68,7 @@ def test_regression_fit_finds_a_linear_map_and_its_errors() -> None:
         inside = conditions.any(0)
         examples.append((conditions, wanted * inside, inside, target))
     model = UNet(config)
-    model.regression.fit(examples)
+    fit_regression(model.regression, examples)
     torch.testing.assert_close(model.regression.weight, truth[..., :32], rtol=0.1, atol=0.1)
     torch.testing.assert_close(model.regression.bias, truth[..., 32], rtol=0.1, atol=0.1)
     torch.testing.assert_close(model.regression.deviation, spread, rtol=0.05, atol=0)
@@ -79,7 +80,7 @@ def test_regression_fit_of_exact_or_absent_examples_stays_finite() -> None:
     model = UNet(UNetConfig(in_channels=16, targets=2, regression=True, **VOXEL))
     conditions = torch.randn(8, 6, 5, 4)
     conditions[3] = 0
-    model.regression.fit([(conditions, 2 * conditions, torch.ones(6, 5, 4, dtype=torch.bool), 1)])
+    fit_regression(model.regression, [(conditions, 2 * conditions, torch.ones(6, 5, 4, dtype=torch.bool), 1)])
     assert all(parameter.isfinite().all() for parameter in model.regression.parameters())
     torch.testing.assert_close(model.regression.deviation[0], torch.ones(8))
     assert 0 < model.regression.deviation[1].min() <= model.regression.deviation[1].max() < 0.01

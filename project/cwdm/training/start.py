@@ -18,6 +18,7 @@ from cwdm.device import device_name
 from cwdm.diffusion import SCHEDULES
 from cwdm.errors import SettingsError, listed
 from cwdm.files import write_json
+from cwdm.onepass import OnePassUNet
 from cwdm.precision import warn_of_precision
 from cwdm.training import saving
 from cwdm.training.cache import CachedSubject
@@ -25,6 +26,7 @@ from cwdm.training.cases import decode_all, find_all
 from cwdm.training.data import Samples, assemble
 from cwdm.training.launch import on_all_ranks
 from cwdm.training.log import TrainingLog
+from cwdm.training.priors import fit_prior, fit_regression
 from cwdm.training.settings import TrainingSettings
 from cwdm.training.state import Run
 from cwdm.unet import UNet
@@ -51,9 +53,8 @@ def start(settings: TrainingSettings, fabric: Fabric, resume: bool) -> Run:
         )
     torch.manual_seed(settings.seed)
     model = new_network(settings.unet(), SCHEDULES[settings.loss.schedule])
-    prior = getattr(model, "regression", None) or getattr(model, "prior", None)
-    if prior is not None and state is None:
-        prior.fit(_examples(samples))
+    if state is None:
+        _fit_its_prior(model, samples)
     layout = torch.channels_last_3d if fabric.device.type == "cuda" else torch.contiguous_format
     # Before the optimiser: a sharded one takes the device of its processes' messages from its parameters.
     model.to(fabric.device, memory_format=layout)  # type: ignore[call-overload]
@@ -67,6 +68,14 @@ def start(settings: TrainingSettings, fabric: Fabric, resume: bool) -> Run:
     if fabric.is_global_zero:
         write_json(out / "settings.json", settings.model_dump(mode="json"))
     return run
+
+
+def _fit_its_prior(model: UNet, samples: Samples) -> None:
+    """Fit what the network has for a prior, if it has one."""
+    if isinstance(model, OnePassUNet):
+        fit_prior(model.prior, _examples(samples))
+    elif model.config.regression:
+        fit_regression(model.regression, _examples(samples))
 
 
 def _check_arithmetic(settings: TrainingSettings, device: torch.device, samples: Samples) -> None:
