@@ -42,11 +42,12 @@ def shipped(engine: Engine, context: Path) -> str:
 @pytest.fixture(scope="session")
 def image(engine: Engine, shipped: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """The same with one thread: two that wait for each other beside other tests take three times as long as one."""
-    folder = tmp_path_factory.mktemp("one-thread")
+    folder = tmp_path_factory.mktemp("one-core")
     (folder / "Dockerfile").write_text(f"FROM {shipped}\nENV OMP_NUM_THREADS=1\n")
-    built = engine.docker("build", f"--tag={shipped}-one-thread", folder)
+    name = f"{shipped}-one-core"  # mlcube would take an h in -Pdocker.image=... for its option -h
+    built = engine.docker("build", f"--tag={name}", folder)
     assert built.returncode == 0, built.stderr[-5000:]
-    return f"{shipped}-one-thread"
+    return name
 
 
 @pytest.fixture(scope="session")
