@@ -21,9 +21,11 @@ BRAIN_QUANTILE, BRAIN_LEVEL = 0.95, 0.5
 TYPICAL_LEVEL = {"t1n": 0.91, "t1c": 0.71, "t2w": 0.71, "t2f": 0.83}
 """Where the same quantile lies, as a rule, in an image that is scaled to [0, 1] as published."""
 
-TAIL_QUANTILES = (0.99, 0.998, 0.999)
-"""Of the whole volume: two from which the tail is stretched, the first where an image is even at the second, and that
-by which an image is scaled to [0, 1]."""
+TAIL_QUANTILES = (0.99, 0.999)
+"""Of the whole volume: from where on a prediction is stretched, and by which an image is scaled to [0, 1]."""
+
+TAIL_POWER = 4
+"""Of the way between the two, by which the stretch grows: little is stretched much, and nothing at an edge of its own."""
 
 
 class ClipRange(NamedTuple):
@@ -115,17 +117,15 @@ def with_tail(unit: Volume, std: Volume | None = None) -> Volume:
         unit: 0 in the background, 1 where the 99.9 percentile of an acquired image lies as a rule.
         std: standard deviation of its voxels' errors, 0 in the background; None: not known.
     """
-    *starts, found = _quantiles(unit, TAIL_QUANTILES)
-    start = max((value for value in starts if value < found), default=0.0)
-    if not start > 0:
+    start, found = _quantiles(unit, TAIL_QUANTILES)
+    if not 0 < start < found:
         return unit
     wanted = max(1.0, found)
     if std is not None:
         errors = std * np.random.default_rng(0).standard_normal(std.shape, np.float32)
-        wanted = max(wanted, *_quantiles(unit + errors, TAIL_QUANTILES[-1:]))
-    top, stretched = unit > start, unit.copy()
-    stretched[top] = np.interp(unit[top], (start, found), (start, wanted)) + np.maximum(unit[top] - found, 0)
-    return stretched
+        wanted = max(wanted, *_quantiles(unit + errors, TAIL_QUANTILES[1:]))
+    way = ((unit - np.float32(start)) / np.float32(found - start)).clip(0, 1)
+    return unit + np.float32(wanted - found) * way**TAIL_POWER
 
 
 def denormalise(unit: Volume, clip_range: ClipRange) -> Volume:
