@@ -21,7 +21,7 @@ demo: $(STAMP)
 
 PYTEST := $(VENV)/bin/python -m pytest -c project/pyproject.toml --rootdir project
 # A process a core, each with one thread.
-PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) project/tests --numprocesses 2 --dist worksteal
+PARALLEL := OMP_NUM_THREADS=1 $(PYTEST) project/tests --numprocesses 2 --dist worksteal --durations 15 --durations-min 5
 
 test: lint
 	$(PARALLEL) -m "not full"
