@@ -212,7 +212,7 @@ def test_bigger_batches_take_fewer_steps_for_the_published_number_of_samples() -
     assert steps("cwdm-any", "optimiser.batch_size=7") == 171_429
     assert steps("cwdm-any", "optimiser.batch_size=8", "samples=80") == 10
     assert steps("cwdm-any", "optimiser.batch_size=8", "steps=1200000") == 1_200_000
-    assert steps("bundled") == 3_400
+    assert steps("bundled") == 1_900
     with pytest.raises(SettingsError) as error:
         steps("cwdm-any", "optimiser.batch_size=0")
     assert "\n" not in str(error.value)  # and not of the steps too
