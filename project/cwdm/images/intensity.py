@@ -25,7 +25,7 @@ TAIL_QUANTILES = (0.99, 0.999)
 """Of the whole volume: from where on a prediction is stretched, and by which an image is scaled to [0, 1]."""
 
 TAIL_POWER = 4
-"""Of the way between the two, by which the stretch grows: little is stretched much, and nothing at an edge of its own."""
+"""Of the way between the two, by which the stretch grows: little is stretched much, and there is no edge."""
 
 
 class ClipRange(NamedTuple):
@@ -124,8 +124,9 @@ def with_tail(unit: Volume, std: Volume | None = None) -> Volume:
     if std is not None:
         errors = std * np.random.default_rng(0).standard_normal(std.shape, np.float32)
         wanted = max(wanted, *_quantiles(unit + errors, TAIL_QUANTILES[1:]))
-    way = ((unit - np.float32(start)) / np.float32(found - start)).clip(0, 1)
-    return unit + np.float32(wanted - found) * way**TAIL_POWER
+    way = (unit - np.float32(start)) / np.float32(found - start)
+    np.clip(way, 0, 1, out=way)
+    return unit + np.float32(wanted - found) * np.power(way, np.float32(TAIL_POWER))
 
 
 def denormalise(unit: Volume, clip_range: ClipRange) -> Volume:

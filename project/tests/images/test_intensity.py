@@ -145,6 +145,7 @@ def test_a_prediction_gets_the_percentiles_of_an_acquired_image() -> None:
     dim = np.where(truth > 0, 0.5 * truth + 0.1, 0).astype(np.float32)
     before = dim.copy()
     made = with_tail(dim)
+    assert made.dtype == np.float32
     np.testing.assert_array_equal(dim, before)
     assert clip_range(made).high == pytest.approx(1, abs=1e-3)
     unchanged = dim <= np.quantile(dim, 0.99)
