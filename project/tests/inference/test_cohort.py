@@ -552,7 +552,8 @@ def test_emulated_bfloat16_is_said_before_the_first_case(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    result = infer(cohort, tmp_path / "out", weights_folder, f"precision={precision}")
+    # One step, as what emulates it takes a minute for a few.
+    result = infer(cohort, tmp_path / "out", weights_folder, f"precision={precision}", "sampler.timesteps=[0]")
     assert result.exit_code == 0
     before, _, _ = " ".join(result.output.split()).partition("written after")
     assert ("does not multiply bfloat16" in before) == warned

@@ -190,8 +190,9 @@ def test_every_sampler_runs_a_case(sampler: str, case: Path, weights_folder: Pat
 
 
 def test_bfloat16_stays_close_to_float32(case: Path, weights_folder: Path) -> None:
-    exact = synthesizer(weights_folder, "output.intensity=unit", "precision=fp32")(case).volume
-    fast = synthesizer(weights_folder, "output.intensity=unit", "precision=bf16")(case).volume
+    options = ("output.intensity=unit", "sampler.timesteps=[2, 0]")  # two steps, for processors that emulate it
+    exact = synthesizer(weights_folder, *options, "precision=fp32")(case).volume
+    fast = synthesizer(weights_folder, *options, "precision=bf16")(case).volume
     rms = np.sqrt(np.mean((exact - fast) ** 2))
     assert 0 < rms < 0.02
 
