@@ -202,14 +202,15 @@ def postprocess(prepared: PreparedCase, samples: Samples, output: OutputSettings
     keep = foreground(unit, output.background, prepared.mask, output.threshold)
     low, high = prepared.clip_range if native else (0.0, 1.0)
     unit_std = None if samples.std is None else np.where(keep, _as_published(samples.std, prepared), np.float32(0))
+    unit = np.where(keep, unit, np.float32(0))
     shown = unit
     if prepared.intensities == "brain":
-        shown = with_tail(np.where(keep, unit, np.float32(0)), unit_std) if native else unit.clip(0, 1)
+        shown = with_tail(unit, unit_std) if native else unit.clip(0, 1)
     volume = np.where(keep, denormalise(shown, ClipRange(low, high)), np.float32(0))
     if not volume.any():
         raise CaseError(case.name, f"the synthesised {case.target} is empty; check the weights")
     std = None if unit_std is None else _as_stored(unit_std * np.float32(high - low), prepared)
-    quality = judge(prepared, np.where(keep, unit, np.float32(0)), unit_std, samples.predicted)
+    quality = judge(prepared, unit, unit_std, samples.predicted)
     stored, warnings = _as_stored(volume, prepared), prepared.warnings
     return Synthesis(case, stored, std, native, quality, warnings, samples.seconds, made_with, samples.predicted)
 
